@@ -1,0 +1,48 @@
+"""Merge a LoRA adapter into its Qwen base, write files that serve, and prove that they are still what was trained.
+
+    from exporter import Recipe, export
+
+    result = export(Recipe(base="Qwen/Qwen3-8B", adapters=("me/my-lora",), outputs=({"format": "gguf", "out": "out"},)))
+    assert result.passed
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from exporter.version import __version__
+
+if TYPE_CHECKING:
+    from exporter.errors import ExporterError, RefusalError
+    from exporter.pipeline import ExportResult, export
+    from exporter.plan import ExportPlan, make_plan
+    from exporter.recipe import Evaluation, Execution, Output, Recipe
+
+__all__ = [
+    "Evaluation",
+    "Execution",
+    "ExportPlan",
+    "ExportResult",
+    "ExporterError",
+    "Output",
+    "Recipe",
+    "RefusalError",
+    "__version__",
+    "export",
+    "make_plan",
+]
+
+_HOMES = {
+    "export": "pipeline", "ExportResult": "pipeline", "make_plan": "plan", "ExportPlan": "plan", "Recipe": "recipe",
+    "Output": "recipe", "Evaluation": "recipe", "Execution": "recipe", "ExporterError": "errors",
+    "RefusalError": "errors",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that `exporter --help` waits for none of them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

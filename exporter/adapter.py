@@ -1,0 +1,358 @@
+"""A PEFT LoRA adapter as updates per base tensor.
+
+Follows peft's file format: `adapter_config.json` beside `adapter_model.safetensors`, whose names are
+`base_model.model.<module>.lora_A.weight` (`lora_embedding_A` for an embedding). The scale is alpha / r (LoRA, Hu et al.
+2021, section 4.1) or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). Nothing here is ever skipped: a tensor or a setting
+that is not understood is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import Checkpoint, StoredTensor, TensorReader, read_header, read_json
+from exporter.errors import (
+    AdapterError,
+    AdapterRankError,
+    AdapterShapeError,
+    AdapterTargetError,
+    ArchitectureMismatchError,
+    MissingFileError,
+    NonFiniteTensorError,
+    UnsupportedAdapterError,
+    ZeroDeltaError,
+)
+from exporter.numeric import as_float32
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+# Settings of peft's LoraConfig (0.21) that change what the adapter computes and are handled here.
+HANDLED_SETTINGS = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
+    "task_type", "auto_mapping", "init_lora_weights", "bias",
+})  # fmt: skip
+
+# Settings that do not change what the trained adapter computes: provenance, selection, training, initialization.
+NEUTRAL_SETTINGS = frozenset({
+    "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "peft_version", "qalora_group_size", "runtime_config", "velora_config",
+})  # fmt: skip
+
+# Initializations that subtract something from the base: the adapter is then relative to another base than the file.
+BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_LORA_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(\.weight)?$")
+_COPY_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight$")
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One low-rank update: `W += scale * B @ A`, or `W += scale * (B @ A).T` for an embedding.
+
+    Attributes:
+        module: the module's name in the base, for example `model.layers.0.self_attn.q_proj`.
+        a: float tensor of shape (rank, in_features), or (rank, vocabulary) for an embedding.
+        b: float tensor of shape (out_features, rank), or (hidden, rank) for an embedding.
+        scale: the factor of the product.
+        transposed: True for an embedding.
+    """
+
+    module: str
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that this update fits."""
+        out_features, in_features = self.b.shape[0], self.a.shape[1]
+        return (in_features, out_features) if self.transposed else (out_features, in_features)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder that has been checked in itself; `bind` checks it against a base.
+
+    Attributes:
+        folder: the folder.
+        config: `adapter_config.json` as read.
+        updates: the updates by module name.
+        copies: whole weights that peft saved beside the updates (embedding layers), by module name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    updates: Mapping[str, LowRankUpdate]
+    copies: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that were read."""
+        return (self.folder / CONFIG_NAME, self.folder / WEIGHTS_NAME)
+
+    @classmethod
+    def open(cls, folder: Path) -> Adapter:
+        """Open an adapter folder. Reads the configuration and the header, and no weights.
+
+        Raises:
+            MissingFileError, UnsupportedAdapterError, AdapterRankError, AdapterTargetError: see each.
+        """
+        config = read_json(folder / CONFIG_NAME)
+        _check_settings(folder, config)
+        if not (folder / WEIGHTS_NAME).is_file():
+            other = "adapter_model.bin" if (folder / "adapter_model.bin").is_file() else "no weights"
+            raise MissingFileError(
+                str(folder), found=other, expected=WEIGHTS_NAME, remedy="Save the adapter with safe serialization."
+            )
+        pairs, copies = _sort_tensors(read_header(folder / WEIGHTS_NAME))
+        updates = {module: _update(module, parts, config) for module, parts in pairs.items()}
+        if not updates:
+            raise AdapterError(
+                WEIGHTS_NAME, found="no LoRA tensor", expected="lora_A and lora_B of each target", remedy="Save it again."
+            )
+        return cls(folder, config, updates, copies)
+
+
+def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse by name every setting that would change what the adapter computes and is not handled."""
+    if config.get("peft_type") != "LORA":
+        raise _unsupported(f"{CONFIG_NAME}: peft_type", repr(config.get("peft_type")), "'LORA'")
+    if config.get("bias", "none") != "none":
+        raise _unsupported(f"{CONFIG_NAME}: bias", repr(config["bias"]), "'none'")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _unsupported(f"{CONFIG_NAME}: task_type", repr(config["task_type"]), "'CAUSAL_LM'")
+    initialization = config.get("init_lora_weights", True)
+    if isinstance(initialization, str) and initialization.lower().startswith(BASE_CHANGING_INITIALIZATIONS):
+        raise UnsupportedAdapterError(
+            f"{CONFIG_NAME}: init_lora_weights",
+            found=repr(initialization),
+            expected="an initialization that leaves the base as it is",
+            remedy="Convert it to plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=…).",
+        )
+    for name, value in config.items():
+        if value and name not in HANDLED_SETTINGS and name not in NEUTRAL_SETTINGS:
+            raise _unsupported(f"{folder.name}/{CONFIG_NAME}: {name}", str(value)[:80], "it unset: not supported yet")
+
+
+def _unsupported(thing: str, found: str, expected: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        thing, found=found, expected=expected, remedy="Merge it with peft and export the merged model as --base."
+    )
+
+
+def _sort_tensors(
+    header: Mapping[str, StoredTensor],
+) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """Sort the file's tensors into A/B pairs by module and whole copies; refuse the rest by name."""
+    pairs: dict[str, dict[str, StoredTensor]] = {}
+    copies: dict[str, StoredTensor] = {}
+    for name, tensor in header.items():
+        if match := _LORA_KEY.match(name):
+            key = ("embedding_" if match["embedding"] else "") + match["part"]
+            pairs.setdefault(match["module"], {})[key] = tensor
+        elif "lora_magnitude_vector" in name:
+            raise _unsupported(name, "a DoRA magnitude", "plain LoRA tensors")
+        elif "modules_to_save" in name:
+            raise _unsupported(name, "a wholly trained module", "plain LoRA tensors")
+        elif match := _COPY_KEY.match(name):
+            copies[match["module"]] = tensor
+        else:
+            raise AdapterTargetError(
+                name,
+                found="an adapter tensor of unknown kind",
+                expected="base_model.model.<module>.lora_A.weight and the like",
+                remedy="Save the adapter with peft.",
+            )
+    return pairs, copies
+
+
+def _update(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> LowRankUpdate:
+    """Build one update and check A, B and the configuration against each other."""
+    transposed = "embedding_A" in parts or "embedding_B" in parts
+    names = ("embedding_A", "embedding_B") if transposed else ("A", "B")
+    if parts.keys() != set(names):
+        raise AdapterError(
+            module,
+            found=" and ".join(f"lora_{part}" for part in sorted(parts)),
+            expected=" and ".join(f"lora_{part}" for part in names),
+            remedy="The adapter file is incomplete: save it again.",
+        )
+    a, b = parts[names[0]], parts[names[1]]
+    for tensor in (a, b):
+        if tensor.dtype not in {"F32", "F16", "BF16"} or len(tensor.shape) != 2:
+            raise _unsupported(tensor.name, f"{tensor.dtype} {list(tensor.shape)}", "a matrix of F32, F16 or BF16")
+    rank = int(_pattern_value(config.get("rank_pattern"), module, config.get("r", 8)))
+    if a.shape[0] != b.shape[1] or a.shape[0] != rank:
+        raise AdapterRankError(
+            module,
+            found=f"A {list(a.shape)} and B {list(b.shape)}",
+            expected=f"the rank {rank} of {CONFIG_NAME} in both",
+            remedy="Tensors and configuration are not from one training run: save the adapter again.",
+        )
+    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRankUpdate(module, a, b, scale, transposed)
+
+
+def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Value of the first pattern that matches the end of the module's name (peft's `get_pattern_key`)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def bind(adapter: Adapter, base: Checkpoint) -> dict[str, LowRankUpdate]:
+    """Check an adapter against a base and return its updates by base tensor name.
+
+    `fan_in_fan_out` needs no branch of its own: peft resets it on `torch.nn.Linear` (lora/layer.py, dispatch_default),
+    and every matrix of a Qwen is one. An update of the head of a tied model is returned as `lm_head.weight`.
+
+    Raises:
+        ArchitectureMismatchError: the adapter is for another class of models, or none of its targets exists.
+        AdapterTargetError: a target has no base tensor, or the configuration's targets are not all in the file.
+        AdapterShapeError: an update does not have exactly the shape of its base tensor.
+    """
+    _check_architecture(adapter, base)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    if base.config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
+        shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
+    targets = {f"{module}.weight": update for module, update in adapter.updates.items()}
+    missing = [name for name in targets if name not in shapes]
+    if missing:
+        raise _no_target(adapter, missing, len(targets), shapes)
+    wrong = [name for name, update in targets.items() if update.shape != shapes[name]]
+    if wrong:
+        name, update = wrong[0], targets[wrong[0]]
+        hint = f" ({len(wrong)} of {len(targets)} targets do not fit)" if len(wrong) > 1 else ""
+        raise AdapterShapeError(
+            update.a.name,
+            found=f"an update of shape {list(update.shape)}{hint}",
+            expected=f"{list(shapes[name])}, the shape of {name}",
+            remedy="The adapter was trained on a base of another size: give the base it was trained on.",
+        )
+    _check_completeness(adapter, targets, base)
+    return targets
+
+
+def _check_architecture(adapter: Adapter, base: Checkpoint) -> None:
+    mapping = adapter.config.get("auto_mapping") or {}
+    trained_on, architectures = mapping.get("base_model_class"), base.config.get("architectures") or []
+    if trained_on and architectures and trained_on not in architectures:
+        raise ArchitectureMismatchError(
+            f"{CONFIG_NAME}: auto_mapping.base_model_class",
+            found=trained_on,
+            expected=" or ".join(architectures),
+            remedy="Give the base that the adapter was trained on.",
+        )
+
+
+def _no_target(adapter: Adapter, missing: list[str], targets: int, shapes: Mapping[str, Any]) -> AdapterError:
+    name = missing[0]
+    tensor = adapter.updates[name.removesuffix(".weight")].a.name
+    if len(missing) == targets:
+        return ArchitectureMismatchError(
+            tensor,
+            found=f"{targets} targets such as {name}, none of which the base has",
+            expected=f"names such as {next((n for n in shapes if 'proj' in n), next(iter(shapes)))}",
+            remedy="The adapter was trained on another architecture: give the base it was trained on.",
+        )
+    close = get_close_matches(name, shapes, n=1)
+    return AdapterTargetError(
+        tensor,
+        found=f"no base tensor {name}" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""),
+        expected="a base tensor for every adapter tensor" + (f"; the nearest is {close[0]}" if close else ""),
+        remedy="Give the base that the adapter was trained on.",
+    )
+
+
+def _check_completeness(adapter: Adapter, targets: Mapping[str, LowRankUpdate], base: Checkpoint) -> None:
+    """Every base matrix that a plain list of target names calls for must have its update in the file."""
+    names, config = adapter.config.get("target_modules"), adapter.config
+    if not isinstance(names, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        called = any(module == target or module.endswith(f".{target}") for target in names)
+        if called and len(tensor.shape) == 2 and module != name and name not in targets:
+            raise AdapterTargetError(
+                name,
+                found="no update in the adapter's file",
+                expected=f"one, since {CONFIG_NAME} lists it among target_modules",
+                remedy="The adapter file is incomplete: save it again.",
+            )
+
+
+def check_values(adapter: Adapter) -> None:
+    """Read every A and B once and refuse NaN, infinity, and updates that are zero everywhere.
+
+    Raises:
+        NonFiniteTensorError: a tensor holds NaN or infinity.
+        ZeroDeltaError: A, B or the scale is zero, so the merge would leave the target as it was.
+    """
+    with TensorReader() as reader:
+        for module, update in adapter.updates.items():
+            peaks = [_peak(reader, tensor) for tensor in (update.a, update.b)]
+            if 0.0 in peaks or update.scale == 0.0:
+                what = update.a.name if peaks[0] == 0.0 else update.b.name if peaks[1] == 0.0 else f"{module}: the scale"
+                raise ZeroDeltaError(
+                    what,
+                    found="zeros only, so the merge would leave this target as it was",
+                    expected="a trained update",
+                    remedy="Check that the adapter was saved after training.",
+                )
+
+
+def _peak(reader: TensorReader, tensor: StoredTensor) -> float:
+    """Largest magnitude in a tensor; raises `NonFiniteTensorError` on NaN or infinity."""
+    values = as_float32(reader.rows(tensor, 0, tensor.rows), tensor.dtype)
+    peak = float(max(-values.min(), values.max())) if values.size else 0.0
+    if not math.isfinite(peak):
+        raise NonFiniteTensorError(
+            tensor.name, found="NaN or infinity", expected="finite numbers", remedy="Training diverged or the file is damaged."
+        )
+    return peak
+
+
+def check_copies(adapter: Adapter, base: Checkpoint) -> None:
+    """Whole weights saved beside the updates must be the base's own, or they are trained and not supported yet.
+
+    peft saves the embedding layers along when they are targeted (`save_embedding_layers="auto"`); then they are copies.
+
+    Raises:
+        UnsupportedAdapterError: a copy differs from the base in shape or in any value.
+    """
+    embedding = base.tensors.get("model.embed_tokens.weight")
+    with TensorReader() as reader:
+        for module, copy in adapter.copies.items():
+            original = base.tensors.get(f"{module}.weight")
+            if original is None and module == "lm_head" and base.config.get("tie_word_embeddings"):
+                original = embedding
+            if original is None or original.shape != copy.shape or not _equal(reader, copy, original):
+                found = "no such base tensor" if original is None else f"{list(copy.shape)} with values of its own"
+                raise _unsupported(copy.name, found, "a copy of the base's tensor: trained or resized embeddings are not")
+
+
+def _equal(reader: TensorReader, one: StoredTensor, other: StoredTensor, block_bytes: int = 1 << 22) -> bool:
+    rows = max(1, block_bytes // max(one.row_bytes, other.row_bytes))
+    starts: Iterable[int] = range(0, one.rows, rows)
+    for first in starts:
+        count = min(rows, one.rows - first)
+        mine = as_float32(reader.rows(one, first, count), one.dtype)
+        if not (mine == as_float32(reader.rows(other, first, count), other.dtype)).all():
+            return False
+    return True

@@ -1,0 +1,195 @@
+"""`export.json`: what went in, what was asked for, what came out, and how it scored. No time, path or host in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from exporter.adapter import Adapter
+from exporter.backends.base import OutputPlan
+from exporter.calibration import Windows
+from exporter.checkpoint import INDEX_NAME
+from exporter.model import MergedModel
+from exporter.plan import ExportPlan, FolderPlan, type_shares
+from exporter.sources import Source
+from exporter.verify.gate import Verification
+from exporter.version import __version__
+
+MANIFEST_NAME = "export.json"
+SCHEMA_VERSION = 1
+_PACKAGES = ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "safetensors", "tokenizers", "numpy")
+
+
+def input_files(plan: ExportPlan) -> list[tuple[str, Path]]:
+    """Every file of the inputs that decides the outputs: its role (`base`, `adapter`, `adapter.1`, …) and its path."""
+    base = plan.base.folder
+    names = ["config.json", "generation_config.json", INDEX_NAME, "README.md"]
+    files = [("base", base / name) for name in names if (base / name).is_file()]
+    files += [("base", shard) for shard in plan.model.base.shards]
+    for index, adapter in enumerate(plan.model.adapters):
+        files += [(_role(index), file) for file in adapter.files]
+    for path in plan.model.tokenizer.files.values():
+        owner = next((_role(i) for i, a in enumerate(plan.model.adapters) if path.parent == a.folder), "base")
+        files.append((owner, path))
+    return files
+
+
+def _role(index: int) -> str:
+    return "adapter" if index == 0 else f"adapter.{index}"
+
+
+def build_manifest(
+    plan: ExportPlan,
+    folder: FolderPlan,
+    inputs: Mapping[Path, str],
+    outputs: Mapping[str, tuple[int, str]],
+    windows: Windows | None,
+    verdicts: Mapping[str, Verification],
+    device: str,
+) -> dict[str, Any]:
+    """The manifest of one output folder.
+
+    Args:
+        plan: the run's plan.
+        folder: the folder that the manifest describes.
+        inputs: hash of every input file.
+        outputs: size and hash of every file of the folder, by name.
+        windows: what was scored, or None without verification.
+        verdicts: by artifact label.
+        device: where the merge was computed (`cpu` or `cuda`).
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "exporter": __version__,
+        "name": plan.model.name,
+        "inputs": _inputs(plan, inputs),
+        "recipe": _recipe(plan, folder),
+        "merge": {
+            "device": device,
+            "parameters": plan.model.parameters,
+            "tensors": len(plan.model.tensors),
+            "tensors_updated": plan.model.updated,
+            "untied": plan.model.untied,
+            "tokenizer_from": plan.model.tokenizer.origin,
+        },
+        "versions": {package: version(package) for package in _PACKAGES},
+        "evaluation": _evaluation(windows),
+        "artifacts": [_artifact(artifact, outputs, verdicts.get(artifact.label)) for artifact in folder.artifacts],
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(outputs.items())},
+    }
+
+
+def _inputs(plan: ExportPlan, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
+    files: dict[str, list[dict[str, Any]]] = {}
+    for role, path in input_files(plan):
+        files.setdefault(role, []).append(
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": hashes[path]}
+        )
+    described = [{"role": "base", **_source(plan.base), "files": files["base"]}]
+    for index, (source, adapter) in enumerate(zip(plan.adapters, plan.model.adapters, strict=True)):
+        described.append(
+            {"role": "adapter", **_source(source), "adapter": adapter_summary(adapter), "files": files[_role(index)]}
+        )
+    return described
+
+
+def _source(source: Source) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": source.name}
+    if source.hub_id:
+        found |= {"hub_id": source.hub_id, "revision": source.revision}
+    return found
+
+
+def adapter_summary(adapter: Adapter) -> dict[str, Any]:
+    """What kind of adapter it is: method, ranks, scales, number and kinds of targets."""
+    updates = adapter.updates.values()
+    return {
+        "method": "rslora" if adapter.config.get("use_rslora") else "lora",
+        "ranks": sorted({update.rank for update in updates}),
+        "scales": sorted({update.scale for update in updates}),
+        "targets": len(adapter.updates),
+        "modules": sorted({update.module.rsplit(".", 1)[-1] for update in updates}),
+    }
+
+
+def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
+    """The recipe with every default resolved; folders by name only."""
+    recipe = plan.recipe
+    options = next(output.options for output in recipe.outputs if output.out == folder.out)
+    calibration = recipe.evaluation.calibration
+    return {
+        "base": plan.base.hub_id or plan.base.name,
+        "adapters": [source.hub_id or source.name for source in plan.adapters],
+        "format": folder.backend.name,
+        "quant": [artifact.quant for artifact in folder.artifacts],
+        "options": options,
+        "verify": recipe.verify,
+        "evaluation": {
+            "calibration": calibration.name if calibration else None,
+            "tokens": recipe.evaluation.tokens,
+            "n_ctx": recipe.evaluation.n_ctx,
+            "gate": recipe.evaluation.gate,
+        },
+    }
+
+
+def _evaluation(windows: Windows | None) -> dict[str, Any] | None:
+    if windows is None:
+        return None
+    return {
+        "source": windows.source,
+        "windows": len(windows.ids),
+        "n_ctx": windows.n_ctx,
+        "tokens_scored": windows.tokens_scored,
+        "sha256": windows.sha256,
+    }
+
+
+def _artifact(
+    artifact: OutputPlan, outputs: Mapping[str, tuple[int, str]], verdict: Verification | None
+) -> dict[str, Any]:
+    names = [file.name for file in artifact.files] + list(artifact.documents) + list(artifact.copies)
+    return {
+        "format": artifact.format,
+        "quant": artifact.quant,
+        "entry": artifact.entry,
+        "bytes": sum(outputs[name][0] for name in names),
+        "files": names,
+        "types": type_shares(artifact),
+        "notes": list(artifact.notes),
+        "tensors": [
+            {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
+            | ({"wanted": tensor.fallback_from} if tensor.fallback_from else {})
+            for tensor in artifact.tensors
+        ],
+        "verification": _verification(verdict),
+    }
+
+
+def _verification(verdict: Verification | None) -> dict[str, Any]:
+    if verdict is None:
+        return {"verdict": "skipped"}
+    figures = verdict.comparison
+    return {
+        "verdict": "passed" if verdict.passed else "failed",
+        "runtime": verdict.runtime,
+        "tokens_scored": figures.tokens_scored,
+        "perplexity": figures.perplexity,
+        "perplexity_stderr": figures.perplexity_stderr,
+        "reference_perplexity": figures.reference_perplexity,
+        "delta": figures.delta,
+        "delta_log": figures.delta_log,
+        "delta_stderr": figures.delta_stderr,
+        "same_top": figures.same_top,
+        "gate": {"max_delta": verdict.gate.max_delta, "min_same_top": verdict.gate.min_same_top},
+        "broken": list(verdict.broken),
+    }
+
+
+def dump(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes: one `tensors` entry a line, so that a diff of two manifests can be read."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    return (text + "\n").encode()

@@ -1,0 +1,183 @@
+"""The staging folder: everything is written beside the target, made durable, and renamed at the end.
+
+A run that is killed leaves only the staging folder, whose name starts with a dot. It holds a key of the plan and a
+journal of the tensors that are on the disk; a later run with the same plan goes on from there, any other starts anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from exporter.errors import OutputExistsError, StagingInUseError, WriteError
+
+HASH_CHUNK_BYTES = 1 << 22
+
+
+class Staging:
+    """One staging folder, locked while it is open.
+
+    Attributes:
+        out: the folder that publishing creates.
+        files: where the artifact's files are written.
+        resumed: whether an earlier run's work was found and fits the plan.
+    """
+
+    def __init__(self, out: Path, key: str, *, force: bool = False) -> None:
+        self.out = out
+        self._folder = out.parent / f".{out.name}.staging"
+        self.files = self._folder / "files"
+        self._force = force
+        _refuse_existing(out, force)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(
+                str(out), found=str(error), expected="a folder that can be made", remedy="Choose another --out."
+            ) from None
+        self._lock = self._acquire()
+        self.resumed = self._fits(key)
+        if not self.resumed:
+            self._reset(key)
+        self._done = self._read_journal()
+        self._journal = (self._folder / "journal").open("a", encoding="utf-8")
+
+    def _acquire(self) -> int:
+        lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise StagingInUseError(
+                str(self._folder),
+                found="another run that writes there",
+                expected="one run at a time",
+                remedy="Wait for it, or choose another --out.",
+            ) from None
+        return lock
+
+    def _fits(self, key: str) -> bool:
+        stored = self._folder / "key"
+        return stored.is_file() and stored.read_text(encoding="utf-8") == key and self.files.is_dir()
+
+    def _reset(self, key: str) -> None:
+        shutil.rmtree(self.files, ignore_errors=True)
+        (self._folder / "journal").unlink(missing_ok=True)
+        self.files.mkdir()
+        write_durably(self._folder / "key", key.encode())
+
+    def _read_journal(self) -> set[tuple[str, str]]:
+        done: set[tuple[str, str]] = set()
+        journal = self._folder / "journal"
+        for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else ():
+            try:
+                artifact, tensor = json.loads(line)
+            except ValueError:
+                # The last line of a run that was killed in the middle of it.
+                continue
+            done.add((artifact, tensor))
+        return done
+
+    def done(self, artifact: str) -> set[str]:
+        """Names of an artifact's tensors that an earlier run brought to the disk."""
+        return {tensor for label, tensor in self._done if label == artifact}
+
+    def record(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Note tensors as done, by artifact and name. Their data must be on the disk already."""
+        # A leading newline closes whatever half a line a killed run left.
+        self._journal.write("\n" + "\n".join(json.dumps(entry) for entry in entries) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def publish(self) -> Path:
+        """Sync everything and rename the files to the output folder."""
+        self._move(self.out, replace=self._force)
+        return self.out
+
+    def reject(self) -> Path:
+        """Keep the files under `OUT.rejected` and leave the output path alone; an older rejected folder is replaced."""
+        target = self.out.parent / f"{self.out.name}.rejected"
+        self._move(target, replace=True)
+        return target
+
+    def discard(self) -> None:
+        """Remove the staging folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock and keep the folder for the next run."""
+        self._journal.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _move(self, target: Path, *, replace: bool) -> None:
+        sync_tree(self.files)
+        aside = self._folder / "replaced"
+        if replace and target.exists():
+            target.rename(aside)
+        else:
+            _refuse_existing(target, force=False)
+        self.files.rename(target)
+        sync_folder(target.parent)
+        self.discard()
+
+
+def _refuse_existing(out: Path, force: bool) -> None:
+    if os.path.lexists(out) and not force:
+        raise OutputExistsError(
+            str(out), found="a file or folder", expected="nothing there", remedy="Choose another --out, or use --force."
+        )
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    """Write a small file and bring it to the disk."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's content (not its times or modes) and bring it to the disk."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, HASH_CHUNK_BYTES)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file and folder below `folder` to the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(parent) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(parent))
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read in bounded chunks."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

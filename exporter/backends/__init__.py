@@ -1,0 +1,1 @@
+"""Backends write artifacts; each is a plug-in behind one protocol."""

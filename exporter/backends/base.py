@@ -1,0 +1,168 @@
+"""The protocol of a backend: say what will be written, take the merged rows as they come, close.
+
+A backend is a class registered in the entry-point group `exporter.backends`. Its module must import quickly (no torch):
+heavy imports belong inside `open`. Plans are data, so they can be printed, compared and written to the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from exporter.model import MergedModel
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One stored tensor: what it is made from, its type, and where its rows go.
+
+    Attributes:
+        name: its name in the output.
+        source: name of the merged tensor that it is made from.
+        shape: its dimensions, outermost first.
+        type: the type it is stored in, in the format's own words (`Q6_K`, `BF16`).
+        file: the file it goes to, relative to the output folder.
+        offset: byte in that file where it starts.
+        row_bytes: bytes of one stored row.
+        fallback_from: the type that the rules asked for, if its shape does not allow that one.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    type: str
+    file: str
+    offset: int
+    row_bytes: int
+    fallback_from: str | None = None
+
+    @property
+    def columns(self) -> int:
+        """Elements in a row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows when seen as a matrix."""
+        rows = 1
+        for size in self.shape[:-1]:
+            rows *= size
+        return rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file that holds tensors.
+
+    Attributes:
+        name: relative to the output folder.
+        nbytes: its size.
+        header: the bytes it starts with.
+    """
+
+    name: str
+    nbytes: int
+    header: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """One artifact, fully described before a byte of it is written.
+
+    Attributes:
+        format: the backend's name.
+        quant: the quantization type asked for, resolved (never empty).
+        entry: what a runtime loads, relative to the output folder: a file, or `.` for the folder itself.
+        files: the files that hold tensors.
+        tensors: every stored tensor.
+        documents: small files known by now: name to content.
+        copies: files taken over as they are: name to source.
+        runtimes: runtimes that can verify it, the preferred one first.
+        notes: degradations and choices that the reader should know of.
+    """
+
+    format: str
+    quant: str
+    entry: str
+    files: tuple[FilePlan, ...]
+    tensors: tuple[TensorPlan, ...]
+    documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    runtimes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Short name for screens and messages."""
+        return f"{self.format} {self.quant}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything it writes."""
+        copied = sum(path.stat().st_size for path in self.copies.values())
+        return sum(file.nbytes for file in self.files) + sum(map(len, self.documents.values())) + copied
+
+    @property
+    def fallbacks(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose shape forced another type than the rules asked for."""
+        return tuple(tensor for tensor in self.tensors if tensor.fallback_from)
+
+
+class Writer(Protocol):
+    """Writes one artifact. `write` is called from several threads at once, for different rows."""
+
+    def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
+        """Store rows from `first_row` on.
+
+        Args:
+            tensor: one of the plan's tensors.
+            first_row: index of the block's first row.
+            block: float32, shape (rows, columns), on the merging device; it must not be changed or kept.
+        """
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk."""
+
+    def close(self) -> None:
+        """Finish and close every file."""
+
+
+class Backend(Protocol):
+    """What a format has to say and do.
+
+    Attributes:
+        name: what `--format` calls it.
+        summary: one line for `exporter formats`.
+        quants: the quantization types it knows, in the order to list them.
+        needs: what it must be given beside the merged weights: nothing, second moments, Hessians.
+        packages: distributions that must be installed for it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    quants: ClassVar[tuple[str, ...]]
+    needs: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+
+    def default_quant(self, model: MergedModel) -> str:
+        """The type used when none is asked for."""
+
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any]) -> OutputPlan:
+        """Describe the artifact, or refuse.
+
+        Raises:
+            RefusalError: the model cannot be written in this format or type.
+        """
+
+    def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
+        """Open the artifact's files under `folder` for writing; with `resume`, keep what is in them."""

@@ -1,0 +1,105 @@
+"""Writing planned files: rows at their offsets, in whatever order they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.backends.base import OutputPlan, TensorPlan
+from exporter.errors import WriteError
+
+if TYPE_CHECKING:
+    import torch
+
+Encoder = Callable[[TensorPlan, "torch.Tensor"], "bytes | bytearray | memoryview"]
+
+
+class OffsetWriter:
+    """A `Writer` for formats whose files are a header and tensors at fixed offsets.
+
+    Args:
+        plan: the artifact's plan.
+        folder: where its files go.
+        encode: turns float32 rows into stored bytes; called from several threads at once.
+        resume: keep what is in the files.
+
+    Raises:
+        WriteError: the disk is full or the file cannot be made.
+    """
+
+    def __init__(self, plan: OutputPlan, folder: Path, encode: Encoder, *, resume: bool) -> None:
+        self._encode = encode
+        self._descriptors: dict[str, int] = {}
+        try:
+            for file in plan.files:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
+                self._descriptors[file.name] = descriptor = os.open(folder / file.name, flags, 0o644)
+                # Reserving the room now turns a full disk into an error at the start, and makes the padding zeros.
+                os.posix_fallocate(descriptor, 0, max(1, file.nbytes))
+                _write_all(descriptor, file.header, 0)
+        except OSError as error:
+            self.close()
+            raise WriteError(
+                str(folder), found=str(error), expected="room to write", remedy="Free some disk and run again."
+            ) from None
+
+    def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
+        """See `Writer`."""
+        data = self._encode(tensor, block)
+        expected = tensor.row_bytes * block.shape[0]
+        if len(data) != expected:
+            raise WriteError(
+                tensor.name, found=f"{len(data)} bytes", expected=f"{expected}", remedy="This is a defect of the backend."
+            )
+        try:
+            _write_all(self._descriptors[tensor.file], data, tensor.offset + first_row * tensor.row_bytes)
+        except OSError as error:
+            raise WriteError(
+                tensor.file, found=str(error), expected="room to write", remedy="Free some disk and run again."
+            ) from None
+
+    def sync(self) -> None:
+        """See `Writer`."""
+        for descriptor in self._descriptors.values():
+            os.fdatasync(descriptor)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def encode_float(block: torch.Tensor, kind: str, name: str) -> memoryview:
+    """Round float32 rows once to F32, F16 or BF16 (to nearest, ties to even).
+
+    Raises:
+        OverflowRefusedError: a value does not fit F16.
+    """
+    import torch
+
+    from exporter.errors import OverflowRefusedError
+
+    if kind == "BF16":
+        stored = block.to(torch.bfloat16).view(torch.int16)
+    elif kind == "F16":
+        stored = block.to(torch.float16)
+        if not torch.isfinite(stored).all():
+            raise OverflowRefusedError(
+                name,
+                found=f"{block.abs().max().item():.6g}",
+                expected="at most 65504, the largest float16",
+                remedy="Choose bf16 or fp32.",
+            )
+        stored = stored.view(torch.int16)
+    else:
+        stored = block
+    return memoryview(stored.cpu().contiguous().numpy()).cast("B")

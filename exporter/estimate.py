@@ -1,0 +1,51 @@
+"""Rough figures for the plan: memory and time. Measured with scripts/benchmark.py; docs/performance.md has the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exporter.backends.base import OutputPlan
+from exporter.model import MergedModel
+from exporter.recipe import Recipe
+from exporter.verify.reference import reference_bytes
+
+# Interpreter, torch and this package, with nothing loaded.
+_RESIDENT_BYTES = 260 << 20
+# Objects of a vocabulary while a GGUF header is packed, a token.
+_VOCABULARY_BYTES_PER_TOKEN = 900
+# Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
+_BLOCK_FACTOR = 6
+
+_STARTUP_SECONDS = 4.0
+# Elements a second and thread: reading, merging and writing floats; and quantizing, by the kind of type.
+_MERGE_RATE = 150e6
+_QUANTIZE_RATE = {
+    "Q8_0": 300e6, "Q4_0": 150e6, "Q4_1": 150e6, "Q5_0": 120e6, "Q5_1": 120e6, "Q6_K": 40e6, "Q5_K": 40e6,
+    "Q4_K": 40e6, "Q3_K": 40e6, "Q2_K": 25e6, "IQ4_NL": 8e6, "IQ4_XS": 8e6,
+}  # fmt: skip
+# Multiply-adds a second and thread in a forward pass.
+_FORWARD_RATE = 50e9
+
+
+def merge_memory(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, block_bytes: int) -> int:
+    """Estimated peak memory of merging and writing: it does not depend on the size of the model or of its tensors."""
+    vocabulary = int(model.config.get("vocab_size") or 0) if any(a.format == "gguf" for a in artifacts) else 0
+    return _RESIDENT_BYTES + vocabulary * _VOCABULARY_BYTES_PER_TOKEN + 3 * threads * _BLOCK_FACTOR * block_bytes // 2
+
+
+def reference_memory(model: MergedModel, n_ctx: int) -> int:
+    """Estimated memory of the in-memory reference."""
+    return reference_bytes(model, n_ctx)
+
+
+def seconds(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, recipe: Recipe) -> float:
+    """Rough duration of a run."""
+    work = model.parameters / _MERGE_RATE
+    for artifact in artifacts:
+        for tensor in artifact.tensors:
+            work += tensor.rows * tensor.columns / _QUANTIZE_RATE.get(tensor.type, _MERGE_RATE)
+    duration = _STARTUP_SECONDS + work / threads
+    if recipe.verify:
+        passes = 1 + len(artifacts)
+        duration += _STARTUP_SECONDS + passes * recipe.evaluation.tokens * model.parameters / (_FORWARD_RATE * threads)
+    return duration

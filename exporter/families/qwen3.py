@@ -1,0 +1,7 @@
+"""Qwen3, dense: q and k normalized per head, no bias, head size of its own."""
+
+from exporter.families.base import Family
+
+QWEN3 = Family(
+    model_type="qwen3", architecture="Qwen3ForCausalLM", gguf_architecture="qwen3", qkv_bias=False, qk_norm=True
+)

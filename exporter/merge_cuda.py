@@ -1,0 +1,59 @@
+"""The merge on CUDA: copies staged through pinned memory, on one stream a thread, so that they overlap the products.
+
+Each worker thread owns a stream and a pinned buffer. While one thread's block computes, another's copies in and a
+third's result copies out; the order of blocks is the caller's business.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from exporter.checkpoint import TensorReader
+from exporter.merge import DTYPES, TILE_ROWS, CpuMerger, RowBlock, add_update
+from exporter.model import MergedTensor
+
+
+class CudaMerger:
+    """Merges on a CUDA device; one stream and one pinned staging buffer a thread."""
+
+    def __init__(self, reader: TensorReader, device: str) -> None:
+        self.device = device
+        self._reader = reader
+        self._host = CpuMerger(reader)
+        self._local = threading.local()
+        # Products in true float32: TF32 keeps ten bits of the mantissa and would break the promise of the merge.
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
+        """See `exporter.merge.Merger`. Synchronous, so that every worker's stream may read them."""
+        return tuple(factor.to(self.device) for factor in self._host.factors(tensor))
+
+    def block(self, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """See `exporter.merge.Merger`. Returns once the block is computed."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream()):
+            raw = self._reader.rows(tensor.source, block.first, block.count)
+            stored = torch.frombuffer(raw, dtype=DTYPES[tensor.source.dtype]).view(block.count, -1)
+            merged = self._staged(stored).to(torch.float32)
+            for update, factor in zip(tensor.updates, factors, strict=True):
+                left = self._host.left_rows(update, block).to(self.device)
+                add_update(merged, left, factor, update, TILE_ROWS["cuda"])
+            self._stream().synchronize()
+        return merged
+
+    def _stream(self) -> torch.cuda.Stream:
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self.device)
+        stream: torch.cuda.Stream = self._local.stream
+        return stream
+
+    def _staged(self, host: torch.Tensor) -> torch.Tensor:
+        """Copy to the device through this thread's pinned buffer. The block before has been synchronized by now."""
+        nbytes = host.numel() * host.element_size()
+        buffer: torch.Tensor | None = getattr(self._local, "pinned", None)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._local.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        pinned = buffer[:nbytes].view(host.dtype).view(host.shape)
+        pinned.copy_(host)
+        return pinned.to(self.device, non_blocking=True)

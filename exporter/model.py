@@ -1,0 +1,162 @@
+"""The merged model as data: which tensors it has, in model order, and what each is made of. No weights are read here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from exporter.adapter import Adapter, LowRankUpdate, bind, check_copies, check_values
+from exporter.checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor
+from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedAdapterError
+from exporter.tokenizer import TokenizerFiles
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged model.
+
+    Attributes:
+        name: its name, which is the base's.
+        source: the base tensor that it starts from.
+        updates: the low-rank updates to add, in order; empty if the base's values are kept.
+    """
+
+    name: str
+    source: StoredTensor
+    updates: tuple[LowRankUpdate, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions, outermost first."""
+        return self.source.shape
+
+    @property
+    def elements(self) -> int:
+        """Number of its elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """Base + adapters, checked, as a list of tensors in model order.
+
+    Attributes:
+        base: the base checkpoint.
+        adapters: the adapters, in the order in which they are added.
+        tensors: the tensors in model order: embedding, layers by number, norm, head.
+        config: the configuration of the merged model (the base's, but untied where head and embedding diverge).
+        untied: True if the adapter made head and embedding diverge in a model that ties them.
+        tokenizer: tokenizer and chat template files: the adapter's where it carries its own, else the base's.
+        name: name of the merged model, for file names and metadata.
+    """
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    tensors: tuple[MergedTensor, ...]
+    config: Mapping[str, Any]
+    untied: bool
+    tokenizer: TokenizerFiles
+    name: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def updated(self) -> int:
+        """Number of tensors that an adapter changes."""
+        return sum(1 for tensor in self.tensors if tensor.updates)
+
+
+def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> MergedModel:
+    """Check base and adapters against each other and list the merged model's tensors.
+
+    Reads headers, the adapters' own values, and nothing else of the base.
+
+    Raises:
+        QuantizedBaseError: the base is quantized.
+        AdapterError and its kinds: see `exporter.adapter`.
+    """
+    check_not_quantized(base)
+    updates: dict[str, tuple[LowRankUpdate, ...]] = {}
+    for adapter in adapters:
+        for target, update in bind(adapter, base).items():
+            updates[target] = (*updates.get(target, ()), update)
+        check_values(adapter)
+        check_copies(adapter, base)
+    _check_embedding(base)
+    untied = _diverges(base, adapters, updates)
+    tensors = [MergedTensor(tensor.name, tensor, updates.get(tensor.name, ())) for tensor in base.tensors.values()]
+    config = dict(base.config)
+    if untied:
+        config["tie_word_embeddings"] = False
+        if HEAD not in base.tensors:
+            tensors.append(MergedTensor(HEAD, base.tensors[EMBEDDING], updates.get(HEAD, ())))
+    tensors.sort(key=lambda tensor: model_order(tensor.name))
+    tokenizer = TokenizerFiles.choose(base.folder, tuple(adapter.folder for adapter in adapters))
+    return MergedModel(base, adapters, tuple(tensors), config, untied, tokenizer, name)
+
+
+def model_order(name: str) -> tuple[int, int]:
+    """Sort key: embedding first, then layers by number, then the rest, the head last."""
+    if "embed_tokens" in name:
+        return (0, 0)
+    if match := re.search(r"\.layers\.(\d+)\.", name):
+        return (1, int(match[1]))
+    return (3, 0) if name.startswith("lm_head") else (2, 0)
+
+
+def _check_embedding(base: Checkpoint) -> None:
+    if base.config.get("tie_word_embeddings") and EMBEDDING not in base.tensors and HEAD not in base.tensors:
+        raise MissingTensorError(
+            EMBEDDING, found="no such tensor", expected="the embedding of a tied model", remedy="Fetch the base again."
+        )
+
+
+def _diverges(
+    base: Checkpoint, adapters: tuple[Adapter, ...], updates: Mapping[str, tuple[LowRankUpdate, ...]]
+) -> bool:
+    """Whether head and embedding of a tied model end up different: an update of one of them is not one of the other."""
+    if not base.config.get("tie_word_embeddings") or not (HEAD in updates or EMBEDDING in updates):
+        return False
+    if any(adapter.config.get("ensure_weight_tying") for adapter in adapters):
+        raise UnsupportedAdapterError(
+            "adapter_config.json: ensure_weight_tying",
+            found="true, with the embedding among the targets",
+            expected="it unset",
+            remedy="Merge it with peft and export the merged model as --base.",
+        )
+    return True
+
+
+def check_not_quantized(base: Checkpoint) -> None:
+    """Refuse a base that is already quantized: merging into it would round the tune away.
+
+    Raises:
+        QuantizedBaseError: by the configuration or by the tensors' dtypes.
+    """
+    quantization = base.config.get("quantization_config") or base.config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method") or "quantized"
+        if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
+            method = "bitsandbytes"
+        raise _quantized("config.json: quantization_config", f"a base quantized with {method}")
+    for tensor in base.tensors.values():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise _quantized(tensor.name, f"{tensor.dtype} data")
+
+
+def _quantized(thing: str, found: str) -> QuantizedBaseError:
+    return QuantizedBaseError(
+        thing,
+        found=found,
+        expected="float tensors (bf16, fp16 or fp32)",
+        remedy="Give the 16-bit model that the quantized one was made from as --base.",
+    )

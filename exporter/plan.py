@@ -1,0 +1,275 @@
+"""The whole plan as data, and the refusals: everything that can be known before a byte is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from exporter.adapter import Adapter
+from exporter.backends.base import Backend, OutputPlan
+from exporter.backends.registry import load_backend
+from exporter.checkpoint import Checkpoint
+from exporter.errors import (
+    MissingFileError,
+    NotEnoughDiskError,
+    NotEnoughMemoryError,
+    OutputExistsError,
+    OverlappingPathsError,
+)
+from exporter.estimate import merge_memory, reference_memory, seconds
+from exporter.model import MergedModel, plan_merge
+from exporter.recipe import Execution, Output, Recipe
+from exporter.sources import Source, resolve_adapter, resolve_base
+
+# export.json and the like, beside the planned files.
+_SLACK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """One output folder and the artifacts in it.
+
+    Attributes:
+        out: the folder that publishing creates.
+        backend: the backend that writes it.
+        artifacts: one for each quantization type.
+    """
+
+    out: Path
+    backend: Backend
+    artifacts: tuple[OutputPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(artifact.nbytes for artifact in self.artifacts)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What a run will read, write, need and check.
+
+    Attributes:
+        recipe: what was asked for.
+        execution: how it will run.
+        base: the base's source.
+        adapters: the adapters' sources.
+        model: the merged model.
+        folders: the output folders.
+        threads: worker threads.
+        merge_bytes: estimated peak memory of merging and writing.
+        reference_bytes: estimated memory of the reference, 0 without verification.
+        seconds: rough duration on this machine.
+    """
+
+    recipe: Recipe
+    execution: Execution
+    base: Source
+    adapters: tuple[Source, ...]
+    model: MergedModel
+    folders: tuple[FolderPlan, ...]
+    threads: int
+    merge_bytes: int
+    reference_bytes: int
+    seconds: float
+
+    @property
+    def artifacts(self) -> tuple[OutputPlan, ...]:
+        """All artifacts of all folders."""
+        return tuple(artifact for folder in self.folders for artifact in folder.artifacts)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all files that will be written."""
+        return sum(folder.nbytes for folder in self.folders)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the base's tensors."""
+        return self.model.base.nbytes
+
+
+def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
+    """Resolve the inputs, check everything that can be checked, and describe the run. Writes nothing.
+
+    Raises:
+        RefusalError: see `exporter.errors`; the first thing that is wrong.
+    """
+    base_source = resolve_base(recipe.base)
+    adapter_sources = tuple(resolve_adapter(source) for source in recipe.adapters)
+    _check_paths(recipe, (base_source, *adapter_sources))
+    base = Checkpoint.open(base_source.folder)
+    adapters = tuple(Adapter.open(source.folder) for source in adapter_sources)
+    name = recipe.name or "-".join(source.name for source in (base_source, *adapter_sources))
+    model = plan_merge(base, adapters, name)
+    folders = tuple(_plan_folder(output, model) for output in recipe.outputs)
+    threads = execution.threads or len(os.sched_getaffinity(0))
+    artifacts = [artifact for folder in folders for artifact in folder.artifacts]
+    plan = ExportPlan(
+        recipe=recipe,
+        execution=execution,
+        base=base_source,
+        adapters=adapter_sources,
+        model=model,
+        folders=folders,
+        threads=threads,
+        merge_bytes=merge_memory(model, artifacts, threads, execution.block_bytes),
+        reference_bytes=reference_memory(model, recipe.evaluation.n_ctx) if recipe.verify else 0,
+        seconds=seconds(model, artifacts, threads, recipe),
+    )
+    _check_resources(plan)
+    return plan
+
+
+def _plan_folder(output: Output, model: MergedModel) -> FolderPlan:
+    backend = load_backend(output.format)
+    quants = output.quant or (backend.default_quant(model),)
+    artifacts = tuple(backend.plan(model, quant, output.options) for quant in quants)
+    entries = Counter(file.name for artifact in artifacts for file in artifact.files)
+    clash = next((name for name, count in entries.items() if count > 1), None)
+    if clash:
+        raise OutputExistsError(
+            str(output.out / clash),
+            found=f"{len(quants)} types that are written to the same file",
+            expected="one type a folder for this format",
+            remedy="Give each type an output of its own in a recipe.",
+        )
+    return FolderPlan(output.out, backend, artifacts)
+
+
+def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
+    """Outputs must not exist, must have a parent that can be made, and must be apart from the inputs."""
+    for output in recipe.outputs:
+        out = output.out.absolute()
+        if os.path.lexists(out) and not recipe.force:
+            raise OutputExistsError(
+                str(output.out),
+                found="a file or folder",
+                expected="nothing there",
+                remedy="Choose another --out, or use --force to replace it.",
+            )
+        for source in sources:
+            inside, folder = out.resolve(), source.folder.resolve()
+            if inside == folder or folder in inside.parents or inside in folder.parents:
+                raise OverlappingPathsError(
+                    str(output.out),
+                    found=f"an output that overlaps the input {source.name}",
+                    expected="folders apart from each other",
+                    remedy="Choose another --out.",
+                )
+    calibration = recipe.evaluation.calibration
+    if recipe.verify and calibration is not None and not calibration.is_file():
+        raise MissingFileError(
+            str(calibration), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
+        )
+
+
+def _check_resources(plan: ExportPlan) -> None:
+    """Disk for each file system that is written to, and memory for the reference."""
+    needed: Counter[int] = Counter()
+    free: dict[int, tuple[Path, int]] = {}
+    for folder in plan.folders:
+        parent = _existing_parent(folder.out)
+        device = parent.stat().st_dev
+        needed[device] += folder.nbytes + _SLACK_BYTES - staged_bytes(folder.out)
+        free[device] = (parent, shutil.disk_usage(parent).free)
+    for device, nbytes in needed.items():
+        parent, available = free[device]
+        if nbytes > available:
+            raise NotEnoughDiskError(
+                str(parent),
+                found=f"{available / 1e9:.2f} GB free",
+                expected=f"{nbytes / 1e9:.2f} GB for the planned files",
+                remedy="Free some disk, or choose another --out.",
+            )
+    memory = psutil.virtual_memory().available
+    if plan.reference_bytes > memory:
+        raise NotEnoughMemoryError(
+            "verification",
+            found=f"{memory / 1e9:.1f} GB of memory available",
+            expected=f"{plan.reference_bytes / 1e9:.1f} GB for the float32 reference",
+            remedy="Run on a machine with more memory, or export with --no-verify.",
+        )
+
+
+def _existing_parent(out: Path) -> Path:
+    parent = out.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent
+
+
+def staged_bytes(out: Path) -> int:
+    """Bytes that an earlier run left in the staging folder of an output."""
+    files = out.parent / f".{out.name}.staging" / "files"
+    return sum(file.stat().st_blocks * 512 for file in files.rglob("*") if file.is_file()) if files.is_dir() else 0
+
+
+def describe(plan: ExportPlan) -> dict[str, Any]:
+    """The plan as JSON."""
+    return {
+        "base": {"name": plan.base.name, "revision": plan.base.revision, "bytes": plan.input_bytes},
+        "adapters": [
+            {"name": source.name, "revision": source.revision, "targets": len(adapter.updates)}
+            for source, adapter in zip(plan.adapters, plan.model.adapters, strict=True)
+        ],
+        "model": {
+            "name": plan.model.name,
+            "architecture": (plan.model.config.get("architectures") or [None])[0],
+            "parameters": plan.model.parameters,
+            "tensors": len(plan.model.tensors),
+            "tensors_updated": plan.model.updated,
+            "untied": plan.model.untied,
+        },
+        "outputs": [_describe_folder(folder, plan) for folder in plan.folders],
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": {"merge": plan.merge_bytes, "reference": plan.reference_bytes},
+        "seconds": round(plan.seconds, 1),
+        "threads": plan.threads,
+        "device": plan.execution.device,
+    }
+
+
+def _describe_folder(folder: FolderPlan, plan: ExportPlan) -> dict[str, Any]:
+    return {
+        "out": str(folder.out),
+        "artifacts": [
+            {
+                "format": artifact.format,
+                "quant": artifact.quant,
+                "entry": artifact.entry,
+                "bytes": artifact.nbytes,
+                "files": [{"name": file.name, "bytes": file.nbytes} for file in artifact.files]
+                + [{"name": name, "bytes": len(content)} for name, content in artifact.documents.items()]
+                + [{"name": name, "bytes": path.stat().st_size} for name, path in artifact.copies.items()],
+                "types": type_shares(artifact),
+                "fallbacks": [
+                    {"tensor": tensor.name, "wanted": tensor.fallback_from, "type": tensor.type}
+                    for tensor in artifact.fallbacks
+                ],
+                "notes": list(artifact.notes),
+                "verified_by": artifact.runtimes[0] if plan.recipe.verify and artifact.runtimes else None,
+            }
+            for artifact in folder.artifacts
+        ],
+    }
+
+
+def type_shares(artifact: OutputPlan) -> dict[str, dict[str, float]]:
+    """Tensors, bytes and share of the bytes by type, the largest first."""
+    tensors: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for tensor in artifact.tensors:
+        tensors[tensor.type] += 1
+        nbytes[tensor.type] += tensor.nbytes
+    total = sum(nbytes.values()) or 1
+    return {
+        kind: {"tensors": tensors[kind], "bytes": size, "share": round(size / total, 4)}
+        for kind, size in nbytes.most_common()
+    }

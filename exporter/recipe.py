@@ -1,0 +1,172 @@
+"""What to export: frozen, validated, unknown keys refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from exporter.errors import MissingFileError, RecipeError
+
+
+def _as_tuple(value: Any) -> Any:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Output(_Frozen):
+    """One output folder.
+
+    Attributes:
+        format: name of the backend.
+        out: the folder that publishing creates.
+        quant: quantization types; empty for the backend's default.
+        options: options of the backend.
+    """
+
+    format: str
+    out: Path
+    quant: Names = ()
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("quant")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len({name.lower() for name in value}) != len(value):
+            raise ValueError("every quantization type once")
+        return value
+
+
+class Evaluation(_Frozen):
+    """What verification scores.
+
+    Attributes:
+        calibration: a .txt or .jsonl file, or None for the embedded text.
+        tokens: evaluation tokens; whole windows of `n_ctx` are used, at least one.
+        n_ctx: window in tokens, as llama-perplexity's `--ctx-size`.
+        gate: largest relative change of perplexity by quantization type, in place of the built-in limits.
+    """
+
+    calibration: Path | None = None
+    tokens: int = Field(default=4096, ge=64)
+    n_ctx: int = Field(default=512, ge=16, le=32768)
+    gate: dict[str, float] = Field(default_factory=dict)
+
+
+class Recipe(_Frozen):
+    """Everything that decides the bytes of the outputs.
+
+    Attributes:
+        base: a folder or a hub id, with `@revision` if need be.
+        adapters: likewise, added in this order.
+        outputs: at least one.
+        name: name of the merged model; by default made from the names of base and adapters.
+        verify: whether to score the outputs and let the gate decide.
+        evaluation: what is scored.
+        force: replace output folders that exist.
+    """
+
+    base: str
+    adapters: Names = ()
+    outputs: tuple[Output, ...] = Field(min_length=1)
+    name: str | None = None
+    verify: bool = True
+    evaluation: Evaluation = Evaluation()
+    force: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]*", value):
+            raise ValueError("letters, digits, dots, dashes, underscores and spaces only, since it names files")
+        return value
+
+    @model_validator(mode="after")
+    def _separate(self) -> Recipe:
+        folders = [output.out.resolve() for output in self.outputs]
+        if len(set(folders)) != len(folders):
+            raise ValueError("every output needs a folder of its own")
+        return self
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Recipe:
+        """Validate a mapping.
+
+        Raises:
+            RecipeError: a key is unknown, missing or of the wrong kind.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            raise RecipeError(
+                where, found=repr(first.get("input"))[:120], expected=first["msg"], remedy="Correct the recipe."
+            ) from None
+
+    @classmethod
+    def load(cls, file: Path) -> Recipe:
+        """Read a YAML recipe; relative paths in it are relative to its folder.
+
+        Raises:
+            MissingFileError: no such file.
+            RecipeError: it is not YAML, or does not validate.
+        """
+        if not file.is_file():
+            raise MissingFileError(str(file), found="no such file", expected="a YAML recipe", remedy="Check the path.")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(str(file), found=str(error)[:200], expected="YAML", remedy="Correct the file.") from None
+        if not isinstance(values, dict):
+            raise RecipeError(
+                str(file), found=type(values).__name__, expected="a mapping with base and outputs", remedy="Correct it."
+            )
+        return cls.build(_anchored(values, file.parent))
+
+
+def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make paths relative to the recipe's folder; a base or adapter that is not a folder there stays a hub id."""
+
+    def source(value: Any) -> Any:
+        return str(folder / value) if isinstance(value, str) and (folder / value).is_dir() else value
+
+    anchored = dict(values)
+    anchored["base"] = source(values.get("base"))
+    adapters = _as_tuple(values.get("adapters"))
+    anchored["adapters"] = [source(value) for value in adapters] if isinstance(adapters, list | tuple) else adapters
+    if isinstance(values.get("outputs"), list):
+        anchored["outputs"] = [
+            entry | {"out": str(folder / entry["out"])} if isinstance(entry, dict) and "out" in entry else entry
+            for entry in values["outputs"]
+        ]
+    evaluation = values.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("calibration"), str):
+        anchored["evaluation"] = evaluation | {"calibration": str(folder / evaluation["calibration"])}
+    return anchored
+
+
+class Execution(_Frozen):
+    """How to run: nothing here changes a byte of the outputs, but for the device.
+
+    Attributes:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: worker threads; None for one a core.
+        block_bytes: float32 bytes of a row block.
+    """
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int | None = Field(default=None, ge=1)
+    block_bytes: int = Field(default=4 << 20, ge=4096)

@@ -1,0 +1,38 @@
+"""What the pipeline tells whoever watches. The base class says nothing; the command line has one that draws."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporter.calibration import Windows
+    from exporter.pipeline import ExportResult
+    from exporter.plan import ExportPlan
+
+
+class Reporter:
+    """Silent reporter; override what you want to hear about."""
+
+    def planned(self, plan: ExportPlan) -> None:
+        """The plan stands; nothing has been written yet."""
+
+    def touring(self, plan: ExportPlan, device: str, *, resumed: bool) -> None:
+        """Merging and writing begins on `device`, anew or from an earlier run's work."""
+
+    def read(self, nbytes: int) -> None:
+        """That many more bytes of the base are merged and written."""
+
+    def toured(self) -> None:
+        """Every tensor is written."""
+
+    def scoring(self, what: str, windows: Windows) -> None:
+        """Scoring of the reference or of an artifact begins."""
+
+    def window(self, count: int) -> None:
+        """That many more windows are scored."""
+
+    def scored(self) -> None:
+        """Everything is scored."""
+
+    def finished(self, result: ExportResult) -> None:
+        """Every folder is published or rejected."""

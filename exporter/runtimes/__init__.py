@@ -1,0 +1,1 @@
+"""Serving runtimes that score artifacts."""

@@ -1,0 +1,118 @@
+"""llama.cpp in this process, through llama-cpp-python's bindings of its C API."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from exporter.calibration import Windows
+from exporter.errors import RuntimeScoreError
+from exporter.runtimes.base import OnWindow, TokenScores, score_logits
+
+
+class LlamaCpp:
+    """Scores a GGUF file with llama.cpp, one window at a time in one sequence."""
+
+    name = "llamacpp"
+
+    def version(self) -> str:
+        """See `Runtime`."""
+        from importlib.metadata import version
+
+        return f"llama-cpp-python {version('llama-cpp-python')}"
+
+    def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TokenScores:
+        """See `Runtime`."""
+        import llama_cpp
+
+        # Kept in a local so that the callback outlives every call.
+        log, lines = _capture_log(llama_cpp)
+        llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            str(artifact).encode(), llama_cpp.llama_model_default_params()
+        )
+        if not model:
+            raise _failed(artifact, "load", lines)
+        try:
+            context = self._context(llama_cpp, model, windows.n_ctx)
+            if not context:
+                raise _failed(artifact, "make a context for", lines)
+            try:
+                return self._score(llama_cpp, model, context, windows, on_window, artifact, lines)
+            finally:
+                llama_cpp.llama_free(context)
+        finally:
+            llama_cpp.llama_model_free(model)
+
+    def _context(self, llama_cpp: Any, model: Any, n_ctx: int) -> Any:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = n_ctx
+        parameters.n_ubatch = min(512, n_ctx)
+        parameters.n_threads = parameters.n_threads_batch = psutil.cpu_count(logical=False) or 1
+        return llama_cpp.llama_init_from_model(model, parameters)
+
+    def _score(
+        self, llama_cpp: Any, model: Any, context: Any, windows: Windows, on_window: OnWindow, artifact: Path, lines: list[str]
+    ) -> TokenScores:
+        import torch
+
+        size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        if (largest := max(map(max, windows.ids))) >= size:
+            raise RuntimeScoreError(
+                artifact.name, found=f"{size} tokens", expected=f"at least {largest + 1}", remedy="The vocabulary was cut."
+            )
+        batch = llama_cpp.llama_batch_init(windows.n_ctx, 0, 1)
+        log_probabilities, top_tokens = [], []
+        try:
+            for window in windows.ids:
+                _fill(batch, window, windows.first_scored)
+                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+                if status := llama_cpp.llama_decode(context, batch):
+                    raise _failed(artifact, f"decode (status {status})", lines)
+                # One row for every position whose logits were asked for, in order.
+                logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(windows.scored, size))
+                targets = torch.tensor(window[windows.first_scored + 1 :])
+                right, top = score_logits(torch.from_numpy(logits), targets)
+                log_probabilities.append(right)
+                top_tokens.append(top)
+                on_window(1)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        return TokenScores(np.stack(log_probabilities), np.stack(top_tokens))
+
+
+def _fill(batch: Any, window: tuple[int, ...], first_scored: int) -> None:
+    """Put a window into a batch as one sequence, asking for logits where predictions are scored."""
+    batch.n_tokens = len(window)
+    for position, token in enumerate(window):
+        batch.token[position] = token
+        batch.pos[position] = position
+        batch.n_seq_id[position] = 1
+        batch.seq_id[position][0] = 0
+        batch.logits[position] = first_scored <= position < len(window) - 1
+
+
+def _capture_log(llama_cpp: Any) -> tuple[Any, list[str]]:
+    """A log callback that keeps the last lines for the error message and prints nothing."""
+    lines: list[str] = []
+
+    def keep(_level: int, text: bytes, _data: object) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+        del lines[:-40]
+
+    return llama_cpp.llama_log_callback(keep), lines
+
+
+def _failed(artifact: Path, action: str, lines: list[str]) -> RuntimeScoreError:
+    tail = " / ".join("".join(lines).strip().splitlines()[-3:])
+    return RuntimeScoreError(
+        artifact.name,
+        found=f"llama.cpp could not {action} it: {tail or 'it gave no reason'}",
+        expected="a file that llama.cpp serves",
+        remedy="The artifact is kept in the staging folder; run again, or report it with the lines above.",
+    )

@@ -1,0 +1,96 @@
+"""transformers in this process: for safetensors folders, and for the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from exporter.calibration import Windows
+from exporter.errors import RuntimeScoreError
+from exporter.runtimes.base import OnWindow, TokenScores, score_logits
+
+
+class Transformers:
+    """Scores a model folder in the dtype that it is stored in."""
+
+    name = "transformers"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+
+    def version(self) -> str:
+        """See `Runtime`."""
+        from importlib.metadata import version
+
+        return f"transformers {version('transformers')}, torch {version('torch')}"
+
+    def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TokenScores:
+        """See `Runtime`."""
+        model = load_model(artifact, "auto", self._device)
+        try:
+            return score_model(model, windows, on_window)
+        except (RuntimeError, IndexError) as error:
+            raise RuntimeScoreError(
+                artifact.name, found=str(error)[:300], expected="a model that runs", remedy="Report it with this message."
+            ) from None
+
+
+def load_model(folder: Path, dtype: Any, device: str) -> Any:
+    """Load a causal language model, strictly: no weight may be missing, left over or of another shape.
+
+    Args:
+        folder: the model folder.
+        dtype: a torch dtype, or `auto`.
+        device: where it computes.
+
+    Raises:
+        RuntimeScoreError: transformers cannot load it, or loads it only in part.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RuntimeScoreError(
+            folder.name, found=str(error)[:300], expected="a folder that transformers loads", remedy="Check the model."
+        ) from None
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise RuntimeScoreError(
+                folder.name,
+                found=f"{problem.replace('_', ' ')}: {', '.join(map(str, sorted(info[problem])[:3]))}",
+                expected="every weight in its place",
+                remedy="Check the model's configuration against its weights.",
+            )
+    return model.to(device).eval()
+
+
+def score_model(model: Any, windows: Windows, on_window: OnWindow) -> TokenScores:
+    """Score windows with a causal language model, taking the head's product only where predictions are scored.
+
+    Args:
+        model: a transformers model, possibly with adapters injected: `model.model` and `model.lm_head` are used.
+        windows: what to score.
+        on_window: called with 1 after each window.
+    """
+    import torch
+
+    log_probabilities, top_tokens = [], []
+    with torch.inference_mode():
+        for window in windows.ids:
+            ids = torch.tensor([window], device=model.device)
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden[0, windows.first_scored : -1]).float()
+            right, top = score_logits(logits, ids[0, windows.first_scored + 1 :])
+            log_probabilities.append(right)
+            top_tokens.append(top)
+            on_window(1)
+    return TokenScores(np.stack(log_probabilities), np.stack(top_tokens))

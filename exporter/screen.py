@@ -1,0 +1,231 @@
+"""The screen: plan, progress and verdict with rich on a terminal, plain lines elsewhere. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from exporter.errors import ExporterError
+from exporter.reporter import Reporter
+
+if TYPE_CHECKING:
+    from exporter.backends.base import OutputPlan
+    from exporter.calibration import Windows
+    from exporter.pipeline import ExportResult
+    from exporter.plan import ExportPlan
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_error(console: Console, error: ExporterError) -> None:
+    """An error as four lines: what, found, expected, what to do."""
+    word = {2: "refused", 3: "failed the gate"}.get(error.exit_status, "failed")
+    console.print(f"[bold red]{word}[/]  {escape(error.thing)}", highlight=False, soft_wrap=True)
+    for label, text in (("found", error.found), ("expected", error.expected), ("do", error.remedy)):
+        console.print(f"  [dim]{label:<9}[/]{escape(text)}", highlight=False, soft_wrap=True)
+
+
+def show_plan(console: Console, plan: ExportPlan) -> None:
+    """The plan: what goes in, a table of files with their types, what it takes, and what will judge it."""
+    model = plan.model
+    architecture = (model.config.get("architectures") or ["unknown"])[0]
+    console.print(
+        f"[bold]{escape(model.name)}[/]  {architecture}, {model.parameters / 1e6:,.1f} M parameters, "
+        f"{len(model.tensors)} tensors, {size(plan.input_bytes)}",
+        highlight=False,
+    )
+    for source, adapter in zip(plan.adapters, model.adapters, strict=True):
+        ranks = sorted({update.rank for update in adapter.updates.values()})
+        console.print(
+            f"  adapter {escape(source.name)}: rank {', '.join(map(str, ranks))} on {len(adapter.updates)} tensors",
+            highlight=False,
+        )
+    console.print(_files_table(plan))
+    for artifact in plan.artifacts:
+        for note in artifact.notes:
+            console.print(f"  [yellow]note[/] {escape(artifact.label)}: {escape(note)}", highlight=False, soft_wrap=True)
+    memory = f"memory {size(plan.merge_bytes)} to merge"
+    if plan.reference_bytes:
+        memory += f", {size(plan.reference_bytes)} for the float32 reference"
+    console.print(
+        f"  {memory} · disk {size(plan.disk_bytes)} · about {duration(plan.seconds)} on {plan.threads} threads",
+        highlight=False,
+    )
+
+
+def _files_table(plan: ExportPlan) -> Table:
+    from exporter.plan import type_shares
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for column in ("file", "size", "types by bytes", "verified by"):
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+    for folder in plan.folders:
+        for artifact in folder.artifacts:
+            shares = ", ".join(f"{kind} {entry['share']:.0%}" for kind, entry in type_shares(artifact).items())
+            judge = artifact.runtimes[0] if plan.recipe.verify and artifact.runtimes else "nothing"
+            for index, file in enumerate(artifact.files):
+                first = index == 0
+                table.add_row(
+                    escape(f"{folder.out}/{file.name}"), size(file.nbytes), shares if first else "", judge if first else ""
+                )
+            rest = [len(content) for content in artifact.documents.values()]
+            rest += [path.stat().st_size for path in artifact.copies.values()]
+            if rest:
+                table.add_row(f"[dim]{len(rest)} more: configuration, tokenizer[/]", size(sum(rest)), "", "")
+    return table
+
+
+class Screen(Reporter):
+    """Draws on a terminal; prints a line a step elsewhere.
+
+    Args:
+        console: where to; stderr.
+        quiet: print nothing but errors.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._live = console.is_terminal and not quiet
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = 0.0
+        self._total = 0
+        self._what = ""
+
+    def planned(self, plan: ExportPlan) -> None:
+        """See `Reporter`."""
+        if not self._quiet:
+            show_plan(self._console, plan)
+
+    def touring(self, plan: ExportPlan, device: str, *, resumed: bool) -> None:
+        """See `Reporter`."""
+        how = "going on with an earlier run" if resumed else f"merging on {device}"
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._begin(how, plan.input_bytes, Progress(TextColumn("{task.description}"), *columns, console=self._console))
+
+    def read(self, nbytes: int) -> None:
+        """See `Reporter`."""
+        self._advance(nbytes)
+
+    def toured(self) -> None:
+        """See `Reporter`."""
+        seconds = time.monotonic() - self._started
+        self._end(f"{size(self._total)} in {seconds:.1f} s, {size(self._total / max(seconds, 1e-9))}/s")
+
+    def scoring(self, what: str, windows: Windows) -> None:
+        """See `Reporter`."""
+        if self._what:
+            self.scored()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())
+        progress = Progress(TextColumn("{task.description}"), *columns, console=self._console)
+        self._begin(f"scoring {what}", len(windows.ids), progress)
+
+    def window(self, count: int) -> None:
+        """See `Reporter`."""
+        self._advance(count)
+
+    def scored(self) -> None:
+        """See `Reporter`."""
+        self._end(f"{self._total} windows in {time.monotonic() - self._started:.1f} s")
+
+    def finished(self, result: ExportResult) -> None:
+        """See `Reporter`."""
+        if not self._quiet:
+            show_verdicts(self._console, result)
+
+    def _begin(self, what: str, total: int, progress: Progress) -> None:
+        self._started, self._total, self._what = time.monotonic(), total, what
+        if self._live:
+            self._progress = progress
+            self._task = progress.add_task(what, total=total)
+            progress.start()
+
+    def _advance(self, count: int) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, count)
+
+    def _end(self, outcome: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if not self._quiet and not self._live:
+            self._console.print(f"{self._what}: {outcome}", highlight=False)
+        self._what = ""
+
+    def stop(self) -> None:
+        """Take the progress bar down, before an error is printed."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def show_verdicts(console: Console, result: ExportResult) -> None:
+    """The verdict table, and where everything is."""
+    for folder, outcome in zip(result.plan.folders, result.folders, strict=True):
+        if outcome.verdicts:
+            console.print(_verdict_table(folder.artifacts, outcome.verdicts))
+        for label, verdict in outcome.verdicts.items():
+            for reason in verdict.broken:
+                console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+        if outcome.published:
+            unverified = "" if outcome.verdicts else ", not verified"
+            console.print(f"[bold green]published[/] {escape(str(outcome.path))}{unverified}", highlight=False, soft_wrap=True)
+        else:
+            console.print(
+                f"[bold red]rejected[/]  nothing at {escape(str(folder.out))}; the files are kept in {escape(str(outcome.path))}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _verdict_table(artifacts: tuple[OutputPlan, ...], verdicts: object) -> Table:
+    from collections.abc import Mapping
+
+    assert isinstance(verdicts, Mapping)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for column in ("artifact", "size", "perplexity", "reference", "change", "± paired", "limit", "same top", "verdict"):
+        table.add_column(column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=True)
+    for artifact in artifacts:
+        verdict = verdicts[artifact.label]
+        figures = verdict.comparison
+        table.add_row(
+            artifact.label,
+            size(artifact.nbytes),
+            f"{figures.perplexity:.4f}",
+            f"{figures.reference_perplexity:.4f}",
+            f"{figures.delta:+.3%}",
+            f"{figures.delta_stderr:.3%}",
+            f"±{verdict.gate.max_delta:.1%}",
+            f"{figures.same_top:.1%}",
+            "[green]passed[/]" if verdict.passed else "[red]failed[/]",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""From token scores to a verdict."""

@@ -1,0 +1,59 @@
+"""Scores staged artifacts against the reference, each in its own runtime, and judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter.calibration import Windows
+from exporter.errors import BackendError
+from exporter.plan import ExportPlan, FolderPlan
+from exporter.reporter import Reporter
+from exporter.runtimes.base import load_runtime
+from exporter.verify.gate import Verification, gate_for, judge
+from exporter.verify.metrics import compare
+from exporter.verify.reference import score_reference
+
+
+def verify_artifacts(
+    plan: ExportPlan,
+    staged: Sequence[tuple[FolderPlan, Path]],
+    windows: Windows,
+    device: str,
+    reporter: Reporter,
+) -> list[dict[str, Verification]]:
+    """Score the reference once, then every artifact, and judge each.
+
+    Args:
+        plan: the run's plan.
+        staged: every output folder with the place where its files are now.
+        windows: what to score.
+        device: where transformers computes.
+        reporter: told about every window and verdict.
+
+    Returns:
+        For each output folder, the verification of each artifact by label.
+
+    Raises:
+        RuntimeScoreError: a runtime cannot load or run the reference or an artifact.
+        BackendError: a backend names no runtime for its artifacts.
+    """
+    reporter.scoring("reference", windows)
+    reference = score_reference(plan.model, windows, device, reporter.window)
+    found: list[dict[str, Verification]] = []
+    for folder, files in staged:
+        verdicts: dict[str, Verification] = {}
+        for artifact in folder.artifacts:
+            if not artifact.runtimes:
+                raise BackendError(
+                    artifact.label, found="no runtime", expected="one that can score it", remedy="Use --no-verify."
+                )
+            runtime = load_runtime(artifact.runtimes[0], device)
+            reporter.scoring(f"{artifact.label} in {runtime.name}", windows)
+            scores = runtime.score(files if artifact.entry == "." else files / artifact.entry, windows, reporter.window)
+            comparison = compare(scores, reference)
+            gate = gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate)
+            verdicts[artifact.label] = judge(runtime.version(), comparison, gate)
+        found.append(verdicts)
+    reporter.scored()
+    return found

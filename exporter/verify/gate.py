@@ -1,0 +1,99 @@
+"""The gate: limits by format and type, and a verdict that can fail the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from exporter.verify.metrics import Comparison
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits that an artifact must keep.
+
+    Attributes:
+        max_delta: largest relative change of perplexity, up or down: a model that got better by as much is not the
+            model that was trained either.
+        min_same_top: smallest share of predictions with the reference's likeliest token.
+    """
+
+    max_delta: float
+    min_same_top: float
+
+
+# Defaults; docs/quality.md has the measurements that they rest on.
+DEFAULT_GATES: Mapping[str, Gate] = {
+    "gguf F32": Gate(0.005, 0.97),
+    "gguf F16": Gate(0.005, 0.97),
+    "gguf BF16": Gate(0.01, 0.96),
+    "gguf Q8_0": Gate(0.01, 0.95),
+    "gguf Q6_K": Gate(0.02, 0.93),
+    "gguf Q5_K_M": Gate(0.04, 0.90),
+    "gguf Q5_K_S": Gate(0.04, 0.90),
+    "gguf Q5_1": Gate(0.04, 0.90),
+    "gguf Q5_0": Gate(0.04, 0.90),
+    "gguf Q4_K_M": Gate(0.10, 0.85),
+    "gguf Q4_K_S": Gate(0.10, 0.85),
+    "gguf IQ4_NL": Gate(0.10, 0.85),
+    "gguf IQ4_XS": Gate(0.10, 0.85),
+    "gguf Q4_1": Gate(0.15, 0.80),
+    "gguf Q4_0": Gate(0.15, 0.80),
+    "gguf Q3_K_L": Gate(0.25, 0.75),
+    "gguf Q3_K_M": Gate(0.30, 0.70),
+    "gguf Q3_K_S": Gate(0.50, 0.65),
+    "gguf Q2_K": Gate(1.00, 0.50),
+    "safetensors fp32": Gate(0.001, 0.99),
+    "safetensors fp16": Gate(0.01, 0.96),
+    "safetensors bf16": Gate(0.01, 0.95),
+}
+# For formats of other packages, until they say better with --gate.
+FALLBACK_GATE = Gate(0.10, 0.85)
+
+
+def gate_for(label: str, quant: str, overrides: Mapping[str, float]) -> Gate:
+    """The gate of an artifact.
+
+    Args:
+        label: format and type, for example `gguf Q4_K_M`.
+        quant: the type alone.
+        overrides: largest delta by type or by `*`; an override leaves the limit on the top token to the delta alone.
+    """
+    default = DEFAULT_GATES.get(label, FALLBACK_GATE)
+    for key in (quant, "*"):
+        if key in overrides:
+            return Gate(overrides[key], 0.0)
+    return default
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on one artifact.
+
+    Attributes:
+        runtime: what scored it, with its version.
+        comparison: its scores against the reference's.
+        gate: the limits.
+        broken: the limits that it breaks; empty if it passed.
+    """
+
+    runtime: str
+    comparison: Comparison
+    gate: Gate
+    broken: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no limit is broken."""
+        return not self.broken
+
+
+def judge(runtime: str, comparison: Comparison, gate: Gate) -> Verification:
+    """Hold an artifact's scores in a runtime against the limits."""
+    broken = []
+    if not math.isfinite(comparison.delta) or abs(comparison.delta) > gate.max_delta:
+        broken.append(f"perplexity changes by {comparison.delta:+.2%}, the limit is ±{gate.max_delta:.2%}")
+    if comparison.same_top < gate.min_same_top:
+        broken.append(f"the same top token in {comparison.same_top:.1%}, the limit is {gate.min_same_top:.1%}")
+    return Verification(runtime, comparison, gate, tuple(broken))

@@ -1,0 +1,69 @@
+"""Paired comparison of two sets of token scores. Arrays in, numbers out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.runtimes.base import TokenScores
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An artifact against the reference, on the same tokens.
+
+    Attributes:
+        tokens_scored: number of predictions.
+        perplexity: exp of the artifact's mean negative log-probability.
+        perplexity_stderr: its own standard error, as llama-perplexity prints it (unpaired).
+        reference_perplexity: the reference's perplexity.
+        delta: perplexity / reference_perplexity - 1.
+        delta_log: difference of the mean negative log-probabilities.
+        delta_stderr: standard error of `delta_log` by the differences token by token.
+        same_top: share of predictions whose likeliest token is the same.
+    """
+
+    tokens_scored: int
+    perplexity: float
+    perplexity_stderr: float
+    reference_perplexity: float
+    delta: float
+    delta_log: float
+    delta_stderr: float
+    same_top: float
+
+
+def compare(artifact: TokenScores, reference: TokenScores) -> Comparison:
+    """Compare two runs over the same windows.
+
+    The standard error of the difference is the paired one, sd(d) / sqrt(N) over the per-token differences d: the two
+    models stumble over the same tokens, so it is far smaller than the error of either perplexity.
+
+    Raises:
+        ValueError: the shapes differ, or a score is not finite.
+    """
+    if artifact.log_probabilities.shape != reference.log_probabilities.shape:
+        raise ValueError(f"{artifact.log_probabilities.shape} against {reference.log_probabilities.shape}")
+    ours, theirs = -artifact.log_probabilities.ravel(), -reference.log_probabilities.ravel()
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        raise ValueError("a log-probability is not finite")
+    perplexity, reference_perplexity = math.exp(ours.mean()), math.exp(theirs.mean())
+    difference = ours - theirs
+    return Comparison(
+        tokens_scored=ours.size,
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * _stderr(ours),
+        reference_perplexity=reference_perplexity,
+        delta=perplexity / reference_perplexity - 1,
+        delta_log=float(difference.mean()),
+        delta_stderr=_stderr(difference),
+        same_top=float((artifact.top_tokens == reference.top_tokens).mean()),
+    )
+
+
+def _stderr(values: npt.NDArray[np.float64]) -> float:
+    """Standard error of the mean, sqrt(var / (N - 1)) with the biased variance, as in llama-perplexity."""
+    return math.sqrt(float(values.var()) / max(1, values.size - 1))
