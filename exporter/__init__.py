@@ -1,9 +1,9 @@
 """Merge a LoRA adapter into its Qwen base, write files that serve, and prove that they are still what was trained.
 
-    from exporter import Recipe, export
+from exporter import Recipe, export
 
-    result = export(Recipe(base="Qwen/Qwen3-8B", adapters=("me/my-lora",), outputs=({"format": "gguf", "out": "out"},)))
-    assert result.passed
+result = export(Recipe(base="Qwen/Qwen3-8B", adapters=("me/my-lora",), outputs=({"format": "gguf", "out": "out"},)))
+assert result.passed
 """
 
 from __future__ import annotations

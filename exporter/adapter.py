@@ -122,7 +122,10 @@ class Adapter:
         updates = {module: _update(module, parts, config) for module, parts in pairs.items()}
         if not updates:
             raise AdapterError(
-                WEIGHTS_NAME, found="no LoRA tensor", expected="lora_A and lora_B of each target", remedy="Save it again."
+                WEIGHTS_NAME,
+                found="no LoRA tensor",
+                expected="lora_A and lora_B of each target",
+                remedy="Save it again.",
             )
         return cls(folder, config, updates, copies)
 
@@ -308,7 +311,9 @@ def check_values(adapter: Adapter) -> None:
         for module, update in adapter.updates.items():
             peaks = [_peak(reader, tensor) for tensor in (update.a, update.b)]
             if 0.0 in peaks or update.scale == 0.0:
-                what = update.a.name if peaks[0] == 0.0 else update.b.name if peaks[1] == 0.0 else f"{module}: the scale"
+                what = (
+                    update.a.name if peaks[0] == 0.0 else update.b.name if peaks[1] == 0.0 else f"{module}: the scale"
+                )
                 raise ZeroDeltaError(
                     what,
                     found="zeros only, so the merge would leave this target as it was",
@@ -323,7 +328,10 @@ def _peak(reader: TensorReader, tensor: StoredTensor) -> float:
     peak = float(max(-values.min(), values.max())) if values.size else 0.0
     if not math.isfinite(peak):
         raise NonFiniteTensorError(
-            tensor.name, found="NaN or infinity", expected="finite numbers", remedy="Training diverged or the file is damaged."
+            tensor.name,
+            found="NaN or infinity",
+            expected="finite numbers",
+            remedy="Training diverged or the file is damaged.",
         )
     return peak
 
@@ -344,7 +352,9 @@ def check_copies(adapter: Adapter, base: Checkpoint) -> None:
                 original = embedding
             if original is None or original.shape != copy.shape or not _equal(reader, copy, original):
                 found = "no such base tensor" if original is None else f"{list(copy.shape)} with values of its own"
-                raise _unsupported(copy.name, found, "a copy of the base's tensor: trained or resized embeddings are not")
+                raise _unsupported(
+                    copy.name, found, "a copy of the base's tensor: trained or resized embeddings are not"
+                )
 
 
 def _equal(reader: TensorReader, one: StoredTensor, other: StoredTensor, block_bytes: int = 1 << 22) -> bool:

@@ -71,7 +71,9 @@ def make_windows(evaluation: Evaluation, tokenizer: TokenizerFiles) -> Windows:
             expected=f"at least {evaluation.n_ctx}, one window",
             remedy="Give a longer text with --calibration.",
         )
-    windows = tuple(tuple(ids[start : start + evaluation.n_ctx]) for start in range(0, count * evaluation.n_ctx, evaluation.n_ctx))
+    windows = tuple(
+        tuple(ids[start : start + evaluation.n_ctx]) for start in range(0, count * evaluation.n_ctx, evaluation.n_ctx)
+    )
     packed = b"".join(token.to_bytes(4, "little") for window in windows for token in window)
     return Windows(windows, evaluation.n_ctx, source, hashlib.sha256(packed).hexdigest())
 
@@ -119,7 +121,9 @@ def _records(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise RecipeError(where, found=str(error), expected="one JSON object a line", remedy="Correct it.") from None
+            raise RecipeError(
+                where, found=str(error), expected="one JSON object a line", remedy="Correct it."
+            ) from None
         if isinstance(record, dict) and isinstance(record.get("text"), str):
             yield record["text"]
         elif isinstance(record, dict) and isinstance(record.get("messages"), list):
@@ -136,7 +140,9 @@ def _render(record: Mapping[str, Any], tokenizer: TokenizerFiles, where: str) ->
 
     template = tokenizer.chat_template
     if template is None:
-        raise RecipeError(where, found="a conversation", expected="a model with a chat template", remedy="Give plain text.")
+        raise RecipeError(
+            where, found="a conversation", expected="a model with a chat template", remedy="Give plain text."
+        )
     try:
         rendered, _ = render_jinja_template(
             conversations=[record["messages"]], tools=record.get("tools"), chat_template=template
@@ -159,7 +165,10 @@ def tokenize(text: str, tokenizer: TokenizerFiles) -> list[int]:
 
     if "tokenizer.json" not in tokenizer.files:
         raise TokenizerError(
-            "tokenizer.json", found="no such file", expected="a fast tokenizer", remedy="Export with --no-verify, or add it."
+            "tokenizer.json",
+            found="no such file",
+            expected="a fast tokenizer",
+            remedy="Export with --no-verify, or add it.",
         )
     try:
         loaded = Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))

@@ -107,7 +107,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _invalid(file, f"a header that is not JSON ({error})", "one JSON object without duplicate names") from None
+        raise _invalid(
+            file, f"a header that is not JSON ({error})", "one JSON object without duplicate names"
+        ) from None
     if not isinstance(header, dict):
         raise _invalid(file, f"a header that is a {type(header).__name__}", "a JSON object")
     header.pop("__metadata__", None)

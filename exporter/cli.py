@@ -87,9 +87,9 @@ def export_command(
     quiet: Quiet = False,
 ) -> None:
     """Merge, write, verify and publish."""
-    from exporter.screen import Screen
+    from exporter.screen import Screen, stderr_console
 
-    console = Console(stderr=True)
+    console = stderr_console()
     screen = Screen(console, quiet=quiet)
 
     def run() -> int:
@@ -136,13 +136,13 @@ def plan_command(
 
     def run() -> int:
         from exporter.plan import describe, make_plan
-        from exporter.screen import show_plan
+        from exporter.screen import show_plan, stdout_console
 
         plan = make_plan(_recipe(**arguments), _execution(device, threads))
         if as_json:
             print(json.dumps(describe(plan), indent=2, ensure_ascii=False))
         else:
-            show_plan(Console(), plan)
+            show_plan(stdout_console(), plan)
         return 0
 
     _guarded(console, run)
@@ -162,18 +162,16 @@ def verify_command(
     as_json: AsJson = False,
 ) -> None:
     """Check a published folder's hashes, and score it again against base and adapter."""
-    from exporter.screen import Screen
+    from exporter.screen import Screen, stderr_console
 
-    console = Console(stderr=True)
+    console = stderr_console()
     screen = Screen(console)
 
     def run() -> int:
         from exporter.recipe import Evaluation
         from exporter.verify.published import verify_published
 
-        evaluation = Evaluation(
-            calibration=calibration, tokens=eval_tokens, n_ctx=window, gate=_gates(gate or [])
-        )
+        evaluation = Evaluation(calibration=calibration, tokens=eval_tokens, n_ctx=window, gate=_gates(gate or []))
         result = verify_published(artifact, base, tuple(adapter or ()), evaluation, runtime, device, screen)
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
@@ -266,8 +264,11 @@ def _recipe(
             "verify": not no_verify,
             "force": force,
             "evaluation": {
-                "calibration": calibration, "tokens": eval_tokens, "n_ctx": window, "gate": _gates(gate or []),
-            },  # fmt: skip
+                "calibration": calibration,
+                "tokens": eval_tokens,
+                "n_ctx": window,
+                "gate": _gates(gate or []),
+            },
         }
     )
 

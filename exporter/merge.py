@@ -37,7 +37,7 @@ class RowBlock:
 
 
 def row_blocks(tensor: StoredTensor, block_bytes: int, device: str) -> Iterator[RowBlock]:
-    """Cut a tensor into blocks of about `block_bytes` of float32, each a whole number of tiles (the last may be ragged)."""
+    """Cut a tensor into blocks of about `block_bytes` of float32: whole tiles, but for a ragged last one."""
     tile = TILE_ROWS[torch.device(device).type]
     rows = max(1, block_bytes // (4 * max(1, tensor.columns)) // tile) * tile
     for first in range(0, tensor.rows, rows):
@@ -68,7 +68,10 @@ def resolve_device(name: str) -> str:
     count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= count:
         raise DeviceUnavailableError(
-            f"--device {name}", found=f"{count} CUDA devices", expected="that device", remedy="Use --device auto or cpu."
+            f"--device {name}",
+            found=f"{count} CUDA devices",
+            expected="that device",
+            remedy="Use --device auto or cpu.",
         )
     return name
 

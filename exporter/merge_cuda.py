@@ -44,7 +44,7 @@ class CudaMerger:
 
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self.device)
+            self._local.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream: torch.cuda.Stream = self._local.stream
         return stream
 

@@ -1,4 +1,4 @@
-"""The merged model as data: which tensors it has, in model order, and what each is made of. No weights are read here."""
+"""The merged model as data: which tensors it has, in model order, and what each is made of."""
 
 from __future__ import annotations
 

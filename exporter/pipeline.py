@@ -13,7 +13,7 @@ from typing import Any
 
 from exporter.artifact.manifest import MANIFEST_NAME, build_manifest, dump, input_files
 from exporter.artifact.staging import Staging, copy_durably, write_durably
-from exporter.calibration import Windows, make_windows
+from exporter.calibration import make_windows
 from exporter.errors import RefusalError
 from exporter.hashing import InputHasher, hash_all
 from exporter.plan import ExportPlan, FolderPlan, make_plan
@@ -107,7 +107,7 @@ def _open_staging(plan: ExportPlan, folder: FolderPlan, stack: ExitStack) -> Sta
 
 
 def _key(plan: ExportPlan, folder: FolderPlan) -> str:
-    """Identifies what a staging folder is for: the same inputs (by size and time), plan, versions and kind of device."""
+    """Identifies what a staging folder is for: inputs (by size and time), plan, versions and kind of device."""
     inputs = [
         (role, path.name, path.stat().st_size, path.stat().st_mtime_ns) for role, path in sorted(input_files(plan))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,10 +24,26 @@ from exporter.errors import ExporterError
 from exporter.reporter import Reporter
 
 if TYPE_CHECKING:
-    from exporter.backends.base import OutputPlan
     from exporter.calibration import Windows
     from exporter.pipeline import ExportResult
     from exporter.plan import ExportPlan
+    from exporter.verify.gate import Verification
+
+
+# Columns of a terminal that is none: wide enough that no table is cut.
+PLAIN_WIDTH = 140
+
+
+def stderr_console() -> Console:
+    """The console for diagnostics."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
+
+
+def stdout_console() -> Console:
+    """The console for what was asked for."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
 
 
 def size(nbytes: float) -> str:
@@ -71,7 +88,9 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
     console.print(_files_table(plan))
     for artifact in plan.artifacts:
         for note in artifact.notes:
-            console.print(f"  [yellow]note[/] {escape(artifact.label)}: {escape(note)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"  [yellow]note[/] {escape(artifact.label)}: {escape(note)}", highlight=False, soft_wrap=True
+            )
     memory = f"memory {size(plan.merge_bytes)} to merge"
     if plan.reference_bytes:
         memory += f", {size(plan.reference_bytes)} for the float32 reference"
@@ -94,7 +113,10 @@ def _files_table(plan: ExportPlan) -> Table:
             for index, file in enumerate(artifact.files):
                 first = index == 0
                 table.add_row(
-                    escape(f"{folder.out}/{file.name}"), size(file.nbytes), shares if first else "", judge if first else ""
+                    escape(f"{folder.out}/{file.name}"),
+                    size(file.nbytes),
+                    shares if first else "",
+                    judge if first else "",
                 )
             rest = [len(content) for content in artifact.documents.values()]
             rest += [path.stat().st_size for path in artifact.copies.values()]
@@ -192,34 +214,27 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
     """The verdict table, and where everything is."""
     for folder, outcome in zip(result.plan.folders, result.folders, strict=True):
         if outcome.verdicts:
-            console.print(_verdict_table(folder.artifacts, outcome.verdicts))
-        for label, verdict in outcome.verdicts.items():
-            for reason in verdict.broken:
-                console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+            show_table(console, outcome.verdicts, {artifact.label: artifact.nbytes for artifact in folder.artifacts})
         if outcome.published:
             unverified = "" if outcome.verdicts else ", not verified"
-            console.print(f"[bold green]published[/] {escape(str(outcome.path))}{unverified}", highlight=False, soft_wrap=True)
-        else:
             console.print(
-                f"[bold red]rejected[/]  nothing at {escape(str(folder.out))}; the files are kept in {escape(str(outcome.path))}",
-                highlight=False,
-                soft_wrap=True,
+                f"[bold green]published[/] {escape(str(outcome.path))}{unverified}", highlight=False, soft_wrap=True
             )
+        else:
+            kept = f"nothing at {escape(str(folder.out))}; the files are kept in {escape(str(outcome.path))}"
+            console.print(f"[bold red]rejected[/]  {kept}", highlight=False, soft_wrap=True)
 
 
-def _verdict_table(artifacts: tuple[OutputPlan, ...], verdicts: object) -> Table:
-    from collections.abc import Mapping
-
-    assert isinstance(verdicts, Mapping)
+def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
+    """A row an artifact: its figures against the reference's and their limits, then every limit that is broken."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for column in ("artifact", "size", "perplexity", "reference", "change", "± paired", "limit", "same top", "verdict"):
         table.add_column(column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=True)
-    for artifact in artifacts:
-        verdict = verdicts[artifact.label]
+    for label, verdict in verdicts.items():
         figures = verdict.comparison
         table.add_row(
-            artifact.label,
-            size(artifact.nbytes),
+            label,
+            size(sizes[label]),
             f"{figures.perplexity:.4f}",
             f"{figures.reference_perplexity:.4f}",
             f"{figures.delta:+.3%}",
@@ -228,4 +243,7 @@ def _verdict_table(artifacts: tuple[OutputPlan, ...], verdicts: object) -> Table
             f"{figures.same_top:.1%}",
             "[green]passed[/]" if verdict.passed else "[red]failed[/]",
         )
-    return table
+    console.print(table)
+    for label, verdict in verdicts.items():
+        for reason in verdict.broken:
+            console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)

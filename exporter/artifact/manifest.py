@@ -12,7 +12,6 @@ from exporter.adapter import Adapter
 from exporter.backends.base import OutputPlan
 from exporter.calibration import Windows
 from exporter.checkpoint import INDEX_NAME
-from exporter.model import MergedModel
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.sources import Source
 from exporter.verify.gate import Verification
@@ -85,9 +84,7 @@ def build_manifest(
 def _inputs(plan: ExportPlan, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
     files: dict[str, list[dict[str, Any]]] = {}
     for role, path in input_files(plan):
-        files.setdefault(role, []).append(
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": hashes[path]}
-        )
+        files.setdefault(role, []).append({"name": path.name, "bytes": path.stat().st_size, "sha256": hashes[path]})
     described = [{"role": "base", **_source(plan.base), "files": files["base"]}]
     for index, (source, adapter) in enumerate(zip(plan.adapters, plan.model.adapters, strict=True)):
         described.append(
@@ -165,11 +162,12 @@ def _artifact(
             | ({"wanted": tensor.fallback_from} if tensor.fallback_from else {})
             for tensor in artifact.tensors
         ],
-        "verification": _verification(verdict),
+        "verification": verification_json(verdict),
     }
 
 
-def _verification(verdict: Verification | None) -> dict[str, Any]:
+def verification_json(verdict: Verification | None) -> dict[str, Any]:
+    """A verdict as JSON; None means that verification was skipped on request."""
     if verdict is None:
         return {"verdict": "skipped"}
     figures = verdict.comparison

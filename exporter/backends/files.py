@@ -51,7 +51,10 @@ class OffsetWriter:
         expected = tensor.row_bytes * block.shape[0]
         if len(data) != expected:
             raise WriteError(
-                tensor.name, found=f"{len(data)} bytes", expected=f"{expected}", remedy="This is a defect of the backend."
+                tensor.name,
+                found=f"{len(data)} bytes",
+                expected=f"{expected}",
+                remedy="This is a defect of the backend.",
             )
         try:
             _write_all(self._descriptors[tensor.file], data, tensor.offset + first_row * tensor.row_bytes)
@@ -102,4 +105,4 @@ def encode_float(block: torch.Tensor, kind: str, name: str) -> memoryview:
         stored = stored.view(torch.int16)
     else:
         stored = block
-    return memoryview(stored.cpu().contiguous().numpy()).cast("B")
+    return stored.cpu().contiguous().numpy().data.cast("B")

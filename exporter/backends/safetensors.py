@@ -57,7 +57,10 @@ class SafetensorsBackend:
             )  # fmt: skip
         if unknown := options.keys() - {"max_shard_size"}:
             raise RecipeError(
-                f"safetensors options {sorted(unknown)}", found="unknown", expected="max_shard_size", remedy="Leave them out."
+                f"safetensors options {sorted(unknown)}",
+                found="unknown",
+                expected="max_shard_size",
+                remedy="Leave them out.",
             )
         limit = parse_size(options.get("max_shard_size") or DEFAULT_MAX_SHARD_BYTES)
         stored = _stored_dtypes(model, quant, self.default_quant(model))
@@ -119,7 +122,7 @@ def _in_base_order(model: MergedModel) -> list[MergedTensor]:
 
 
 def _stored_dtypes(model: MergedModel, quant: str, default: str) -> dict[str, str]:
-    """The dtype of each tensor. Asked for what the base mostly is, every tensor keeps its own (float32 routers, say)."""
+    """The dtype of each tensor. Asked for what the base mostly is, each keeps its own (a float32 router, say)."""
     return {tensor.name: tensor.source.dtype if quant == default else DTYPES[quant] for tensor in model.tensors}
 
 
@@ -143,9 +146,7 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _lay_out(
-    shard: list[MergedTensor], stored: Mapping[str, str], file: str
-) -> tuple[list[TensorPlan], bytes]:
+def _lay_out(shard: list[MergedTensor], stored: Mapping[str, str], file: str) -> tuple[list[TensorPlan], bytes]:
     """Offsets and header of one shard. The header is padded so that the data starts aligned to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

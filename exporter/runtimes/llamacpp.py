@@ -33,9 +33,7 @@ class LlamaCpp:
         log, lines = _capture_log(llama_cpp)
         llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(
-            str(artifact).encode(), llama_cpp.llama_model_default_params()
-        )
+        model = llama_cpp.llama_model_load_from_file(str(artifact).encode(), llama_cpp.llama_model_default_params())
         if not model:
             raise _failed(artifact, "load", lines)
         try:
@@ -57,14 +55,24 @@ class LlamaCpp:
         return llama_cpp.llama_init_from_model(model, parameters)
 
     def _score(
-        self, llama_cpp: Any, model: Any, context: Any, windows: Windows, on_window: OnWindow, artifact: Path, lines: list[str]
+        self,
+        llama_cpp: Any,
+        model: Any,
+        context: Any,
+        windows: Windows,
+        on_window: OnWindow,
+        artifact: Path,
+        lines: list[str],
     ) -> TokenScores:
         import torch
 
         size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         if (largest := max(map(max, windows.ids))) >= size:
             raise RuntimeScoreError(
-                artifact.name, found=f"{size} tokens", expected=f"at least {largest + 1}", remedy="The vocabulary was cut."
+                artifact.name,
+                found=f"{size} tokens",
+                expected=f"at least {largest + 1}",
+                remedy="The vocabulary was cut.",
             )
         batch = llama_cpp.llama_batch_init(windows.n_ctx, 0, 1)
         log_probabilities, top_tokens = [], []

@@ -34,7 +34,10 @@ class Transformers:
             return score_model(model, windows, on_window)
         except (RuntimeError, IndexError) as error:
             raise RuntimeScoreError(
-                artifact.name, found=str(error)[:300], expected="a model that runs", remedy="Report it with this message."
+                artifact.name,
+                found=str(error)[:300],
+                expected="a model that runs",
+                remedy="Report it with this message.",
             ) from None
 
 

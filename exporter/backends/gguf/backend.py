@@ -92,9 +92,7 @@ def _encode(tensor: TensorPlan, block: torch.Tensor) -> bytes | bytearray | memo
     if tensor.type in FLOAT_TYPES:
         return encode_float(block, tensor.type, tensor.name)
     rows = block.cpu().contiguous()
-    return quantize_rows(
-        tensor.type, rows.data_ptr(), rows.shape[0], rows.shape[1], rows.shape[0] * tensor.row_bytes
-    )
+    return quantize_rows(tensor.type, rows.data_ptr(), rows.shape[0], rows.shape[1], rows.shape[0] * tensor.row_bytes)
 
 
 def _family(model: MergedModel) -> Family:
@@ -110,7 +108,7 @@ def _family(model: MergedModel) -> Family:
 
 
 def _named_tensors(model: MergedModel, family: Family) -> list[tuple[str, MergedTensor]]:
-    """Pair every merged tensor with its GGUF name, after checking that they are the ones the configuration calls for."""
+    """Pair every merged tensor with its GGUF name; refuse unless they are the ones the configuration calls for."""
     import gguf
 
     expected = family.expected_tensors(model.config)
@@ -127,7 +125,8 @@ def _named_tensors(model: MergedModel, family: Family) -> list[tuple[str, Merged
     if extra := sorted(actual.keys() - expected.keys()):
         raise UnexpectedTensorError(
             extra[0],
-            found=f"a tensor that {family.architecture} does not have" + (f" (and {len(extra) - 1} more)" * bool(extra[1:])),
+            found=f"a tensor that {family.architecture} does not have"
+            + (f" (and {len(extra) - 1} more)" * bool(extra[1:])),
             expected="only the tensors that config.json calls for",
             remedy="Export to safetensors, which keeps every tensor.",
         )
@@ -184,8 +183,8 @@ def _notes(tensors: tuple[TensorPlan, ...], file_type: FileType, model: MergedMo
         share = sum(tensor.nbytes for tensor in fallen) / sum(tensor.nbytes for tensor in tensors)
         kinds = sorted({f"{tensor.fallback_from} → {tensor.type}" for tensor in fallen})
         notes.append(
-            f"{len(fallen)} tensors ({share:.0%} of the bytes) are not the type that {file_type.name} asks for, because "
-            f"their rows are not a multiple of its block: {', '.join(kinds)}"
+            f"{len(fallen)} tensors ({share:.0%} of the bytes) are not the type that {file_type.name} asks for, "
+            f"because their rows are not a multiple of its block: {', '.join(kinds)}"
         )
     if model.untied:
         notes.append("the adapter makes head and embedding differ: the file is untied and carries output.weight")

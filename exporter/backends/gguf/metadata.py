@@ -145,7 +145,10 @@ def rope_metadata(config: Mapping[str, Any]) -> dict[str, Value]:
                 found[f"scaling.{key}"] = Value("float32", float(rope[source]))
     elif kind not in ("default", "linear"):
         raise UnsupportedModelError(
-            "config.json: rope_type", found=repr(kind), expected="default, linear or yarn", remedy="Export to safetensors."
+            "config.json: rope_type",
+            found=repr(kind),
+            expected="default, linear or yarn",
+            remedy="Export to safetensors.",
         )
     found["freq_base"] = Value("float32", float(theta))
     return found

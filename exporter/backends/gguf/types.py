@@ -101,7 +101,9 @@ def _first_layers(count: int, better: str, default: str) -> Rule:
     return lambda at: better if at.layer < count else default
 
 
-_IQ4 = {"attn_v": lambda default: _grouped("Q5_K", default), "ffn_down": lambda default: _early(8, "Q5_K", default)}
+def _iq4(default: str) -> dict[str, Rule]:
+    return {"attn_v": _grouped("Q5_K", default), "ffn_down": _early(8, "Q5_K", default)}
+
 
 FILE_TYPES: Mapping[str, FileType] = {
     kind.name: kind
@@ -121,8 +123,8 @@ FILE_TYPES: Mapping[str, FileType] = {
         ),
         FileType("Q4_1", 3, "Q4_1"),
         FileType("Q4_0", 2, "Q4_0"),
-        FileType("IQ4_NL", 25, "IQ4_NL", {part: rule("IQ4_NL") for part, rule in _IQ4.items()}),
-        FileType("IQ4_XS", 30, "IQ4_XS", {part: rule("IQ4_XS") for part, rule in _IQ4.items()}),
+        FileType("IQ4_NL", 25, "IQ4_NL", _iq4("IQ4_NL")),
+        FileType("IQ4_XS", 30, "IQ4_XS", _iq4("IQ4_XS")),
         FileType(
             "Q3_K_L",
             13,

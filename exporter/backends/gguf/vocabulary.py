@@ -65,7 +65,7 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     """
     outer = definition.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
-    patterns = [(step.get("pattern") or {}).get("Regex") for step in steps if step.get("type") == "Split"]
+    patterns = [str((step.get("pattern") or {}).get("Regex")) for step in steps if step.get("type") == "Split"]
     kinds = [step.get("type") for step in steps]
     isolated = all(step.get("behavior") == "Isolated" for step in steps if step.get("type") == "Split")
     if kinds == ["Split", "ByteLevel"] and isolated and patterns[0] in PRE_TOKENIZERS:
@@ -134,7 +134,9 @@ def _added_roles(definition: Mapping[str, Any], tokenizer_config: Mapping[str, A
         if step.get("type") == "ByteLevel":
             roles.setdefault("bos", False)
             roles.setdefault("eos", False)
-        elif step.get("type") == "TemplateProcessing" and any("SpecialToken" in part for part in step.get("single", [])):
+        elif step.get("type") == "TemplateProcessing" and any(
+            "SpecialToken" in part for part in step.get("single", [])
+        ):
             raise TokenizerError(
                 "tokenizer.json: post_processor",
                 found="a template that adds special tokens to every text",

@@ -1,0 +1,108 @@
+# Variables: FORMAT BASE ADAPTER QUANT OUT CALIBRATION DEVICE NAME, and ARGS for any other option of the command line.
+#
+#   make export FORMAT=gguf
+#   make export FORMAT=gguf QUANT="Q4_K_M Q8_0" BASE=Qwen/Qwen3-8B ADAPTER=me/my-lora OUT=served
+
+PYTHON ?= python3
+FORMAT ?= gguf
+QUANT ?=
+BASE ?=
+ADAPTER ?=
+OUT ?=
+CALIBRATION ?=
+DEVICE ?= auto
+NAME ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := .cache/demo
+# What the real-model benchmarks run on: a base and an adapter of your own.
+BENCH_WORK ?= .cache/bench
+
+ifeq ($(BASE),)
+  # Without a base, the demo: made once, exported to a folder that every run replaces.
+  NEEDS := $(DEMO)/demo.json
+  SOURCE := --base $(DEMO)/base --adapter $(DEMO)/adapter --name $(or $(NAME),demo)
+  TARGET := $(or $(OUT),out/demo-$(FORMAT))
+  REPLACE := $(if $(OUT),,--force)
+else
+  NEEDS :=
+  SOURCE := --base $(BASE) $(foreach adapter,$(ADAPTER),--adapter $(adapter)) $(if $(NAME),--name $(NAME))
+  TARGET := $(or $(OUT),out/$(notdir $(BASE))-$(FORMAT))
+  REPLACE :=
+endif
+EVALUATION := $(if $(CALIBRATION),--calibration $(CALIBRATION))
+OPTIONS := $(SOURCE) --format $(FORMAT) $(foreach quant,$(QUANT),--quant $(quant)) $(EVALUATION) --device $(DEVICE)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export plan verify demo test check format lint types docs bench gpu-check constraints clean
+
+help:  ## Show this list.
+	@echo "make TARGET [FORMAT=gguf|safetensors] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY)  ## Make the virtual environment from pinned versions.
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which with PYTHON=…"; exit 1; }
+	@echo "Making $(VENV). The first time, llama.cpp is compiled: 6 minutes on two cores; pip keeps the result."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	@echo "  torch and transformers (about a minute)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch transformers peft
+	@echo "  llama-cpp-python (compiles, if pip has no wheel of it yet)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python
+	@echo "  the rest, and the console script"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "$(VENV) is ready: $$($(BIN)/exporter --version)"
+
+export: $(READY) $(NEEDS)  ## Merge, write, verify and publish (the demo, if no BASE is given).
+	@$(BIN)/exporter export $(OPTIONS) --out $(TARGET) $(REPLACE) $(ARGS)
+
+plan: $(READY) $(NEEDS)  ## Show what an export would do. Writes nothing.
+	@$(BIN)/exporter plan $(OPTIONS) --out $(TARGET) $(REPLACE) $(ARGS)
+
+verify: $(READY) $(NEEDS)  ## Check and score a published folder again.
+	@$(BIN)/exporter verify $(TARGET) $(filter-out --name $(or $(NAME),demo),$(SOURCE)) $(EVALUATION) $(ARGS)
+
+demo: $(DEMO)/demo.json  ## Make the demo model and its adapter (under 2 minutes).
+
+$(DEMO)/demo.json: $(READY) scripts/make_demo.py
+	@$(BIN)/python scripts/make_demo.py $(DEMO)
+	@touch $@
+
+test: $(READY) $(DEMO)/demo.json  ## Run the ordinary tests (a few minutes).
+	@$(BIN)/pytest $(ARGS)
+
+test-all: $(READY) $(DEMO)/demo.json  ## Run every test but those that need a GPU.
+	@$(BIN)/pytest -m "not gpu" $(ARGS)
+
+check: format lint types  ## Formatting, lint and strict types.
+
+format: $(READY)
+	@$(BIN)/ruff format --check .
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+
+types: $(READY)  ## Strict types.
+	@$(BIN)/mypy
+
+docs: $(READY)  ## Bring the generated parts of the documentation up to date.
+	@$(BIN)/python scripts/update_docs.py
+
+bench: $(READY)  ## Measure speed and memory against the usual tools (BASE and ADAPTER: a real model).
+	@test -n "$(BASE)" -a -n "$(ADAPTER)" || { echo "make bench BASE=… ADAPTER=… (a real model and its adapter)"; exit 2; }
+	@$(BIN)/python scripts/benchmark.py merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
+
+gpu-check: $(READY) $(DEMO)/demo.json  ## On a machine with CUDA: the gpu tests, and the merge on the GPU against the CPU.
+	@$(BIN)/pytest -m gpu $(ARGS)
+
+constraints: $(READY)  ## Write constraints.txt from what is installed.
+	@$(BIN)/python scripts/update_constraints.py
+
+clean:  ## Remove caches, outputs and the demo; keeps the virtual environment.
+	@rm -rf out build .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,136 @@
+"""Checks an output folder that was published: the files are the ones in its manifest, and they still score."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.adapter import Adapter
+from exporter.artifact.manifest import MANIFEST_NAME, verification_json
+from exporter.artifact.staging import sha256
+from exporter.calibration import make_windows
+from exporter.checkpoint import Checkpoint
+from exporter.errors import ArtifactError
+from exporter.model import plan_merge
+from exporter.recipe import Evaluation
+from exporter.reporter import Reporter
+from exporter.runtimes.base import load_runtime
+from exporter.sources import resolve_adapter, resolve_base
+from exporter.verify.gate import Verification, gate_for, judge
+from exporter.verify.metrics import compare
+from exporter.verify.reference import score_reference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# The runtime that serves each format.
+_DEFAULT_RUNTIMES = {"gguf": "llamacpp", "safetensors": "transformers"}
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """Verdicts on the artifacts of a published folder.
+
+    Attributes:
+        folder: the folder.
+        sizes: bytes of each artifact, by label.
+        verdicts: by artifact label.
+    """
+
+    folder: Path
+    sizes: dict[str, int]
+    verdicts: dict[str, Verification]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every artifact passed."""
+        return all(verdict.passed for verdict in self.verdicts.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The verdicts as JSON, by artifact label."""
+        return {label: verification_json(verdict) for label, verdict in self.verdicts.items()}
+
+    def show(self, console: Console) -> None:
+        """Print the verdict table."""
+        from exporter.screen import show_table
+
+        show_table(console, self.verdicts, self.sizes)
+
+
+def verify_published(
+    folder: Path,
+    base: str,
+    adapters: tuple[str, ...],
+    evaluation: Evaluation,
+    runtime: str | None,
+    device: str,
+    reporter: Reporter,
+) -> PublishedResult:
+    """Check hashes, then score every artifact against base and adapters.
+
+    Raises:
+        ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
+        RefusalError: base or adapters cannot be read, or do not fit.
+        RuntimeScoreError: a runtime cannot load or run an artifact.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    checkpoint = Checkpoint.open(resolve_base(base).folder)
+    opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
+    model = plan_merge(checkpoint, opened, str(manifest["name"]))
+    windows = make_windows(evaluation, model.tokenizer)
+    reporter.scoring("reference", windows)
+    reference = score_reference(model, windows, device, reporter.window)
+    verdicts, sizes = {}, {}
+    for artifact in manifest["artifacts"]:
+        label = f"{artifact['format']} {artifact['quant']}"
+        serving = load_runtime(runtime or _DEFAULT_RUNTIMES.get(artifact["format"], ""), device)
+        reporter.scoring(f"{label} in {serving.name}", windows)
+        entry = folder if artifact["entry"] == "." else folder / artifact["entry"]
+        comparison = compare(serving.score(entry, windows, reporter.window), reference)
+        gate = gate_for(label, artifact["quant"], evaluation.gate)
+        verdicts[label], sizes[label] = judge(serving.version(), comparison, gate), artifact["bytes"]
+    reporter.scored()
+    return PublishedResult(folder, sizes, verdicts)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder.
+
+    Raises:
+        ArtifactError: there is none, or it is not a manifest.
+    """
+    file = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            str(file), found=str(error), expected="the manifest of a published folder", remedy="Check the path."
+        ) from None
+    if not isinstance(manifest, dict) or not {"name", "artifacts", "files"} <= manifest.keys():
+        raise ArtifactError(str(file), found="other JSON", expected="a manifest", remedy="Export again.")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Every file of the manifest must be there, with its size and hash.
+
+    Raises:
+        ArtifactError: one is not.
+    """
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(
+                name, found="no such file", expected="every file of the manifest", remedy="Copy it again."
+            )
+        if file.stat().st_size != entry["bytes"] or (found := sha256(file)) != entry["sha256"]:
+            size = file.stat().st_size
+            raise ArtifactError(
+                name,
+                found=f"{size} bytes" if size != entry["bytes"] else f"sha256 {found[:16]}…",
+                expected=f"{entry['bytes']} bytes" if size != entry["bytes"] else f"sha256 {entry['sha256'][:16]}…",
+                remedy="The file was changed or damaged after publishing: copy or export it again.",
+            )
