@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests: the demo, and small models made in seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import models
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo folder (base/, adapter/, demo.json), made once and kept in the cache."""
+    folder = ROOT / ".cache" / "demo"
+    if not (folder / "demo.json").is_file():
+        spec = importlib.util.spec_from_file_location("make_demo", ROOT / "scripts" / "make_demo.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["make_demo"] = module
+        spec.loader.exec_module(module)
+        module.make_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A maker of small bases, cached by its arguments; treat the folders as read-only (copy before changing one)."""
+    cache: dict[str, Path] = {}
+
+    def make(family: str = "qwen3", **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in cache:
+            cache[key] = models.make_base(tmp_path_factory.mktemp(family) / "base", family, **options)
+        return cache[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A maker of random LoRA adapters for a base, cached by its arguments; likewise read-only."""
+    cache: dict[str, Path] = {}
+
+    def make(base: Path, **options: Any) -> Path:
+        key = repr((base, sorted(options.items())))
+        if key not in cache:
+            cache[key] = models.make_adapter(base, tmp_path_factory.mktemp("lora") / "adapter", **options)
+        return cache[key]
+
+    return make
