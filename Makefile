@@ -37,7 +37,7 @@ EVALUATION := $(if $(CALIBRATION),--calibration $(CALIBRATION))
 OPTIONS := $(SOURCE) --format $(FORMAT) $(foreach quant,$(QUANT),--quant $(quant)) $(EVALUATION) --device $(DEVICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export plan verify demo test check format lint types docs bench gpu-check constraints clean
+.PHONY: help setup export plan verify demo test check test-all format lint types bench gpu-check clean
 
 help:  ## Show this list.
 	@echo "make TARGET [FORMAT=gguf|safetensors] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
@@ -91,18 +91,12 @@ lint: $(READY)
 types: $(READY)  ## Strict types.
 	@$(BIN)/mypy
 
-docs: $(READY)  ## Bring the generated parts of the documentation up to date.
-	@$(BIN)/python scripts/update_docs.py
-
 bench: $(READY)  ## Measure speed and memory against the usual tools (BASE and ADAPTER: a real model).
 	@test -n "$(BASE)" -a -n "$(ADAPTER)" || { echo "make bench BASE=… ADAPTER=… (a real model and its adapter)"; exit 2; }
 	@$(BIN)/python scripts/benchmark.py merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
 
 gpu-check: $(READY) $(DEMO)/demo.json  ## On a machine with CUDA: the gpu tests, and the merge on the GPU against the CPU.
 	@$(BIN)/pytest -m gpu $(ARGS)
-
-constraints: $(READY)  ## Write constraints.txt from what is installed.
-	@$(BIN)/python scripts/update_constraints.py
 
 clean:  ## Remove caches, outputs and the demo; keeps the virtual environment.
 	@rm -rf out build .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
