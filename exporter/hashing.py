@@ -40,5 +40,5 @@ def hash_all(folder: Path, names: Iterable[str], threads: int) -> dict[str, tupl
     """Size and hash of files below `folder`, by name, several at once."""
     wanted = list(names)
     with ThreadPoolExecutor(threads, thread_name_prefix="hash") as pool:
-        digests = pool.map(lambda name: sha256(folder / name), wanted)
+        digests = pool.map(lambda name: sha256(folder / name, direct=True), wanted)
         return {name: ((folder / name).stat().st_size, digest) for name, digest in zip(wanted, digests, strict=True)}

@@ -122,14 +122,16 @@ def _key(plan: ExportPlan, folder: FolderPlan) -> str:
 
 def _tour(plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter) -> tuple[dict[Path, str], str]:
     """Merge and write every tensor; returns the hash of every input file, and the device that was used."""
-    from exporter.checkpoint import TensorReader
-    from exporter.merge import make_merger, resolve_device
-    from exporter.tour.stream import Progress, Rider, stream
-
-    device = resolve_device(plan.execution.device)
     with ExitStack() as stack:
         hasher = InputHasher()
         stack.callback(hasher.close)
+        # The first shard is hashed while torch is imported, which keeps one core busy for seconds.
+        hasher.reach(plan.model.tensors[0].source.file)
+        from exporter.checkpoint import TensorReader
+        from exporter.merge import make_merger, resolve_device
+        from exporter.tour.stream import Progress, Rider, stream
+
+        device = resolve_device(plan.execution.device)
         riders = []
         for folder, staging in zip(plan.folders, stagings, strict=True):
             for artifact in folder.artifacts:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from exporter.errors import OutputExistsError, StagingInUseError, WriteError
@@ -173,11 +175,42 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, hexadecimal, read in bounded chunks."""
+def sha256(file: Path, *, direct: bool = False) -> str:
+    """SHA-256 of a file, hexadecimal, read in bounded chunks, the next one while this one is hashed.
+
+    Args:
+        file: the file.
+        direct: read what is on the disk, past the page cache, where the file system can (Linux, O_DIRECT).
+    """
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
+    # Pages of their own are aligned as direct reads want them.
+    buffers = [mmap.mmap(-1, HASH_CHUNK_BYTES) for _ in range(2)]
+    descriptor = _open_for_hashing(file, direct)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="hash-read") as pool:
+            size, offset = os.fstat(descriptor).st_size, 0
+            pending = pool.submit(os.preadv, descriptor, [buffers[0]], 0)
+            while offset < size:
+                count = pending.result()
+                if count == 0:
+                    raise OSError(f"{file} was cut while it was read")
+                filled, offset = buffers[0], offset + count
+                buffers.reverse()
+                if offset < size:
+                    pending = pool.submit(os.preadv, descriptor, [buffers[0]], offset)
+                with memoryview(filled) as view:
+                    digest.update(view[:count])
+    finally:
+        os.close(descriptor)
     return digest.hexdigest()
+
+
+def _open_for_hashing(file: Path, direct: bool) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    if direct and hasattr(os, "O_DIRECT"):
+        try:
+            return os.open(file, flags | os.O_DIRECT)
+        except OSError:
+            # A file system without direct reads, such as tmpfs.
+            pass
+    return os.open(file, flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ class OffsetWriter:
     def __init__(self, plan: OutputPlan, folder: Path, encode: Encoder, *, resume: bool) -> None:
         self._encode = encode
         self._descriptors: dict[str, int] = {}
+        # The kernel lets one thread at a time write to a file, and the others spin; waiting here, they sleep.
+        self._locks = {file.name: threading.Lock() for file in plan.files}
         try:
             for file in plan.files:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
@@ -57,16 +60,18 @@ class OffsetWriter:
                 remedy="This is a defect of the backend.",
             )
         try:
-            _write_all(self._descriptors[tensor.file], data, tensor.offset + first_row * tensor.row_bytes)
+            with self._locks[tensor.file]:
+                _write_all(self._descriptors[tensor.file], data, tensor.offset + first_row * tensor.row_bytes)
         except OSError as error:
             raise WriteError(
                 tensor.file, found=str(error), expected="room to write", remedy="Free some disk and run again."
             ) from None
 
     def sync(self) -> None:
-        """See `Writer`."""
+        """See `Writer`. What is on the disk gives its memory back: a large output would push the inputs out of it."""
         for descriptor in self._descriptors.values():
             os.fdatasync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """See `Writer`."""

@@ -20,7 +20,7 @@ from exporter.merge import Merger, RowBlock, check_finite, row_blocks
 from exporter.model import MergedModel, MergedTensor
 
 # Written bytes after which the disk is made to catch up and the journal says so.
-SYNC_BYTES = 512 << 20
+SYNC_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def stream(
         if finished is not None:
             commits.add(finished)
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
+    # One more than computes, since at any time one may wait for the disk.
+    pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="merge")
     try:
         for tensor in model.tensors:
             progress.reached(tensor.source.file)
@@ -92,9 +93,10 @@ def stream(
                 pending.append((job, finished, block.count * tensor.source.row_bytes))
         while pending:
             settle()
-        commits.flush()
+        commits.finish()
     finally:
         pool.shutdown(cancel_futures=True)
+        commits.close()
 
 
 def _offer(
@@ -108,22 +110,40 @@ def _offer(
 
 
 class _Commits:
-    """Collects finished tensors and, every so many bytes, syncs the writers and notes the tensors in the journals."""
+    """Collects finished tensors and, every so many bytes, syncs the writers and notes the tensors in the journals.
+
+    That happens in a thread of its own, one commit at a time, so that merging goes on meanwhile.
+    """
 
     def __init__(self, riders: Sequence[Rider]) -> None:
         self._riders = riders
         self._waiting: list[str] = []
         self._bytes = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._last: Future[None] | None = None
 
     def add(self, tensor: MergedTensor) -> None:
         self._waiting.append(tensor.name)
         self._bytes += sum(rider.tensors[tensor.name].nbytes for rider in self._riders if tensor.name in rider.tensors)
         if self._bytes >= SYNC_BYTES:
-            self.flush()
+            self._begin()
 
-    def flush(self) -> None:
+    def finish(self) -> None:
+        self._begin()
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _begin(self) -> None:
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(self._commit, self._waiting)
+        self._waiting, self._bytes = [], 0
+
+    def _commit(self, names: list[str]) -> None:
         for rider in self._riders:
-            if stored := [rider.tensors[name].name for name in self._waiting if name in rider.tensors]:
+            if stored := [rider.tensors[name].name for name in names if name in rider.tensors]:
                 rider.writer.sync()
                 rider.staging.record((rider.label, name) for name in stored)
-        self._waiting, self._bytes = [], 0
