@@ -2,9 +2,9 @@
 
     python scripts/make_demo.py [DIR] [--force]
 
-Writes DIR/base, DIR/adapter and DIR/demo.json (settings, sizes and the perplexities that were checked). The text is
-what every Python carries, the topics of its built-in help. Takes under two minutes on two cores; on one machine, two
-runs give the same bytes.
+Writes DIR/base, DIR/adapter and DIR/demo.json (sizes, and the perplexities that were checked). The text is what every
+Python carries, the topics of its built-in help. Takes under two minutes on two cores; on one machine, two runs give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -12,37 +12,56 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
+import os
 import shutil
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+# The siblings are found too where this file is loaded by its path, as the tests do.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo_text import DemoText, Passage, split_topics
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-VOCABULARY = 4096
-THREADS = 2
-BASE_STEPS, ADAPTER_STEPS = 200, 60
-ROWS, LENGTH = 4, 256
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+SOURCES = ("make_demo.py", "demo_text.py", "demo_training.py")
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+
+VOCABULARY = 4096
+# Rows of the embedding that no token has, as in a real Qwen, whose embedding is padded.
+PADDING = 29
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+# The pattern of Qwen2's pre-tokenizer, as in transformers' tokenization_qwen2.py.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
 """
+MIXED_TEXT = (
+    "def f(x):\r\n\treturn x ** 2  \n\nl'e\u0301te\u0301, I'LL go 1234567 中文字符 \U0001f600\U0001f469\u200d\U0001f52c"
+    " <|im_start|>user\n<think>hm</think><tool_call> <|im_end|><|endoftext|>"
+)
+
+RANK, ALPHA = 8, 16
+# Every tenth passage of the base's text is a conversation, or its <|im_end|> would be as untrained as its padding.
+CONVERSATION_EVERY = 10
+BASE_PERPLEXITY_LIMIT = VOCABULARY / 16
+ADAPTER_RATIO_LIMIT = 0.90
 
 
 def say(text: str) -> None:
@@ -51,81 +70,122 @@ def say(text: str) -> None:
 
 
 def make_demo(directory: Path, *, force: bool = False) -> None:
-    """Make the demo in `directory`, unless it is there and was made by this very script.
+    """Make the demo in `directory`, unless it is there and this very script made it from this very text.
 
     Raises:
-        SystemExit: the base has not learnt enough, or the adapter does not improve its own text.
+        SystemExit: `directory` is something else, the base has not learnt enough, or the adapter improves too little.
     """
-    stamp = hashlib.sha256(b"".join(Path(__file__).with_name(n).read_bytes() for n in ("make_demo.py", "demo_text.py")))
-    facts_file = directory / "demo.json"
-    if not force and facts_file.is_file() and json.loads(facts_file.read_text())["script"] == stamp.hexdigest():
-        say(f"the demo is in {directory}")
+    facts_file, expected = directory / "demo.json", settings_hash()
+    if directory.exists() and any(directory.iterdir()) and not facts_file.is_file():
+        raise SystemExit(f"{directory} has no demo.json; expected a demo, or a folder that does not exist")
+    if not force and facts_file.is_file() and json.loads(facts_file.read_text()).get("settings") == expected:
+        # Newer than the script, so that make does not come back for it.
+        facts_file.touch()
+        say(f"the demo is in {directory}; nothing to do (--force makes it again)")
         return
-    import torch
-
-    torch.set_num_threads(THREADS)
-    torch.use_deterministic_algorithms(True)
-    work = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(work, ignore_errors=True)
     started = time.monotonic()
-    text = split_topics()
-    tokenizer = make_tokenizer(text.base, work / "base")
-    base, base_figures = train_base(tokenizer, text, work / "base")
-    adapter_figures = train_adapter(base, tokenizer, text, work / "adapter")
-    facts = {"script": stamp.hexdigest(), "vocabulary": VOCABULARY} | base_figures | adapter_figures
-    (work / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    work.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        work.chmod(0o755)
+        facts = {"settings": expected} | write_models(work)
+        (work / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if directory.exists():
+            os.replace(directory, work / "replaced")
+        shutil.rmtree(work / "replaced", ignore_errors=True)
+        os.replace(work, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     say(f"the demo is in {directory}, made in {time.monotonic() - started:.0f} s")
 
 
-def make_tokenizer(passages: list[Passage], folder: Path) -> Any:
+def settings_hash() -> str:
+    """SHA-256 of all that decides the bytes: these scripts, the text, and the packages' versions."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    digest.update(repr(split_topics()).encode())
+    digest.update(repr([version(package) for package in PACKAGES]).encode())
+    return digest.hexdigest()
+
+
+def write_models(work: Path) -> dict[str, float]:
+    """Train and write all there is to the demo; returns the figures for demo.json."""
+    # Before transformers draws it as a bar among the plain lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import torch
+    from demo_training import workers
+
+    text = split_topics()
+    with workers() as pool, torch.random.fork_rng(devices=[]):
+        tokenizer = make_tokenizer(text.base, work / "base")
+        base, base_figures = train_base(tokenizer, text, work / "base", pool)
+        adapter_figures = train_adapter(base, tokenizer, text, work / "adapter", pool)
+    sizes = {"vocabulary": VOCABULARY, "tokens": len(tokenizer)}
+    return sizes | base_figures | adapter_figures
+
+
+def make_tokenizer(passages: Iterable[Passage], folder: Path) -> Any:
     """Train and save a byte-level BPE tokenizer with Qwen2's pipeline; returns it as transformers loads it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    # Some rows stay without a token, as in a real Qwen, whose embedding is padded.
-    size = VOCABULARY - 32 - len(SPECIAL) - len(ADDED)
+    # As in Qwen's, the added tokens come after the trained ones.
+    size = VOCABULARY - PADDING - len(SPECIAL) - len(ADDED)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([passage for _, passage in passages], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
-    )
-    fast.save_pretrained(folder)
-    config = {
-        "add_bos_token": False,
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "model_max_length": 2048,
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tokenizer(tokenizer, folder)
     loaded = AutoTokenizer.from_pretrained(folder)
-    sample = "def f(x): return x ** 2\n\n\t中文 😀 12345 l'été <|im_start|>user\n<think>hm</think><|im_end|>"
-    if loaded.encode(sample) != tokenizer.encode(sample).ids:
-        raise SystemExit("the saved tokenizer gives other ids than the trained one")
+    found, expected = loaded.encode(MIXED_TEXT), tokenizer.encode(MIXED_TEXT).ids
+    if found != expected:
+        raise SystemExit(f"the saved tokenizer gives {found}; expected what the trained one gives, {expected}")
     return loaded
 
 
-def ask(passage: Passage) -> str:
-    """A passage as a conversation in ChatML."""
-    topic, text = passage
-    question = f"What does Python's documentation say about {topic}?"
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The files that a Qwen has; transformers' own writer leaves out `add_bos_token`."""
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {
+                "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                "special": token in SPECIAL,
+            }
+            for token in SPECIAL + ADDED
+        },
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 2048,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def encode(tokenizer: Any, documents: Iterable[str]) -> Any:
+    """All documents as one stream, an int64 tensor of token ids."""
+    import torch
+
+    return torch.tensor([token for document in documents for token in tokenizer.encode(document)])
 
 
 def plain(passage: Passage) -> str:
@@ -133,117 +193,136 @@ def plain(passage: Passage) -> str:
     return passage[1] + "<|endoftext|>"
 
 
-def encode(tokenizer: Any, passages: Iterable[Passage], form: Callable[[Passage], str]) -> Any:
-    """All passages as one int64 tensor of token ids."""
+def conversation(tokenizer: Any) -> Callable[[Passage], str]:
+    """A function that makes a passage the answer to a question, by the tokenizer's chat template."""
+
+    def form(passage: Passage) -> str:
+        topic, text = passage
+        question = {"role": "user", "content": f"What does Python's documentation say about {topic}?"}
+        answer = {"role": "assistant", "content": text}
+        return str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+
+    return form
+
+
+def train_base(tokenizer: Any, text: DemoText, folder: Path, pool: ThreadPoolExecutor) -> tuple[Any, dict[str, float]]:
+    """Train, check and save the base; returns it in float32, as saved, and its figures."""
     import torch
-
-    return torch.tensor([token for passage in passages for token in tokenizer.encode(form(passage))])
-
-
-def train_base(tokenizer: Any, text: DemoText, folder: Path) -> tuple[Any, dict[str, float]]:
-    """Train and save the base; every tenth passage is a conversation, so that the special tokens are learnt."""
-    import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from demo_training import Phase, base_optimizers, perplexity, train
+    from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=end, pad_token_id=pad,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f"training a Qwen3 of {parameters / 1e6:.1f} M parameters, {BASE_STEPS} steps")
-    mixed = [(ask if index % 10 == 0 else plain)(passage) for index, passage in enumerate(text.base)]
-    ids = torch.tensor([token for document in mixed for token in tokenizer.encode(document)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    train(model, ids, BASE_STEPS, [optimizer], seed=7)
+    model = Qwen3ForCausalLM(base_config(tokenizer))
+    parameters = model.num_parameters()
+    say(f"training a Qwen3 of {parameters / 1e6:.1f} M parameters")
+    ask = conversation(tokenizer)
+    mixed = [(plain if n % CONVERSATION_EVERY else ask)(passage) for n, passage in enumerate(text.base)]
+    # Short windows are cheaper and teach the words; the longer ones then teach to look back.
+    phases = [Phase(75, rows=8, length=128), Phase(75, rows=4, length=256)]
+    train(model, encode(tokenizer, mixed), phases, base_optimizers(model), pool, say)
     # What is saved is bf16, so that is what is measured and what the adapter is trained on.
     model.to(torch.bfloat16).float()
-    figure = perplexity(model, encode(tokenizer, text.base_held_out, plain))
-    limit = VOCABULARY / 5
-    say(f"held-out perplexity of the base: {figure:.1f} (uniform: {VOCABULARY}, limit: {limit:.0f})")
-    if not figure < limit:
-        raise SystemExit(f"the base has a held-out perplexity of {figure:.1f}; expected below {limit:.0f}")
-    model.generation_config = GenerationConfig(
+    found = perplexity(model, encode(tokenizer, map(plain, text.base_held_out)), pool)
+    say(f"held-out perplexity of the base: {found:.1f} (expected: below {BASE_PERPLEXITY_LIMIT:.0f})")
+    if not found < BASE_PERPLEXITY_LIMIT:
+        raise SystemExit(
+            f"the base has a held-out perplexity of {found:.1f}; expected below {BASE_PERPLEXITY_LIMIT:.0f}"
+        )
+    model.generation_config = sampling(tokenizer)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return model.float(), {"parameters": parameters, "base_perplexity": round(found, 4)}
+
+
+def base_config(tokenizer: Any) -> Any:
+    """A Qwen3 with all that a real one has, in small; hidden 256, so that K-quants apply."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+        # Qwen's theta, not transformers' default: a reader that forgets it is found out.
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        # No pad_token_id, as in Qwen's: transformers would keep that token's embedding from learning.
+        bos_token_id=None, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )  # fmt: skip
+
+
+def sampling(tokenizer: Any) -> Any:
+    """The generation_config.json: the defaults that Qwen publishes with its instruct models."""
+    from transformers import GenerationConfig
+
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    return GenerationConfig(
         do_sample=True, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=[end, pad], pad_token_id=pad
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return model.float(), {"parameters": parameters, "base_perplexity": figure}
 
 
-def train_adapter(model: Any, tokenizer: Any, text: DemoText, folder: Path) -> dict[str, float]:
-    """Train and save a LoRA on every linear layer with the adapter's own text."""
+def train_adapter(
+    model: Any, tokenizer: Any, text: DemoText, folder: Path, pool: ThreadPoolExecutor
+) -> dict[str, float]:
+    """Train, check and save a LoRA on every linear layer, with the adapter's own text."""
     import torch
+    from demo_training import Phase, perplexity, train
     from peft import LoraConfig, get_peft_model
 
-    held_out = encode(tokenizer, text.adapter_held_out, ask)
-    before = perplexity(model, held_out)
+    ask = conversation(tokenizer)
+    held_out = encode(tokenizer, map(ask, text.adapter_held_out))
+    before = perplexity(model, held_out, pool)
     torch.manual_seed(1)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, config)
-    tuned.peft_config["default"].base_model_name_or_path = "demo/base"
-    say(f"training a LoRA adapter, {ADAPTER_STEPS} steps")
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft asks transformers for an attribute by its former name.
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = get_peft_model(model, config)
+    say("training a LoRA adapter")
     trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    ids = encode(tokenizer, text.adapter, ask)
-    train(tuned, ids, ADAPTER_STEPS, [torch.optim.AdamW(trained, lr=4e-3, weight_decay=0.0)], seed=8)
-    after = perplexity(tuned, held_out)
-    say(f"held-out perplexity of the adapter's text: {before:.1f} before, {after:.1f} after")
-    if not after < 0.95 * before:
-        raise SystemExit(f"the adapter brings its text from {before:.1f} to {after:.1f}; expected at least 5 % less")
-    if any("lora_B" in name and not parameter.any() for name, parameter in tuned.named_parameters()):
-        raise SystemExit("the adapter leaves a target as it was; expected an update of every one")
-    tuned.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    return {"adapter_text_before": before, "adapter_text_after": after}
+    optimizer = torch.optim.AdamW(trained, lr=6e-3, weight_decay=0.0)
+    train(tuned, encode(tokenizer, map(ask, text.adapter)), [Phase(60, rows=4, length=256)], [optimizer], pool, say)
+    after = perplexity(tuned, held_out, pool)
+    say(f"held-out perplexity of the adapter's text: {before:.1f} without, {after:.1f} with it")
+    if not after < ADAPTER_RATIO_LIMIT * before:
+        wanted = ADAPTER_RATIO_LIMIT * before
+        raise SystemExit(f"the adapter brings its text's perplexity to {after:.1f}; expected below {wanted:.1f}")
+    ratios = delta_ratios(tuned)
+    smallest = min(ratios, key=lambda name: ratios[name])
+    say(f"‖Δ‖/‖W‖ from {ratios[smallest]:.3f} ({smallest}) to {max(ratios.values()):.3f}")
+    if not ratios[smallest] > 0:
+        raise SystemExit(f"the adapter's update of {smallest} is zero; expected an update of every linear layer")
+    save_adapter(tuned, folder)
+    mean = sum(ratios.values()) / len(ratios)
+    return {
+        "adapter_text_before": round(before, 4), "adapter_text_after": round(after, 4), "adapter_targets": len(ratios),
+        "delta_ratio_least": round(ratios[smallest], 6), "delta_ratio_mean": round(mean, 6),
+        "delta_ratio_most": round(max(ratios.values()), 6),
+    }  # fmt: skip
 
 
-def train(model: Any, ids: Any, steps: int, optimizers: list[Any], seed: int) -> None:
-    """Train on random windows; the rate warms up over a twentieth of the steps and falls to zero over the last 60 %."""
-    import torch
-
-    order, started = torch.Generator().manual_seed(seed), time.monotonic()
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    model.train()
-    for step in range(steps):
-        factor = min(1.0, (step + 1) / (0.05 * steps)) * min(1.0, (1 - step / steps) / 0.6)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        starts = torch.randint(0, len(ids) - LENGTH, (ROWS,), generator=order)
-        batch = torch.stack([ids[start : start + LENGTH] for start in starts.tolist()])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        if (step + 1) % 20 == 0:
-            left = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
-            say(f"  step {step + 1} of {steps}: loss {loss.item():.2f}, {left:.0f} s left")
-    model.eval()
+def delta_ratios(tuned: Any) -> dict[str, float]:
+    """‖Δ‖/‖W‖ of every target, by its name in the base."""
+    ratios = {}
+    for name, module in tuned.base_model.model.named_modules():
+        if hasattr(module, "lora_B"):
+            delta = module.get_delta_weight("default").detach()
+            ratios[name] = float(delta.norm() / module.base_layer.weight.norm())
+    return ratios
 
 
-def perplexity(model: Any, ids: Any, window: int = 256) -> float:
-    """Perplexity over windows that do not overlap, predictions of the second half of each scored."""
-    import torch
-
-    model.eval()
-    count = len(ids) // window
-    total, half = 0.0, window // 2
-    with torch.inference_mode():
-        for row in ids[: count * window].view(count, window):
-            logits = model(input_ids=row[None]).logits[0, half:-1].float()
-            total += torch.nn.functional.cross_entropy(logits, row[half + 1 :], reduction="sum").item()
-    return math.exp(total / (count * (window - half - 1)))
+def save_adapter(tuned: Any, folder: Path) -> None:
+    """In peft's format, without what differs from run to run: it writes the set of targets in any order."""
+    # Not "auto", which would ask the Hub about a base that is nowhere but here.
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, nargs="?", default=CHECKOUT / ".cache" / "demo")
-    parser.add_argument("--force", action="store_true", help="make it again")
+    parser.add_argument("directory", metavar="DIR", type=Path, nargs="?", default=CHECKOUT / ".cache" / "demo")
+    parser.add_argument("--force", action="store_true", help="make it again, though it is there")
     arguments = parser.parse_args()
     make_demo(arguments.directory, force=arguments.force)
 
