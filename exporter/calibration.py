@@ -110,7 +110,9 @@ def embedded_text() -> str:
 
     # By hash of the name rather than alphabetically, so that a few windows already cover unlike topics.
     order = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return "\n\n".join(topics[name].strip() for name in order)
+    # Topics repeat each other's paragraphs; a paragraph that was seen before is too easily predicted.
+    paragraphs = dict.fromkeys(part for name in order for part in topics[name].strip().split("\n\n"))
+    return "\n\n".join(paragraphs)
 
 
 def _records(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
