@@ -4,13 +4,15 @@
     python scripts/compare_gguf.py OURS THEIRS --allow-blocks-share 1e-6 --allow-metadata general.name
 
 Exit status 0: same tensors with the same shapes and types, no more blocks differ than allowed, and no metadata key
-differs that is not allowed to. 1: anything else. The order of tensors and keys is reported and is not a difference.
+differs that is not allowed to. 1: anything else. 2: a file that cannot be read. The order of tensors and keys is
+reported and is not a difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from report import table, write_json
 
-BLOCKS_AT_ONCE = 1 << 20
+BLOCKS_AT_ONCE = 1 << 18
 SHOWN = 20
 Bytes = npt.NDArray[np.uint8]
 
@@ -93,16 +95,22 @@ class Comparison:
         return tensors and not self.metadata_differing(allow_metadata)
 
 
+@dataclass(frozen=True)
+class _Value:
+    """One metadata value: a digest of its bytes, and how to show it."""
+
+    digest: str
+    shown: str
+
+
 def compare(ours: Path, theirs: Path) -> Comparison:
-    """Compare two GGUF files. Memory does not grow with their size: both are mapped and read block by block."""
-    our_file, their_file = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
-    our_tensors = {tensor.name: tensor for tensor in our_file.tensors}
-    their_tensors = {tensor.name: tensor for tensor in their_file.tensors}
+    """Compare two GGUF files. Both are mapped; beyond that, memory does not grow with their tensors."""
+    our_tensors, our_keys = _read(ours)
+    their_tensors, their_keys = _read(theirs)
     shared = [name for name in our_tensors if name in their_tensors]
     compared = [compare_tensor(our_tensors[name], their_tensors[name]) for name in shared]
-    our_keys, their_keys = _metadata(our_file), _metadata(their_file)
     keys = [key for key in our_keys if key in their_keys]
-    changed = [key for key in keys if _raw(our_keys[key]) != _raw(their_keys[key])]
+    changed = [key for key in keys if our_keys[key].digest != their_keys[key].digest]
     return Comparison(
         tensors_equal=sum(difference is None for difference in compared),
         tensors=tuple(difference for difference in compared if difference is not None),
@@ -112,7 +120,7 @@ def compare(ours: Path, theirs: Path) -> Comparison:
         blocks=sum(_block_count(our_tensors[name]) for name in shared),
         elements=sum(int(our_tensors[name].n_elements) for name in shared),
         metadata_equal=len(keys) - len(changed),
-        metadata=tuple(MetadataDifference(key, show(our_keys[key]), show(their_keys[key])) for key in changed),
+        metadata=tuple(MetadataDifference(key, our_keys[key].shown, their_keys[key].shown) for key in changed),
         metadata_only_ours=tuple(key for key in our_keys if key not in their_keys),
         metadata_only_theirs=tuple(key for key in their_keys if key not in our_keys),
         same_metadata_order=list(our_keys) == list(their_keys),
@@ -155,14 +163,28 @@ def show(field: Any, limit: int = 60) -> str:
     return f"{kinds[0]} {count}{value if len(value) <= limit else value[:limit] + '…'}"
 
 
-def _metadata(reader: Any) -> dict[str, Any]:
-    """The file's metadata; `GGUF.version` and the two counts, which the reader adds, are left out."""
-    return {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no annotations
+    """gguf's reader, slicing a plain array instead of numpy's memmap: half the time for a large vocabulary."""
+
+    data: npt.NDArray[Any]
+
+    def _get(self, *args: Any, **options: Any) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)
+        return super()._get(*args, **options)
 
 
-def _raw(field: Any) -> bytes:
-    """A field's bytes as the file holds them: key, type and value."""
-    return b"".join(part.tobytes() for part in field.parts)
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Value]]:
+    """Tensors and metadata of a file; `GGUF.version` and the two counts, which the reader adds, are left out."""
+    reader = _Reader(path)
+    metadata = {}
+    for key, value in reader.fields.items():
+        if not key.startswith("GGUF."):
+            # A field's parts are its bytes as the file holds them: key, type and value.
+            digest = hashlib.sha256(b"".join(part.tobytes() for part in value.parts)).hexdigest()
+            metadata[key] = _Value(digest, show(value))
+    reader.fields.clear()  # some hundred thousand small arrays, for a vocabulary and its merges
+    return {tensor.name: tensor for tensor in reader.tensors}, metadata
 
 
 def _blocks(tensor: Any) -> Bytes:
@@ -181,8 +203,8 @@ def _differing_blocks(ours: Any, theirs: Any) -> Iterator[tuple[Bytes, Bytes]]:
     our_blocks, their_blocks = _blocks(ours), _blocks(theirs)
     for start in range(0, len(our_blocks), BLOCKS_AT_ONCE):
         left, right = our_blocks[start : start + BLOCKS_AT_ONCE], their_blocks[start : start + BLOCKS_AT_ONCE]
-        differing = (left != right).any(axis=1)
-        if differing.any():
+        if not np.array_equal(left, right):
+            differing = (left != right).any(axis=1)
             yield left[differing], right[differing]
 
 
@@ -239,7 +261,11 @@ def main() -> int:
     parser.add_argument("--allow-metadata", action="append", default=[], metavar="PATTERN", help="repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
     args = parser.parse_args()
-    found = compare(args.ours, args.theirs)
+    try:
+        found = compare(args.ours, args.theirs)
+    except (OSError, EOFError, ValueError) as error:
+        print(f"compare_gguf: {error}", file=sys.stderr)
+        return 2
     print_comparison(found, args.allow_metadata)
     equal = found.equal(args.allow_blocks_share, args.allow_metadata)
     figures = dataclasses.asdict(found) | {"blocks_share": found.blocks_share, "equal": equal}

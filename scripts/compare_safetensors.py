@@ -4,7 +4,8 @@
     python scripts/compare_safetensors.py OURS THEIRS --min-equal 0.9999 --max-ulp 1
 
 Exit status 0: same names, dtypes and shapes, at least `--min-equal` of all elements bit-equal, and none further apart
-than `--max-ulp` units in the last place. 1: anything else. Reads a few megabytes at a time.
+than `--max-ulp` units in the last place. 1: anything else. 2: a file that cannot be read.
+Reads a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -191,7 +192,11 @@ def main() -> int:
     parser.add_argument("--max-ulp", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison as JSON")
     args = parser.parse_args()
-    found = compare(args.ours, args.theirs)
+    try:
+        found = compare(args.ours, args.theirs)
+    except (OSError, EOFError, ValueError) as error:
+        print(f"compare_safetensors: {error}", file=sys.stderr)
+        return 2
     print_comparison(found)
     equal = found.equal(args.min_equal, args.max_ulp)
     totals = {"equal_share": found.equal_share, "max_ulp": found.max_ulp, "equal": equal}

@@ -21,6 +21,7 @@ CHAT_TEMPLATE = (
 def make_tokenizer(folder: Path, size: int = 384) -> int:
     """Save a byte-level BPE tokenizer with Qwen2's pre-tokenizer; returns its number of tokens."""
     from pydoc_data.topics import topics
+
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
