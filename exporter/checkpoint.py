@@ -344,6 +344,17 @@ class TensorReader:
 
     def slice(self, tensor: StoredTensor, offset: int, nbytes: int) -> bytearray:
         """Read `nbytes` bytes from byte `offset` of the tensor's data on."""
+        buffer = bytearray(nbytes)
+        self.read_into(memoryview(buffer), tensor, offset)
+        return buffer
+
+    def read_into(self, target: memoryview, tensor: StoredTensor, offset: int) -> None:
+        """Fill `target`, a view of bytes, from byte `offset` of the tensor's data on.
+
+        Raises:
+            TruncatedFileError: the file ended early.
+        """
+        nbytes = len(target)
         if offset < 0 or offset + nbytes > tensor.nbytes:
             raise CheckpointError(
                 tensor.name,
@@ -351,14 +362,12 @@ class TensorReader:
                 expected=f"at most {tensor.nbytes}",
                 remedy="This is a defect of the caller.",
             )
-        buffer = bytearray(nbytes)
-        view, done, descriptor = memoryview(buffer), 0, self._descriptor(tensor.file)
+        done, descriptor = 0, self._descriptor(tensor.file)
         while done < nbytes:
-            got = os.preadv(descriptor, [view[done:]], tensor.start + offset + done)
+            got = os.preadv(descriptor, [target[done:]], tensor.start + offset + done)
             if got == 0:
                 raise _truncated(tensor.file, tensor.start + offset + done, tensor.start + tensor.nbytes)
             done += got
-        return buffer
 
     def _descriptor(self, file: Path) -> int:
         descriptor = self._descriptors.get(file)

@@ -8,6 +8,7 @@ and the device alone: not on the size of the blocks that are read, nor on how ma
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,13 +88,29 @@ def make_merger(device: str, reader: TensorReader) -> Merger:
     return CudaMerger(reader, device)
 
 
+class Workspace(threading.local):
+    """Buffers that a thread uses again for every block, so that memory neither grows nor is faulted in anew."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialized tensor; it is valid until this thread takes the same name again."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return buffer[:nbytes].view(dtype).view(shape)
+
+
 class CpuMerger:
-    """Merges on the CPU; one thread a block."""
+    """Merges on the CPU; one thread a block. A block is valid until its thread asks for the next one."""
 
     device = "cpu"
 
     def __init__(self, reader: TensorReader) -> None:
         self._reader = reader
+        self._workspace = Workspace()
 
     def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
         """See `Merger`. For an embedding (transposed) the factor is B, shape (hidden, rank)."""
@@ -101,11 +118,13 @@ class CpuMerger:
 
     def block(self, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """See `Merger`."""
-        raw = self._reader.rows(tensor.source, block.first, block.count)
-        stored = torch.frombuffer(raw, dtype=DTYPES[tensor.source.dtype]).view(block.count, -1)
-        merged = stored.to(torch.float32)
+        shape = (block.count, tensor.source.columns)
+        stored = self._workspace.take("stored", DTYPES[tensor.source.dtype], shape)
+        raw = stored.view(torch.uint8).numpy().reshape(-1)
+        self._reader.read_into(raw.data, tensor.source, block.first * tensor.source.row_bytes)
+        merged = self._workspace.take("merged", torch.float32, shape).copy_(stored)
         for update, factor in zip(tensor.updates, factors, strict=True):
-            add_update(merged, self.left_rows(update, block), factor, update, TILE_ROWS["cpu"])
+            add_update(merged, self.left_rows(update, block), factor, update, TILE_ROWS["cpu"], self._workspace)
         return merged
 
     def left_rows(self, update: LowRankUpdate, block: RowBlock) -> torch.Tensor:
@@ -114,14 +133,17 @@ class CpuMerger:
 
     def _whole(self, tensor: StoredTensor) -> torch.Tensor:
         raw = self._reader.rows(tensor, 0, tensor.rows)
-        return torch.frombuffer(raw, dtype=DTYPES[tensor.dtype]).view(tensor.shape).to(torch.float32)
+        # Copied even where it is float32 already: torch's own memory is aligned, and the products' last bits may
+        # depend on that.
+        return torch.frombuffer(raw, dtype=DTYPES[tensor.dtype]).view(tensor.shape).to(torch.float32, copy=True)
 
 
 def read_left_rows(reader: TensorReader, update: LowRankUpdate, block: RowBlock) -> torch.Tensor:
     """Rows of B, or for an embedding the same columns of A transposed: float32 on the CPU, (block.count, rank)."""
     if not update.transposed:
         raw = reader.rows(update.b, block.first, block.count)
-        return torch.frombuffer(raw, dtype=DTYPES[update.b.dtype]).view(block.count, update.rank).to(torch.float32)
+        rows = torch.frombuffer(raw, dtype=DTYPES[update.b.dtype]).view(block.count, update.rank)
+        return rows.to(torch.float32, copy=True)
     left = torch.empty(block.count, update.rank)
     item = update.a.row_bytes // update.a.columns
     for k in range(update.rank):
@@ -131,7 +153,12 @@ def read_left_rows(reader: TensorReader, update: LowRankUpdate, block: RowBlock)
 
 
 def add_update(
-    merged: torch.Tensor, left: torch.Tensor, factor: torch.Tensor, update: LowRankUpdate, tile_rows: int
+    merged: torch.Tensor,
+    left: torch.Tensor,
+    factor: torch.Tensor,
+    update: LowRankUpdate,
+    tile_rows: int,
+    workspace: Workspace | None = None,
 ) -> None:
     """Add `scale * (left @ right)` to float32 `merged`, in place, tile by tile.
 
@@ -141,11 +168,14 @@ def add_update(
         factor: (rank, columns), or its transpose for an embedding.
         update: gives the scale and whether the factor is transposed.
         tile_rows: height of one product.
+        workspace: where the product goes; None to allocate it.
     """
     right = factor.T if update.transposed else factor
     for first in range(0, merged.shape[0], tile_rows):
-        tile = slice(first, first + tile_rows)
-        merged[tile] += (left[tile] @ right).mul_(update.scale)
+        tile = merged[first : first + tile_rows]
+        product = workspace.take("product", torch.float32, tuple(tile.shape)) if workspace else torch.empty_like(tile)
+        torch.mm(left[first : first + tile_rows], right, out=product)
+        tile.add_(product.mul_(update.scale))
 
 
 def check_finite(tensor: MergedTensor, block: torch.Tensor) -> float:
