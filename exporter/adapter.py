@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,7 +43,7 @@ HANDLED_SETTINGS = frozenset({
 NEUTRAL_SETTINGS = frozenset({
     "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "exclude_modules", "layers_to_transform",
     "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "peft_version", "qalora_group_size", "runtime_config", "velora_config",
+    "lora_ga_config", "peft_version", "ensure_weight_tying", "qalora_group_size", "runtime_config", "velora_config",
 })  # fmt: skip
 
 # Initializations that subtract something from the base: the adapter is then relative to another base than the file.
@@ -166,6 +166,10 @@ def _sort_tensors(
     for name, tensor in header.items():
         if match := _LORA_KEY.match(name):
             key = ("embedding_" if match["embedding"] else "") + match["part"]
+            if key in pairs.get(match["module"], {}):
+                raise AdapterError(
+                    name, found="the same part of an update twice", expected="it once", remedy="Save the adapter again."
+                )
             pairs.setdefault(match["module"], {})[key] = tensor
         elif "lora_magnitude_vector" in name:
             raise _unsupported(name, "a DoRA magnitude", "plain LoRA tensors")
@@ -198,7 +202,7 @@ def _update(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str,
     for tensor in (a, b):
         if tensor.dtype not in {"F32", "F16", "BF16"} or len(tensor.shape) != 2:
             raise _unsupported(tensor.name, f"{tensor.dtype} {list(tensor.shape)}", "a matrix of F32, F16 or BF16")
-    rank = int(_pattern_value(config.get("rank_pattern"), module, config.get("r", 8)))
+    rank = _setting(config, "r", "rank_pattern", module)
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise AdapterRankError(
             module,
@@ -206,17 +210,36 @@ def _update(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str,
             expected=f"the rank {rank} of {CONFIG_NAME} in both",
             remedy="Tensors and configuration are not from one training run: save the adapter again.",
         )
-    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    alpha = _setting(config, "lora_alpha", "alpha_pattern", module)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRankUpdate(module, a, b, scale, transposed)
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Value of the first pattern that matches the end of the module's name (peft's `get_pattern_key`)."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _setting(config: Mapping[str, Any], key: str, pattern_key: str, module: str) -> float:
+    """Rank or alpha of a module: by the first pattern that matches its name's end (peft's `get_pattern_key`)."""
+    value, where = config.get(key, 8), key
+    patterns = config.get(pattern_key) or {}
+    if not isinstance(patterns, dict):
+        raise _malformed(pattern_key, patterns, "a mapping from patterns to numbers")
+    for pattern, special in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error:
+            raise _malformed(pattern_key, pattern, "a regular expression") from None
+        if matches:
+            value, where = special, pattern_key
+            break
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (key == "r" and (value != int(value) or value < 1)):
+        raise _malformed(where, value, "a positive whole number" if key == "r" else "a finite number")
+    result: float = value
+    return result
+
+
+def _malformed(key: str, found: Any, expected: str) -> AdapterError:
+    return AdapterError(
+        f"{CONFIG_NAME}: {key}", found=repr(found)[:80], expected=expected, remedy="Save the adapter again."
+    )
 
 
 def bind(adapter: Adapter, base: Checkpoint) -> dict[str, LowRankUpdate]:
@@ -254,6 +277,8 @@ def bind(adapter: Adapter, base: Checkpoint) -> dict[str, LowRankUpdate]:
 
 def _check_architecture(adapter: Adapter, base: Checkpoint) -> None:
     mapping = adapter.config.get("auto_mapping") or {}
+    if not isinstance(mapping, dict):
+        raise _malformed("auto_mapping", mapping, "a mapping")
     trained_on, architectures = mapping.get("base_model_class"), base.config.get("architectures") or []
     if trained_on and architectures and trained_on not in architectures:
         raise ArchitectureMismatchError(
@@ -284,20 +309,36 @@ def _no_target(adapter: Adapter, missing: list[str], targets: int, shapes: Mappi
 
 
 def _check_completeness(adapter: Adapter, targets: Mapping[str, LowRankUpdate], base: Checkpoint) -> None:
-    """Every base matrix that a plain list of target names calls for must have its update in the file."""
-    names, config = adapter.config.get("target_modules"), adapter.config
-    if not isinstance(names, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
-        return
+    """Every base matrix that the configuration's targets call for must have its update in the file."""
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
-        called = any(module == target or module.endswith(f".{target}") for target in names)
-        if called and len(tensor.shape) == 2 and module != name and name not in targets:
+        if _called_for(adapter.config, module) and len(tensor.shape) == 2 and module != name and name not in targets:
             raise AdapterTargetError(
                 name,
                 found="no update in the adapter's file",
                 expected=f"one, since {CONFIG_NAME} lists it among target_modules",
                 remedy="The adapter file is incomplete: save it again.",
             )
+
+
+def _called_for(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is among the targets (peft's `check_target_module_exists`)."""
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+    if among(config.get("exclude_modules")) or not among(config.get("target_modules")):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or isinstance(config.get("target_modules"), str):
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
 
 
 def check_values(adapter: Adapter) -> None:
@@ -345,24 +386,22 @@ def check_copies(adapter: Adapter, base: Checkpoint) -> None:
         UnsupportedAdapterError: a copy differs from the base in shape or in any value.
     """
     embedding = base.tensors.get("model.embed_tokens.weight")
-    with TensorReader() as reader:
-        for module, copy in adapter.copies.items():
-            original = base.tensors.get(f"{module}.weight")
-            if original is None and module == "lm_head" and base.config.get("tie_word_embeddings"):
-                original = embedding
-            if original is None or original.shape != copy.shape or not _equal(reader, copy, original):
-                found = "no such base tensor" if original is None else f"{list(copy.shape)} with values of its own"
-                raise _unsupported(
-                    copy.name, found, "a copy of the base's tensor: trained or resized embeddings are not"
-                )
+    for module, copy in adapter.copies.items():
+        original = base.tensors.get(f"{module}.weight")
+        if original is None and module == "lm_head" and base.config.get("tie_word_embeddings"):
+            original = embedding
+        if original is None or original.shape != copy.shape or not equal_values(copy, original):
+            found = "no such base tensor" if original is None else f"{list(copy.shape)} with values of its own"
+            raise _unsupported(copy.name, found, "a copy of the base's tensor: trained or resized embeddings are not")
 
 
-def _equal(reader: TensorReader, one: StoredTensor, other: StoredTensor, block_bytes: int = 1 << 22) -> bool:
+def equal_values(one: StoredTensor, other: StoredTensor, block_bytes: int = 1 << 22) -> bool:
+    """Whether two float tensors of one shape hold the same values. Reads both, block by block."""
     rows = max(1, block_bytes // max(one.row_bytes, other.row_bytes))
-    starts: Iterable[int] = range(0, one.rows, rows)
-    for first in starts:
-        count = min(rows, one.rows - first)
-        mine = as_float32(reader.rows(one, first, count), one.dtype)
-        if not (mine == as_float32(reader.rows(other, first, count), other.dtype)).all():
-            return False
+    with TensorReader() as reader:
+        for first in range(0, one.rows, rows):
+            count = min(rows, one.rows - first)
+            mine = as_float32(reader.rows(one, first, count), one.dtype)
+            if not (mine == as_float32(reader.rows(other, first, count), other.dtype)).all():
+                return False
     return True

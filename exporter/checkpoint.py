@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,8 @@ FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 # The reference implementation refuses longer headers (MAX_HEADER_SIZE in safetensors/src/tensor.rs).
 MAX_HEADER_BYTES = 100_000_000
+
+_SHARD_NAME = re.compile(r".*-\d+-of-(?P<count>\d+)\.safetensors")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -105,7 +108,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise _invalid(file, f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES}")
         raw = stream.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise _invalid(
             file, f"a header that is not JSON ({error})", "one JSON object without duplicate names"
@@ -129,24 +132,30 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _stored(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     """Check one entry of a header and turn it into a `StoredTensor`."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise _invalid(file, f"the name {name!r}", "names that are text") from None
     thing = f"{file.name}: {name}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _invalid(thing, f"the entry {str(entry)[:80]}", "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise _invalid(thing, f"the dtype {dtype!r}", "one of " + " ".join(DTYPE_BYTES))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise _invalid(thing, f"the dtype {str(dtype)[:80]!r}", "one of " + " ".join(DTYPE_BYTES))
     if not _naturals(shape):
-        raise _invalid(thing, f"the shape {shape!r}", "a list of non-negative integers")
+        raise _invalid(thing, f"the shape {str(shape)[:80]}", "a list of non-negative integers")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _invalid(thing, f"the data_offsets {offsets!r}", "two non-negative integers")
+        raise _invalid(thing, f"the data_offsets {str(offsets)[:80]}", "two non-negative integers")
     tensor = StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0])
     if offsets[1] - offsets[0] != tensor.nbytes:
-        raise _invalid(thing, f"{offsets[1] - offsets[0]} bytes of data", f"{tensor.nbytes} bytes for {dtype} {shape}")
+        found = f"{offsets[1] - offsets[0]} bytes of data"
+        raise _invalid(thing, found, f"as many as {dtype} {str(shape)[:80]} takes")
     return tensor
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    # The format's integers have 64 bits, and so have a file's offsets.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def _check_coverage(file: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
@@ -232,7 +241,9 @@ class Checkpoint:
             )
         config = read_json(folder / "config.json")
         index = folder / INDEX_NAME
-        tensors = _from_index(folder, read_json(index)) if index.is_file() else _from_files(folder)
+        # As transformers does: a single file goes before an index.
+        single = (folder / SINGLE_NAME).is_file()
+        tensors = _from_index(folder, read_json(index)) if index.is_file() and not single else _from_files(folder)
         return cls(folder, config, tensors, tuple(dict.fromkeys(tensor.file for tensor in tensors.values())))
 
 
@@ -250,12 +261,12 @@ def _from_files(folder: Path) -> dict[str, StoredTensor]:
             expected=f"{SINGLE_NAME} or shards with {INDEX_NAME}",
             remedy="Save the model with save_pretrained (safe serialization) first.",
         )
-    numbered = [file.name for file in files if "-of-" in file.name]
-    if numbered and len(files) != int(numbered[0].rsplit("-of-", 1)[1].split(".")[0]):
+    numbered = [match for file in files if (match := _SHARD_NAME.fullmatch(file.name))]
+    if numbered and len(numbered) != int(numbered[0]["count"]):
         raise MissingShardError(
             str(folder),
-            found=f"{len(files)} shards",
-            expected=f"as many as {numbered[0]} says",
+            found=f"{len(numbered)} shards",
+            expected=f"as many as {numbered[0][0]} says",
             remedy="Fetch the shards that are missing.",
         )
     return _joined((file, read_header(file)) for file in files)
@@ -301,7 +312,12 @@ def _shard_file(folder: Path, shard: str) -> Path:
             expected="the plain name of a file beside the index",
             remedy="The index is damaged or hostile: fetch it again.",
         )
-    if not (folder / shard).is_file():
+    try:
+        present = (folder / shard).is_file()
+    except OSError:
+        # A name that no file can have.
+        present = False
+    if not present:
         raise MissingShardError(
             shard,
             found="no such file in the folder",

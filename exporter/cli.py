@@ -16,7 +16,7 @@ from exporter.errors import ExporterError, RecipeError
 from exporter.version import __version__
 
 if TYPE_CHECKING:
-    from exporter.recipe import Execution, Recipe
+    from exporter.recipe import Evaluation, Execution, Recipe
 
 app = typer.Typer(
     name="exporter",
@@ -36,8 +36,11 @@ Quants = Annotated[list[str] | None, typer.Option("--quant", help="Quantization 
 Out = Annotated[Path | None, typer.Option(help="The folder to create.")]
 Name = Annotated[str | None, typer.Option(help="Name of the merged model, for files and metadata.")]
 Calibration = Annotated[Path | None, typer.Option(help="Evaluation text: .txt or .jsonl. Default: the embedded text.")]
-EvalTokens = Annotated[int, typer.Option(help="Evaluation tokens.")]
-Window = Annotated[int, typer.Option(help="Tokens in an evaluation window, as llama-perplexity's --ctx-size.")]
+EvalTokens = Annotated[int | None, typer.Option(help="Evaluation tokens.", show_default="4096")]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Tokens in an evaluation window, as llama-perplexity's --ctx-size.", show_default="512"),
+]
 Gates = Annotated[
     list[str] | None, typer.Option("--gate", help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type.")
 ]
@@ -74,8 +77,8 @@ def export_command(
     out: Out = None,
     name: Name = None,
     calibration: Calibration = None,
-    eval_tokens: EvalTokens = 4096,
-    window: Window = 512,
+    eval_tokens: EvalTokens = None,
+    window: Window = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
     force: Force = False,
@@ -119,8 +122,8 @@ def plan_command(
     out: Out = None,
     name: Name = None,
     calibration: Calibration = None,
-    eval_tokens: EvalTokens = 4096,
-    window: Window = 512,
+    eval_tokens: EvalTokens = None,
+    window: Window = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
     force: Force = False,
@@ -155,8 +158,8 @@ def verify_command(
     adapter: Adapters = None,
     runtime: Annotated[str | None, typer.Option(help="llamacpp or transformers. Default: the format's own.")] = None,
     calibration: Calibration = None,
-    eval_tokens: EvalTokens = 4096,
-    window: Window = 512,
+    eval_tokens: EvalTokens = None,
+    window: Window = None,
     gate: Gates = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -168,10 +171,11 @@ def verify_command(
     screen = Screen(console)
 
     def run() -> int:
-        from exporter.recipe import Evaluation
+        from exporter.merge import resolve_device
         from exporter.verify.published import verify_published
 
-        evaluation = Evaluation(calibration=calibration, tokens=eval_tokens, n_ctx=window, gate=_gates(gate or []))
+        evaluation = _evaluation(calibration, eval_tokens, window, gate)
+        resolve_device(_execution(device, None).device)
         result = verify_published(artifact, base, tuple(adapter or ()), evaluation, runtime, device, screen)
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
@@ -188,8 +192,15 @@ def formats_command(as_json: AsJson = False) -> None:
 
     def run() -> int:
         from exporter.backends.registry import backend_names, load_backend
+        from exporter.errors import BackendError
+        from exporter.screen import show_error
 
-        backends = [load_backend(name) for name in backend_names()]
+        backends = []
+        for name in backend_names():
+            try:
+                backends.append(load_backend(name))
+            except BackendError as error:
+                show_error(Console(stderr=True), error)
         if as_json:
             listing = [
                 {"name": b.name, "summary": b.summary, "quants": b.quants, "needs": b.needs, "packages": b.packages}
@@ -224,8 +235,8 @@ def _recipe(
     out: Path | None,
     name: str | None,
     calibration: Path | None,
-    eval_tokens: int,
-    window: int,
+    eval_tokens: int | None,
+    window: int | None,
     gate: list[str] | None,
     no_verify: bool,
     force: bool,
@@ -240,7 +251,21 @@ def _recipe(
     from exporter.recipe import Recipe
 
     if recipe_file is not None:
-        if base or adapter or format_ or quant or out or name or calibration or gate or max_shard_size or option:
+        given = (
+            base,
+            adapter,
+            format_,
+            quant,
+            out,
+            name,
+            calibration,
+            eval_tokens,
+            window,
+            gate,
+            max_shard_size,
+            option,
+        )
+        if any(given):
             raise RecipeError(
                 str(recipe_file),
                 found="a recipe and options beside it",
@@ -263,14 +288,32 @@ def _recipe(
             "name": name,
             "verify": not no_verify,
             "force": force,
-            "evaluation": {
-                "calibration": calibration,
-                "tokens": eval_tokens,
-                "n_ctx": window,
-                "gate": _gates(gate or []),
-            },
+            "evaluation": _evaluation_values(calibration, eval_tokens, window, gate),
         }
     )
+
+
+def _evaluation_values(
+    calibration: Path | None, eval_tokens: int | None, window: int | None, gate: list[str] | None
+) -> dict[str, Any]:
+    values = {"calibration": calibration, "tokens": eval_tokens, "n_ctx": window, "gate": _gates(gate or [])}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _evaluation(
+    calibration: Path | None, eval_tokens: int | None, window: int | None, gate: list[str] | None
+) -> Evaluation:
+    from pydantic import ValidationError
+
+    from exporter.recipe import Evaluation
+
+    try:
+        return Evaluation.model_validate(_evaluation_values(calibration, eval_tokens, window, gate))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            str(first["loc"][0]), found=repr(first.get("input")), expected=first["msg"], remedy="Correct the option."
+        ) from None
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

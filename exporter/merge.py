@@ -39,6 +39,8 @@ class RowBlock:
 
 def row_blocks(tensor: StoredTensor, block_bytes: int, device: str) -> Iterator[RowBlock]:
     """Cut a tensor into blocks of about `block_bytes` of float32: whole tiles, but for a ragged last one."""
+    if tensor.nbytes == 0:
+        return
     tile = TILE_ROWS[torch.device(device).type]
     rows = max(1, block_bytes // (4 * max(1, tensor.columns)) // tile) * tile
     for first in range(0, tensor.rows, rows):

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from exporter.adapter import Adapter, LowRankUpdate, bind, check_copies, check_values
+from exporter.adapter import Adapter, LowRankUpdate, bind, check_copies, check_values, equal_values
 from exporter.checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor
-from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedAdapterError
+from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedAdapterError, UnsupportedModelError
+from exporter.families import find_family
 from exporter.tokenizer import TokenizerFiles
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+# Dtypes that only a quantized checkpoint stores weights in.
+QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I32", "U32"})
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> Me
             updates[target] = (*updates.get(target, ()), update)
         check_values(adapter)
         check_copies(adapter, base)
-    _check_embedding(base)
-    untied = _diverges(base, adapters, updates)
+    _check_tensors(base)
+    untied = _stores_another_head(base) or _diverges(base, adapters, updates)
     tensors = [MergedTensor(tensor.name, tensor, updates.get(tensor.name, ())) for tensor in base.tensors.values()]
     config = dict(base.config)
     if untied:
@@ -113,11 +117,26 @@ def model_order(name: str) -> tuple[int, int]:
     return (3, 0) if name.startswith("lm_head") else (2, 0)
 
 
-def _check_embedding(base: Checkpoint) -> None:
-    if base.config.get("tie_word_embeddings") and EMBEDDING not in base.tensors and HEAD not in base.tensors:
-        raise MissingTensorError(
-            EMBEDDING, found="no such tensor", expected="the embedding of a tied model", remedy="Fetch the base again."
-        )
+def _check_tensors(base: Checkpoint) -> None:
+    """In a family that is known, every tensor that the configuration calls for must be there."""
+    family = find_family(base.config)
+    for name, shape in family.expected_tensors(base.config).items() if family else ():
+        stored = base.tensors.get(name)
+        if stored is None or stored.shape != shape:
+            raise MissingTensorError(
+                name,
+                found=f"shape {list(stored.shape)}" if stored else "no such tensor",
+                expected=f"shape {list(shape)} by config.json",
+                remedy="Fetch the base again.",
+            )
+
+
+def _stores_another_head(base: Checkpoint) -> bool:
+    """Whether a base that says it is tied stores a head of its own; transformers then takes the stored one."""
+    head, embedding = base.tensors.get(HEAD), base.tensors.get(EMBEDDING)
+    if not base.config.get("tie_word_embeddings") or head is None or embedding is None:
+        return False
+    return head.shape == embedding.shape and not equal_values(head, embedding)
 
 
 def _diverges(
@@ -141,16 +160,24 @@ def check_not_quantized(base: Checkpoint) -> None:
 
     Raises:
         QuantizedBaseError: by the configuration or by the tensors' dtypes.
+        UnsupportedModelError: a tensor is neither quantized nor a float that is read here.
     """
     quantization = base.config.get("quantization_config") or base.config.get("compression_config")
+    if quantization and not isinstance(quantization, Mapping):
+        raise _quantized("config.json: quantization_config", repr(quantization)[:80])
     if quantization:
         method = quantization.get("quant_method") or "quantized"
         if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
             method = "bitsandbytes"
         raise _quantized("config.json: quantization_config", f"a base quantized with {method}")
     for tensor in base.tensors.values():
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype in QUANTIZED_DTYPES:
             raise _quantized(tensor.name, f"{tensor.dtype} data")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise UnsupportedModelError(
+                tensor.name, found=f"{tensor.dtype} data", expected=" ".join(sorted(FLOAT_DTYPES)),
+                remedy="Save the base in bf16, fp16 or fp32.",
+            )  # fmt: skip
 
 
 def _quantized(thing: str, found: str) -> QuantizedBaseError:

@@ -77,7 +77,16 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
     reporter.planned(plan)
     windows = make_windows(recipe.evaluation, plan.model.tokenizer) if recipe.verify else None
     with ExitStack() as stack:
-        stagings = [_open_staging(plan, folder, stack) for folder in plan.folders]
+        stagings: list[Staging] = []
+        try:
+            for folder in plan.folders:
+                stagings.append(_open_staging(plan, folder, stack))
+        except RefusalError:
+            # Another run is at one of them: what an earlier run of this plan left stays, what is new goes.
+            for staging in stagings:
+                if not staging.resumed:
+                    staging.discard()
+            raise
         try:
             inputs, device = _tour(plan, stagings, reporter)
         except RefusalError:

@@ -21,6 +21,7 @@ from exporter.errors import (
     NotEnoughMemoryError,
     OutputExistsError,
     OverlappingPathsError,
+    RecipeError,
 )
 from exporter.estimate import merge_memory, reference_memory, seconds
 from exporter.model import MergedModel, plan_merge
@@ -111,6 +112,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     folders = tuple(_plan_folder(output, model) for output in recipe.outputs)
     threads = execution.threads or len(os.sched_getaffinity(0))
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
+    _check_verification(recipe, artifacts)
     plan = ExportPlan(
         recipe=recipe,
         execution=execution,
@@ -145,8 +147,28 @@ def _plan_folder(output: Output, model: MergedModel) -> FolderPlan:
 
 def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
     """Outputs must not exist, must have a parent that can be made, and must be apart from the inputs."""
+    calibration = recipe.evaluation.calibration
+    if recipe.verify and calibration is not None and not calibration.is_file():
+        raise MissingFileError(
+            str(calibration), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
+        )
+    inputs = [(source.name, source.folder.resolve()) for source in sources]
+    if recipe.verify and calibration is not None:
+        inputs.append((calibration.name, calibration.resolve()))
+    others = [output.out.resolve() for output in recipe.outputs]
     for output in recipe.outputs:
         out = output.out.absolute()
+        if output.out.name in ("", ".."):
+            raise RecipeError(
+                "--out", found=repr(str(output.out)), expected="a folder with a name", remedy="Choose another --out."
+            )
+        if not all(above.is_dir() for above in out.parents if above.exists()):
+            raise OverlappingPathsError(
+                str(output.out),
+                found="a file on the way",
+                expected="folders down to it",
+                remedy="Choose another --out.",
+            )
         if os.path.lexists(out) and not recipe.force:
             raise OutputExistsError(
                 str(output.out),
@@ -154,19 +176,36 @@ def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
                 expected="nothing there",
                 remedy="Choose another --out, or use --force to replace it.",
             )
-        for source in sources:
-            inside, folder = out.resolve(), source.folder.resolve()
-            if inside == folder or folder in inside.parents or inside in folder.parents:
-                raise OverlappingPathsError(
-                    str(output.out),
-                    found=f"an output that overlaps the input {source.name}",
-                    expected="folders apart from each other",
-                    remedy="Choose another --out.",
-                )
-    calibration = recipe.evaluation.calibration
-    if recipe.verify and calibration is not None and not calibration.is_file():
-        raise MissingFileError(
-            str(calibration), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
+        # A failed gate replaces OUT.rejected, and a run works in .OUT.staging.
+        inside = out.resolve()
+        for place in (inside, inside.with_name(f"{inside.name}.rejected"), inside.with_name(f".{inside.name}.staging")):
+            apart = inputs + [("of another output", other) for other in others if place != inside or other != inside]
+            for name, path in apart:
+                if place == path or path in place.parents or place in path.parents:
+                    raise OverlappingPathsError(
+                        str(output.out),
+                        found=f"an output that overlaps {name}",
+                        expected="files and folders apart from each other",
+                        remedy="Choose another --out.",
+                    )
+
+
+def _check_verification(recipe: Recipe, artifacts: list[OutputPlan]) -> None:
+    """Something must be able to score each artifact, and each limit must be one of an artifact that is made."""
+    if not recipe.verify:
+        return
+    for artifact in artifacts:
+        if not artifact.runtimes:
+            raise RecipeError(
+                artifact.label, found="no runtime that can score it", expected="one", remedy="Export with --no-verify."
+            )
+    made = {artifact.quant.lower() for artifact in artifacts}
+    if unknown := [key for key in recipe.evaluation.gate if key != "*" and key.lower() not in made]:
+        raise RecipeError(
+            f"evaluation.gate.{unknown[0]}",
+            found="a limit of a type that is not made",
+            expected="* or one of " + " ".join(dict.fromkeys(artifact.quant for artifact in artifacts)),
+            remedy="Correct the name of the type.",
         )
 
 

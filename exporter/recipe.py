@@ -62,7 +62,7 @@ class Evaluation(_Frozen):
     calibration: Path | None = None
     tokens: int = Field(default=4096, ge=64)
     n_ctx: int = Field(default=512, ge=16, le=32768)
-    gate: dict[str, float] = Field(default_factory=dict)
+    gate: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
 
 
 class Recipe(_Frozen):
@@ -127,7 +127,7 @@ class Recipe(_Frozen):
         if not file.is_file():
             raise MissingFileError(str(file), found="no such file", expected="a YAML recipe", remedy="Check the path.")
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(str(file), found=str(error)[:200], expected="YAML", remedy="Correct the file.") from None
         if not isinstance(values, dict):
@@ -135,6 +135,17 @@ class Recipe(_Frozen):
                 str(file), found=type(values).__name__, expected="a mapping with base and outputs", remedy="Correct it."
             )
         return cls.build(_anchored(values, file.parent))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -149,7 +160,9 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     anchored["adapters"] = [source(value) for value in adapters] if isinstance(adapters, list | tuple) else adapters
     if isinstance(values.get("outputs"), list):
         anchored["outputs"] = [
-            entry | {"out": str(folder / entry["out"])} if isinstance(entry, dict) and "out" in entry else entry
+            entry | {"out": str(folder / entry["out"])}
+            if isinstance(entry, dict) and isinstance(entry.get("out"), str)
+            else entry
             for entry in values["outputs"]
         ]
     evaluation = values.get("evaluation")

@@ -51,8 +51,13 @@ def resolve(source: str, patterns: tuple[str, ...], role: str) -> Source:
         MissingFileError: it is a path, and no folder is there.
         HubError: the hub does not have it, or cannot be reached.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source).expanduser()
+        present = bool(source) and folder.is_dir()
+    except (OSError, RuntimeError):
+        # A name too long for a file, or the home of nobody.
+        folder, present = Path(source), False
+    if present:
         return Source(folder, folder.resolve().name)
     match = _HUB_ID.match(source)
     if match is None or folder.is_absolute() or source.startswith("."):
@@ -64,11 +69,10 @@ def resolve(source: str, patterns: tuple[str, ...], role: str) -> Source:
 
 def _download(repo: str, revision: str | None, patterns: tuple[str, ...], role: str) -> Source:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the library lets its transport's own errors through
         lines = str(error).strip().splitlines()
         raise HubError(
             f"{role} {repo}" + (f"@{revision}" if revision else ""),

@@ -39,7 +39,11 @@ class TokenizerFiles:
         for adapter in adapters:
             own = _present(adapter)
             if "tokenizer.json" in own:
-                files, origin = own, "adapter"
+                kept = {} if _has_template(own) else {name: files[name] for name in TEMPLATE_NAMES if name in files}
+                files, origin = own | kept, "adapter"
+            elif _has_template(own) and "tokenizer_config.json" in own:
+                files = {name: path for name, path in files.items() if name not in TEMPLATE_NAMES}
+                files |= {name: own[name] for name in ("tokenizer_config.json", *TEMPLATE_NAMES) if name in own}
             elif templates := {name: own[name] for name in TEMPLATE_NAMES if name in own}:
                 files = {name: path for name, path in files.items() if name not in TEMPLATE_NAMES} | templates
         return cls(dict(sorted(files.items())), origin)
@@ -95,6 +99,10 @@ class TokenizerFiles:
         if not isinstance(value, dict):
             raise TokenizerError(name, found=type(value).__name__, expected="a JSON object", remedy="Fetch it again.")
         return value
+
+
+def _has_template(files: Mapping[str, Path]) -> bool:
+    return TokenizerFiles(files, "").chat_template is not None
 
 
 def _present(folder: Path) -> dict[str, Path]:

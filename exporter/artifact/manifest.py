@@ -33,7 +33,9 @@ def input_files(plan: ExportPlan) -> list[tuple[str, Path]]:
     for path in plan.model.tokenizer.files.values():
         owner = next((_role(i) for i, a in enumerate(plan.model.adapters) if path.parent == a.folder), "base")
         files.append((owner, path))
-    return files
+    known = {path for _, path in files}
+    carried = {path: None for artifact in plan.artifacts for path in artifact.copies.values() if path not in known}
+    return files + [("base", path) for path in carried]
 
 
 def _role(index: int) -> str:

@@ -6,6 +6,7 @@ journal of the tensors that are on the disk; a later run with the same plan goes
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -43,11 +44,15 @@ class Staging:
                 str(out), found=str(error), expected="a folder that can be made", remedy="Choose another --out."
             ) from None
         self._lock = self._acquire()
-        self.resumed = self._fits(key)
-        if not self.resumed:
-            self._reset(key)
-        self._done = self._read_journal()
-        self._journal = (self._folder / "journal").open("a", encoding="utf-8")
+        try:
+            self.resumed = self._fits(key)
+            if not self.resumed:
+                self._reset(key)
+            self._done = self._read_journal()
+            self._journal = (self._folder / "journal").open("a", encoding="utf-8")
+        except OSError:
+            os.close(self._lock)
+            raise
 
     def _acquire(self) -> int:
         lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -68,8 +73,11 @@ class Staging:
         return stored.is_file() and stored.read_text(encoding="utf-8") == key and self.files.is_dir()
 
     def _reset(self, key: str) -> None:
-        shutil.rmtree(self.files, ignore_errors=True)
+        # The key goes first: a journal must not outlive the files that it vouches for, whenever this run is killed.
+        (self._folder / "key").unlink(missing_ok=True)
         (self._folder / "journal").unlink(missing_ok=True)
+        sync_folder(self._folder)
+        shutil.rmtree(self.files, ignore_errors=True)
         self.files.mkdir()
         write_durably(self._folder / "key", key.encode())
 
@@ -122,7 +130,12 @@ class Staging:
     def _move(self, target: Path, *, replace: bool) -> None:
         sync_tree(self.files)
         aside = self._folder / "replaced"
-        if replace and target.exists():
+        if replace and os.path.lexists(target):
+            # What a run that was killed between the two renames had put aside.
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside)
+            else:
+                aside.unlink(missing_ok=True)
             target.rename(aside)
         else:
             _refuse_existing(target, force=False)
@@ -182,6 +195,16 @@ def sha256(file: Path, *, direct: bool = False) -> str:
         file: the file.
         direct: read what is on the disk, past the page cache, where the file system can (Linux, O_DIRECT).
     """
+    try:
+        return _sha256(file, direct)
+    except OSError as error:
+        # Some file systems take the flag and then refuse the reads.
+        if not direct or error.errno != errno.EINVAL:
+            raise
+        return _sha256(file, direct=False)
+
+
+def _sha256(file: Path, direct: bool) -> str:
     digest = hashlib.sha256()
     # Pages of their own are aligned as direct reads want them.
     buffers = [mmap.mmap(-1, HASH_CHUNK_BYTES) for _ in range(2)]

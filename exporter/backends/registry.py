@@ -44,5 +44,14 @@ def load_backend(name: str) -> Backend:
             expected="one of " + ", ".join(backend_names()),
             remedy="Install the package that provides it, or choose another format.",
         )
-    backend: Backend = _entries()[name].load()()
+    entry = _entries()[name]
+    try:
+        backend: Backend = entry.load()()
+    except Exception as error:  # whatever another package's module does when it is imported
+        raise BackendError(
+            f"backend {name!r} ({entry.value})",
+            found=f"{type(error).__name__}: {error}"[:200],
+            expected="a module and a class that load",
+            remedy="Install what the package needs, or uninstall it.",
+        ) from error
     return backend

@@ -50,6 +50,7 @@ class SafetensorsBackend:
             UnknownQuantizationError: no such dtype.
             RecipeError: an unknown option, or a size that cannot be read.
         """
+        quant = quant.lower()
         if quant not in DTYPES:
             raise UnknownQuantizationError(
                 f"safetensors type {quant!r}", found="no such type", expected="one of " + " ".join(DTYPES),
@@ -62,7 +63,7 @@ class SafetensorsBackend:
                 expected="max_shard_size",
                 remedy="Leave them out.",
             )
-        limit = parse_size(options.get("max_shard_size") or DEFAULT_MAX_SHARD_BYTES)
+        limit = parse_size(options.get("max_shard_size", DEFAULT_MAX_SHARD_BYTES))
         stored = _stored_dtypes(model, quant, self.default_quant(model))
         shards = _shards(_in_base_order(model), stored, limit)
         names = _shard_names(len(shards))
@@ -182,8 +183,8 @@ def _lay_out(shard: list[MergedTensor], stored: Mapping[str, str], file: str) ->
 def _config(model: MergedModel, quant: str) -> bytes:
     """The base's configuration with the dtype, and the tying if the merge undid it, brought up to date."""
     config = {key: value for key, value in model.config.items() if not key.startswith(("_name_or_path", "_model_name"))}
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[key] = TORCH_NAMES[DTYPES[quant]]
+    for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
+        config[key] = TORCH_NAMES[DTYPES[quant]]
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from exporter.calibration import Windows
-from exporter.errors import BackendError
+from exporter.errors import BackendError, RuntimeScoreError
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
@@ -51,6 +53,11 @@ def verify_artifacts(
             runtime = load_runtime(artifact.runtimes[0], device)
             reporter.scoring(f"{artifact.label} in {runtime.name}", windows)
             scores = runtime.score(files if artifact.entry == "." else files / artifact.entry, windows, reporter.window)
+            if not np.isfinite(scores.log_probabilities).all():
+                raise RuntimeScoreError(
+                    f"{artifact.label} in {runtime.name}", found="log-probabilities that are not finite",
+                    expected="numbers", remedy="Choose a type with a wider range, such as bf16.",
+                )  # fmt: skip
             comparison = compare(scores, reference)
             gate = gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate)
             verdicts[artifact.label] = judge(runtime.version(), comparison, gate)

@@ -58,13 +58,13 @@ def gate_for(label: str, quant: str, overrides: Mapping[str, float]) -> Gate:
     Args:
         label: format and type, for example `gguf Q4_K_M`.
         quant: the type alone.
-        overrides: largest delta by type or by `*`; an override leaves the limit on the top token to the delta alone.
+        overrides: largest delta by type, in any case, or by `*`; it replaces the limit on the top token too.
     """
-    default = DEFAULT_GATES.get(label, FALLBACK_GATE)
-    for key in (quant, "*"):
-        if key in overrides:
-            return Gate(overrides[key], 0.0)
-    return default
+    by_type = {key.lower(): limit for key, limit in overrides.items()}
+    for key in (quant.lower(), "*"):
+        if key in by_type:
+            return Gate(by_type[key], 0.0)
+    return DEFAULT_GATES.get(label, FALLBACK_GATE)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,322 @@
+"""The command line: exit statuses, messages without tracebacks, what goes to which stream, and what is not imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from exporter.version import __version__
+from tests.commands import invoke, run
+from tests.folders import listing
+
+Make = Callable[..., Path]
+Arguments = list[str | Path]
+
+
+@pytest.fixture
+def inputs(make_base: Make, make_adapter: Make) -> Arguments:
+    base = make_base()
+    return ["--base", base, "--adapter", make_adapter(base)]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that commands run in."""
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+GGUF_TYPES = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K_M",
+    "Q4_K_S",
+    "Q4_0",
+    "Q4_1",
+]
+GGUF_TYPES += ["Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS"]
+
+# --- help and the like -----------------------------------------------------------------------------------------------
+
+HEAVY = ("torch", "transformers", "peft", "llama_cpp", "gguf", "numpy")
+IMPORTS = """
+import sys
+from exporter.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as exit:
+    status = exit.code
+print("imported:", *[name for name in {names!r} if name in sys.modules], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["--version"], ["formats"]], ids=" ".join)
+def test_answers_without_heavy_imports(arguments: list[str]) -> None:
+    result = run(*arguments, program=IMPORTS.format(names=HEAVY))
+    assert result.returncode == 0
+    imported = result.stderr.splitlines()[-1].removeprefix("imported:").split()
+    assert not set(imported) - ({"numpy", "gguf"} if arguments == ["formats"] else set())
+    assert result.stdout
+
+
+def test_plan_does_not_import_torch(inputs: Arguments, tmp_path: Path) -> None:
+    arguments = [*inputs, "--format", "gguf", "--quant", "Q4_K_M", "--out", tmp_path / "out", "--json"]
+    result = run("plan", *arguments, program=IMPORTS.format(names=HEAVY))
+    assert result.returncode == 0, result.stderr
+    assert not {"torch", "transformers", "peft"} & set(result.stderr.splitlines()[-1].split())
+    assert json.loads(result.stdout)["outputs"][0]["artifacts"][0]["quant"] == "Q4_K_M"
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"exporter {__version__}\n"
+
+
+def test_help_names_every_command() -> None:
+    text = invoke("--help").stdout
+    for command in ("export", "plan", "verify", "formats"):
+        assert command in text
+        assert invoke(command, "--help").exit_code == 0
+    nothing = invoke()
+    assert "export" in nothing.output
+    assert "Traceback" not in nothing.output
+
+
+def test_formats() -> None:
+    listed = {entry["name"]: entry for entry in json.loads(invoke("formats", "--json").stdout)}
+    assert listed["safetensors"]["quants"] == ["bf16", "fp16", "fp32"]
+    assert sorted(listed["gguf"]["quants"]) == sorted(GGUF_TYPES)
+    text = invoke("formats").stdout
+    for entry in listed.values():
+        assert entry["name"] in text
+        assert " ".join(entry["quants"]) in text
+        assert entry["needs"] in text
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Arguments, str]] = {
+    "no base": (["export", "--format", "gguf", "--out", "o"], "--base"),
+    "no format": (["export", "--base", "b", "--out", "o"], "--format"),
+    "no output": (["export", "--base", "b", "--format", "gguf"], "--out"),
+    "base that is missing": (["export", "--base", "./b", "--format", "gguf", "--out", "o"], "./b"),
+    "unknown flag": (["export", "--bse", "b"], "--bse"),
+    "unknown command": (["exprot"], "exprot"),
+    "unknown device": (["export", "--base", "b", "--format", "gguf", "--out", "o", "--device", "tpu"], "tpu"),
+    "no threads": (["export", "--base", "b", "--format", "gguf", "--out", "o", "--threads", "0"], "threads"),
+    "tokens that are none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--eval-tokens", "x"], "tokens"),
+    "too few tokens": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--eval-tokens", "3"], "tokens"),
+    "window too small": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--window", "3"], "n_ctx"),
+    "limit that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0=big"], "--gate"),
+    "limit that is NaN": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "nan"], "--gate"),
+    "limit below zero": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "-1"], "--gate"),
+    "option that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--option", "x"], "--option"),
+    "name that is a path": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--name", "../x"], "name"),
+    "a type twice": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--quant", "F16", "--quant", "f16"],
+        "F16",
+    ),
+    "recipe that is missing": (["export", "nothing.yaml"], "nothing.yaml"),
+    "recipe and options": (["export", "recipe.yaml", "--base", "b"], "recipe.yaml"),
+    "recipe and tokens": (["export", "recipe.yaml", "--eval-tokens", "512"], "recipe.yaml"),
+    "recipe and window": (["plan", "recipe.yaml", "--window", "64"], "recipe.yaml"),
+    "recipe that is none": (["plan", "text.yaml"], "text.yaml"),
+    "nothing to verify": (["verify", "nothing", "--base", "b"], "nothing"),
+    "folder without a manifest": (["verify", ".", "--base", "b"], "export.json"),
+    "verify with too few tokens": (["verify", ".", "--base", "b", "--eval-tokens", "3"], "tokens"),
+    "verify with a small window": (["verify", ".", "--base", "b", "--window", "3"], "n_ctx"),
+    "verify without a base": (["verify", "."], "--base"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_wrong_arguments_are_refused(workplace: Path, kind: str) -> None:
+    (workplace / "recipe.yaml").write_text("base: ./b\noutputs: [{format: gguf, out: o}]\n")
+    (workplace / "text.yaml").write_text("only text")
+    before = listing(workplace)
+    arguments, named = REFUSED[kind]
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert listing(workplace) == before
+
+
+def test_refusal_says_what_was_found_and_what_to_do(workplace: Path, inputs: Arguments) -> None:
+    result = invoke("export", *inputs, "--format", "safetensors", "--quant", "int4", "--out", "out")
+    lines = [line.split(maxsplit=1) for line in result.stderr.splitlines()]
+    assert [line[0] for line in lines] == ["refused", "found", "expected", "do"]
+    assert all(len(line) == 2 for line in lines)
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(workplace: Path) -> None:
+    result = invoke("export", "--base", "./[red]base[/red]", "--format", "gguf", "--out", "o")
+    assert result.exit_code == 2
+    assert "./[red]base[/red]" in result.stderr
+    result = invoke("export", "--base", "./[/]", "--format", "gguf", "--out", "o")
+    assert result.exit_code == 2
+    assert "./[/]" in result.stderr
+
+
+def test_folder_whose_name_looks_like_markup(workplace: Path, make_base: Make) -> None:
+    base, out = Path("[bold]base"), Path("[red]out")
+    base.symlink_to(make_base(), target_is_directory=True)
+    arguments: Arguments = ["--base", base, "--format", "gguf", "--quant", "Q8_0", "--out", out, "--no-verify"]
+    arguments += ["--name", "merged"]
+    assert "[red]out/merged-Q8_0.gguf" in invoke("plan", *arguments).stdout
+    result = invoke("export", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{out}\n"
+    assert f"published {out}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "option", [("--device", "tpu"), ("--device", "cuda:63"), ("--runtime", "nothing")], ids=" ".join
+)
+def test_verify_with_what_is_not_there(workplace: Path, inputs: Arguments, option: tuple[str, str]) -> None:
+    assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
+    result = invoke("verify", "out", *inputs, "--eval-tokens", "64", "--window", "64", *option)
+    assert result.exit_code == 2, result.output
+    assert option[1] in result.stderr
+
+
+def test_verify_notices_a_changed_file(workplace: Path, inputs: Arguments) -> None:
+    assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
+    scored = ("--eval-tokens", "64", "--window", "64", "--gate", "1")
+    assert invoke("verify", "out", *inputs, *scored).exit_code == 0
+    file = workplace / "out" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = invoke("verify", "out", *inputs, *scored)
+    assert result.exit_code == 2
+    assert "model.safetensors" in result.stderr
+
+
+def test_device_that_is_not_there(workplace: Path, inputs: Arguments) -> None:
+    arguments: Arguments = [*inputs, "--format", "safetensors", "--out", "out", "--no-verify", "--device", "cuda:63"]
+    result = invoke("export", *arguments)
+    assert result.exit_code == 2
+    assert "cuda:63" in result.stderr
+    assert listing(workplace) == set()
+
+
+def test_failure_on_the_way_is_one(workplace: Path, inputs: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exporter import pipeline
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise OSError("the disk has gone")
+
+    monkeypatch.setattr(pipeline, "_finish_files", broken)
+    result = invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify")
+    assert result.exit_code == 1
+    assert "the disk has gone" in result.stderr
+    assert listing(workplace).isdisjoint({"out"})
+
+
+# --- what it prints --------------------------------------------------------------------------------------------------
+
+
+def test_plan_writes_nothing(workplace: Path, inputs: Arguments) -> None:
+    before = listing(workplace.parent)
+    arguments: Arguments = [*inputs, "--format", "gguf", "--quant", "Q4_K_M", "--quant", "Q8_0", "--out", "deep/out"]
+    arguments += ["--name", "merged"]
+    planned = json.loads(invoke("plan", *arguments, "--json").stdout)
+    shown = invoke("plan", *arguments).stdout
+    assert listing(workplace.parent) == before
+    artifacts = planned["outputs"][0]["artifacts"]
+    assert [artifact["entry"] for artifact in artifacts] == ["merged-Q4_K_M.gguf", "merged-Q8_0.gguf"]
+    for artifact in artifacts:
+        assert artifact["entry"] in shown
+        assert artifact["verified_by"] == "llamacpp"
+        # Rows of 64 are no multiple of 256: the real types are shown, and counted.
+        assert bool(artifact["fallbacks"]) is (artifact["quant"] == "Q4_K_M")
+    assert planned["model"]["tensors_updated"] == 14
+    assert planned["disk_bytes"] == sum(artifact["bytes"] for artifact in artifacts)
+    assert planned["memory_bytes"]["merge"] > 0
+    assert planned["memory_bytes"]["reference"] > 0
+    assert planned["seconds"] > 0
+    assert "note" in shown
+    assert "Q5_0" in shown
+
+
+def test_plan_of_a_recipe_file(workplace: Path, inputs: Arguments) -> None:
+    outputs = [{"format": "safetensors", "out": "st"}, {"format": "gguf", "out": "gguf", "quant": "Q8_0"}]
+    values = {"base": str(inputs[1]), "adapters": str(inputs[3]), "outputs": outputs, "verify": False}
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(values))
+    planned = json.loads(invoke("plan", "recipe.yaml", "--json").stdout)
+    assert [Path(output["out"]).name for output in planned["outputs"]] == ["st", "gguf"]
+    assert planned["memory_bytes"]["reference"] == 0
+    assert listing(workplace) == {"recipe.yaml"}
+
+
+def test_manifest_on_stdout(workplace: Path, inputs: Arguments) -> None:
+    result = invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify", "--json")
+    assert result.exit_code == 0
+    manifest = json.loads(result.stdout)
+    assert manifest == json.loads((workplace / "out" / "export.json").read_text())
+    assert manifest["artifacts"][0]["verification"] == {"verdict": "skipped"}
+    assert manifest["recipe"]["verify"] is False
+
+
+def test_manifests_of_several_outputs_on_stdout(workplace: Path, inputs: Arguments) -> None:
+    outputs = [{"format": "safetensors", "out": name, "quant": name} for name in ("bf16", "fp32")]
+    values = {"base": str(inputs[1]), "adapters": str(inputs[3]), "outputs": outputs}
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(values))
+    result = invoke("export", "recipe.yaml", "--no-verify", "--json", "--quiet")
+    manifests = json.loads(result.stdout)
+    assert [manifest["recipe"]["quant"] for manifest in manifests] == [["bf16"], ["fp32"]]
+    assert result.stderr == ""
+
+
+def test_path_on_stdout_and_the_rest_on_stderr(workplace: Path, inputs: Arguments) -> None:
+    result = invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify")
+    assert result.stdout == "out\n"
+    for part in ("merging on", "published", "not verified", "model.safetensors"):
+        assert part in result.stderr
+    # Plain when it is not a terminal.
+    assert "\x1b" not in result.stderr
+    quiet = invoke("export", *inputs, "--format", "safetensors", "--out", "out2", "--no-verify", "--quiet")
+    assert (quiet.stdout, quiet.stderr) == ("out2\n", "")
+
+
+def test_verdict_on_stderr(workplace: Path, inputs: Arguments) -> None:
+    scored = ("--eval-tokens", "128", "--window", "64", "--gate", "0.5")
+    result = invoke("export", *inputs, "--format", "safetensors", "--out", "out", *scored)
+    assert result.exit_code == 0
+    for part in ("perplexity", "safetensors bf16", "passed", "published"):
+        assert part in result.stderr
+
+
+def test_shard_size_and_options(workplace: Path, inputs: Arguments) -> None:
+    common: Arguments = [*inputs, "--format", "safetensors", "--no-verify"]
+    assert invoke("export", *common, "--out", "a", "--max-shard-size", "100KB").exit_code == 0
+    assert invoke("export", *common, "--out", "b", "--option", "max_shard_size=100KB").exit_code == 0
+    assert "model.safetensors.index.json" in listing(workplace / "a")
+    assert listing(workplace / "a") == listing(workplace / "b")
+    gguf = invoke("plan", *inputs, "--format", "gguf", "--out", "c", "--max-shard-size", "100KB")
+    assert gguf.exit_code == 2
+    assert "max_shard_size" in gguf.stderr
+
+
+def test_base_alone(workplace: Path, inputs: Arguments) -> None:
+    result = invoke("export", *inputs[:2], "--format", "safetensors", "--out", "out", "--no-verify", "--json")
+    assert result.exit_code == 0
+    manifest = json.loads(result.stdout)
+    assert manifest["merge"]["tensors_updated"] == 0
+    assert [entry["role"] for entry in manifest["inputs"]] == ["base"]

@@ -1,0 +1,214 @@
+"""What is refused of paths, disk and memory before a byte is written, and that the plan tells the truth."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from exporter import Recipe, export, make_plan
+from exporter.errors import (
+    MissingFileError,
+    NotEnoughDiskError,
+    NotEnoughMemoryError,
+    OutputExistsError,
+    OverlappingPathsError,
+    RecipeError,
+    RefusalError,
+)
+from exporter.plan import describe
+from exporter.recipe import Execution
+from tests.exports import export_to, recipe, refused
+from tests.folders import copy, hashes, listing
+
+Make = Callable[..., Path]
+
+
+class Usage(NamedTuple):
+    """As `shutil.disk_usage` returns it."""
+
+    total: int
+    used: int
+    free: int
+
+
+class Memory(NamedTuple):
+    """As much of `psutil.virtual_memory` as is asked for."""
+
+    available: int
+
+
+@pytest.fixture
+def base(make_base: Make, tmp_path: Path) -> Path:
+    return copy(make_base(), tmp_path / "inputs" / "base")
+
+
+@pytest.fixture
+def adapter(make_base: Make, make_adapter: Make, tmp_path: Path) -> Path:
+    return copy(make_adapter(make_base()), tmp_path / "inputs" / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link", "dangling link"])
+def test_output_that_exists(base: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if "folder" in kind:
+        out.mkdir()
+    if kind == "folder":
+        (out / "precious").write_text("x")
+    elif kind == "file":
+        out.write_text("x")
+    elif kind == "link":
+        out.symlink_to(base)
+    elif kind == "dangling link":
+        out.symlink_to(tmp_path / "nothing")
+    caught = refused(OutputExistsError, out, base)
+    assert isinstance(caught, FileExistsError)
+    assert "--force" in caught.remedy
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("which", ["base", "adapter"])
+@pytest.mark.parametrize("where", ["the input itself", "inside the input", "deep inside the input", "around the input"])
+def test_output_that_overlaps_an_input(base: Path, adapter: Path, where: str, which: str, force: bool) -> None:
+    source = base if which == "base" else adapter
+    out = {
+        "the input itself": source,
+        "inside the input": source / "out",
+        "deep inside the input": source / "a" / "b" / "out",
+        "around the input": source.parent,
+    }[where]
+    # An output that is there and may not be replaced is refused for that reason first.
+    exists = where in ("the input itself", "around the input") and not force
+    with pytest.raises(RefusalError) as caught:
+        export_to(out, base, adapter, force=force)
+    assert type(caught.value) is (OutputExistsError if exists else OverlappingPathsError)
+    assert not (source / "a").exists()
+    assert listing(base.parent) == {"base", "adapter"} | {
+        str(path.relative_to(base.parent)) for folder in (base, adapter) for path in folder.iterdir()
+    }
+
+
+def test_output_that_overlaps_an_input_through_a_link(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").symlink_to(base)
+    refused(OverlappingPathsError, tmp_path / "elsewhere" / "out", base)
+    refused(OverlappingPathsError, base / "out", tmp_path / "elsewhere")
+
+
+def test_calibration_inside_an_output_that_is_replaced(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "text.txt").write_text("Evaluation text. " * 400)
+    evaluation = {"calibration": out / "text.txt", "n_ctx": 64, "tokens": 64}
+    with pytest.raises(OverlappingPathsError):
+        make_plan(recipe(base, [], out, force=True, verify=True, evaluation=evaluation), Execution())
+
+
+def test_rejected_folder_that_is_an_input(base: Path, tmp_path: Path) -> None:
+    # A failed gate replaces OUT.rejected: it must not be what the run reads from.
+    rejected = base.rename(tmp_path / "out.rejected")
+    before = hashes(rejected)
+    evaluation = {"n_ctx": 64, "tokens": 64, "gate": {"*": 0.0}}
+    with suppress(OverlappingPathsError):
+        export(recipe(rejected, [], tmp_path / "out", quant="fp16", verify=True, evaluation=evaluation))
+    assert hashes(rejected) == before
+
+
+@pytest.mark.parametrize("inner", ["out/inner", "out/a/b"])
+def test_outputs_inside_each_other(base: Path, tmp_path: Path, inner: str) -> None:
+    outputs = [{"format": "safetensors", "out": tmp_path / path} for path in ("out", inner)]
+    before = listing(tmp_path)
+    for order in (outputs, outputs[::-1]):
+        with pytest.raises(RefusalError):
+            export(Recipe.build({"base": str(base), "outputs": order, "verify": False}))
+        assert listing(tmp_path) == before
+
+
+def test_output_under_a_file(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RefusalError):
+        export_to(tmp_path / "file" / "out", base)
+
+
+@pytest.mark.parametrize("out", [".", "..", "missing/.."])
+def test_output_without_a_name_of_its_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    workplace = tmp_path / "workplace" / "inner"
+    workplace.mkdir(parents=True)
+    monkeypatch.chdir(workplace)
+    with pytest.raises(RefusalError):
+        export_to(Path(out), base, force=True)
+    assert listing(tmp_path / "workplace") == {"inner"}
+
+
+def test_not_enough_disk(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def usage(path: Path) -> Usage:
+        asked.append(Path(path))
+        return Usage(10**12, 10**12 - 100_000, 100_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    caught = refused(NotEnoughDiskError, tmp_path / "deep" / "down" / "out", base, adapter)
+    assert asked == [tmp_path]
+    assert "GB free" in caught.found
+
+
+def test_disk_of_several_outputs_is_added_up(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_plan(recipe(base, [], tmp_path / "a"), Execution())
+    slack = 8 << 20
+    outputs = [{"format": "safetensors", "out": tmp_path / name} for name in "ab"]
+    both = Recipe.build({"base": str(base), "outputs": outputs, "verify": False})
+    free = 2 * (one.disk_bytes + slack)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, free))
+    assert make_plan(both, Execution()).disk_bytes == 2 * one.disk_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, free - 1))
+    with pytest.raises(NotEnoughDiskError):
+        make_plan(both, Execution())
+
+
+def test_not_enough_memory_for_the_reference(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(100_000))
+    caught = refused(NotEnoughMemoryError, tmp_path / "out", base, verify=True)
+    assert "--no-verify" in caught.remedy
+    assert make_plan(recipe(base, [], tmp_path / "out", verify=False), Execution()).reference_bytes == 0
+
+
+@pytest.mark.parametrize("key", ["Q8", "Q4_K_M", "fp16"])
+def test_limit_of_a_type_that_is_not_made(base: Path, tmp_path: Path, key: str) -> None:
+    # Left alone, the built-in limit would hold where the user believes that theirs does.
+    evaluation = {"gate": {key: 0.5}}
+    with pytest.raises(RecipeError, match=key):
+        make_plan(recipe(base, [], tmp_path / "out", quant="bf16", verify=True, evaluation=evaluation), Execution())
+
+
+def test_calibration_that_is_missing(base: Path, tmp_path: Path) -> None:
+    evaluation = {"calibration": tmp_path / "nothing.txt"}
+    assert "nothing.txt" in refused(MissingFileError, tmp_path / "out", base, verify=True, evaluation=evaluation).thing
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_source_that_is_missing(base: Path, adapter: Path, tmp_path: Path, which: str) -> None:
+    missing = tmp_path / "nothing"
+    sources = (missing, adapter) if which == "base" else (base, missing)
+    with pytest.raises(MissingFileError) as caught:
+        export_to(tmp_path / "out", *sources)
+    assert which in caught.value.thing
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"quant": "fp32", "options": {"max_shard_size": "100KB"}}, {"format": "gguf"}])
+def test_plan_is_what_gets_written(base: Path, adapter: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    wanted = recipe(base, [adapter], tmp_path / "out", name="merged", **options)
+    planned = describe(make_plan(wanted, Execution()))
+    export(wanted)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != "export.json"}
+    artifact = planned["outputs"][0]["artifacts"][0]
+    assert {file["name"]: file["bytes"] for file in artifact["files"]} == written
+    assert planned["disk_bytes"] == artifact["bytes"] == sum(written.values())
+    assert sum(kind["share"] for kind in artifact["types"].values()) == pytest.approx(1, abs=1e-3)

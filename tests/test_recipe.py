@@ -1,0 +1,171 @@
+"""Recipes: validated whole, unknown keys refused, paths relative to the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from exporter.errors import MissingFileError, RecipeError, RefusalError
+from exporter.recipe import Evaluation, Execution, Output, Recipe
+
+OUTPUT = {"format": "gguf", "out": "served"}
+MINIMAL: dict[str, Any] = {"base": "org/base", "outputs": [OUTPUT]}
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    recipe = Recipe.build(MINIMAL)
+    assert recipe.adapters == ()
+    assert recipe.outputs == (Output(format="gguf", out=Path("served")),)
+    assert recipe.outputs[0].quant == ()
+    assert recipe.verify
+    assert not recipe.force
+    assert recipe.evaluation == Evaluation(calibration=None, tokens=4096, n_ctx=512, gate={})
+
+
+def test_one_name_stands_for_a_list_of_one() -> None:
+    recipe = Recipe.build(MINIMAL | {"adapters": "org/lora", "outputs": [OUTPUT | {"quant": "Q8_0"}]})
+    assert recipe.adapters == ("org/lora",)
+    assert recipe.outputs[0].quant == ("Q8_0",)
+
+
+def test_recipe_is_frozen() -> None:
+    recipe = Recipe.build(MINIMAL)
+    with pytest.raises(ValidationError):
+        recipe.base = "other"
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"bases": "x"}, "bases"),
+    "unknown key of an output": ({"outputs": [OUTPUT | {"quants": "Q8_0"}]}, "outputs.0.quants"),
+    "unknown key of the evaluation": ({"evaluation": {"windows": 3}}, "evaluation.windows"),
+    "no base": ({"base": None}, "base"),
+    "base is a number": ({"base": 3}, "base"),
+    "adapters are a mapping": ({"adapters": {"a": 1}}, "adapters"),
+    "adapter is a number": ({"adapters": [3]}, "adapters.0"),
+    "no outputs": ({"outputs": []}, "outputs"),
+    "outputs are a mapping": ({"outputs": OUTPUT}, "outputs"),
+    "output is text": ({"outputs": ["served"]}, "outputs.0"),
+    "no format": ({"outputs": [{"out": "served"}]}, "outputs.0.format"),
+    "no folder": ({"outputs": [{"format": "gguf"}]}, "outputs.0.out"),
+    "folder is null": ({"outputs": [OUTPUT | {"out": None}]}, "outputs.0.out"),
+    "folder is a number": ({"outputs": [OUTPUT | {"out": 5}]}, "outputs.0.out"),
+    "a type twice": ({"outputs": [OUTPUT | {"quant": ["Q8_0", "Q4_0", "q8_0"]}]}, "outputs.0.quant"),
+    "one folder twice": ({"outputs": [OUTPUT, OUTPUT | {"out": "x/../served"}]}, "recipe"),
+    "options are a list": ({"outputs": [OUTPUT | {"options": ["a"]}]}, "outputs.0.options"),
+    "name with a path": ({"name": "../x"}, "name"),
+    "name with a slash": ({"name": "a/b"}, "name"),
+    "name that is hidden": ({"name": ".x"}, "name"),
+    "name that is empty": ({"name": ""}, "name"),
+    "name with a line break": ({"name": "a\n"}, "name"),
+    "too few tokens": ({"evaluation": {"tokens": 63}}, "evaluation.tokens"),
+    "window too small": ({"evaluation": {"n_ctx": 15}}, "evaluation.n_ctx"),
+    "window too large": ({"evaluation": {"n_ctx": 32769}}, "evaluation.n_ctx"),
+    "window is text": ({"evaluation": {"n_ctx": "wide"}}, "evaluation.n_ctx"),
+    "calibration is a number": ({"evaluation": {"calibration": 3}}, "evaluation.calibration"),
+    "gate is a number": ({"evaluation": {"gate": 0.1}}, "evaluation.gate"),
+    "limit is text": ({"evaluation": {"gate": {"Q8_0": "small"}}}, "evaluation.gate.Q8_0"),
+    "limit is negative": ({"evaluation": {"gate": {"Q8_0": -0.1}}}, "evaluation.gate"),
+    "limit that nothing breaks": ({"evaluation": {"gate": {"*": float("nan")}}}, "evaluation.gate"),
+    "limit that is infinite": ({"evaluation": {"gate": {"*": float("inf")}}}, "evaluation.gate"),
+    "verify is a word": ({"verify": "maybe"}, "verify"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("way", ["build", "load"])
+def test_what_does_not_validate_is_refused(tmp_path: Path, kind: str, way: str) -> None:
+    changes, where = WRONG[kind]
+    values = MINIMAL | changes
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.build(values) if way == "build" else Recipe.load(file)
+    assert caught.value.thing.startswith(where)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "text", "- a\n- b", "base: [", "\t", "base: !!python/object:os.system {}", "1: 2"]
+)
+def test_file_that_is_no_recipe(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content)
+    with pytest.raises(RecipeError):
+        Recipe.load(file)
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xff\xfe\x00base")
+    with pytest.raises(RecipeError):
+        Recipe.load(file)
+
+
+def test_key_that_is_given_twice(tmp_path: Path) -> None:
+    # YAML forbids it, but its usual reader takes the last one and says nothing.
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: one\noutputs: [{format: gguf, out: a}]\nbase: two\n")
+    with pytest.raises(RecipeError, match="base"):
+        Recipe.load(file)
+
+
+def test_file_that_is_missing(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.yaml", tmp_path):
+        with pytest.raises(MissingFileError):
+            Recipe.load(path)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "recipes"
+    for name in ("base", "lora"):
+        (folder / name).mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(
+        "base: base\nadapters: [lora, org/hub-lora@v1]\n"
+        f"outputs: [{{format: gguf, out: ../served}}, {{format: safetensors, out: {tmp_path}/absolute}}]\n"
+        "evaluation: {calibration: text.txt}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.load(Path("recipes/recipe.yaml"))
+    assert Path(recipe.base).resolve() == folder / "base"
+    assert Path(recipe.adapters[0]).resolve() == folder / "lora"
+    assert recipe.adapters[1] == "org/hub-lora@v1"
+    assert [output.out.resolve() for output in recipe.outputs] == [tmp_path / "served", tmp_path / "absolute"]
+    assert recipe.evaluation.calibration is not None
+    assert recipe.evaluation.calibration.resolve() == folder / "text.txt"
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["base", "adapters", "outputs", "name", "verify", "evaluation", "force", "other"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(KEYS, VALUES, max_size=3), output=st.dictionaries(st.sampled_from(["out", "quant"]), VALUES)
+)
+def test_anything_else_is_a_recipe_or_refused(tmp_path: Path, changes: dict[str, Any], output: dict[str, Any]) -> None:
+    values = {"base": "org/base", "outputs": [OUTPUT | output]} | changes
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    try:
+        recipe = Recipe.load(file)
+    except RefusalError:
+        return
+    assert recipe.outputs
+
+
+@pytest.mark.parametrize(
+    "values", [{"device": "tpu"}, {"device": "cuda:"}, {"device": "cpu:0"}, {"threads": 0}, {"block_bytes": 100}]
+)
+def test_execution_that_cannot_be(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Execution(**values)
