@@ -43,7 +43,7 @@ HANDLED_SETTINGS = frozenset({
 NEUTRAL_SETTINGS = frozenset({
     "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "exclude_modules", "layers_to_transform",
     "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "peft_version", "ensure_weight_tying", "qalora_group_size", "runtime_config", "velora_config",
+    "lora_ga_config", "peft_version", "qalora_group_size", "runtime_config", "velora_config",
 })  # fmt: skip
 
 # Initializations that subtract something from the base: the adapter is then relative to another base than the file.

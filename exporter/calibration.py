@@ -96,7 +96,8 @@ def read_text(file: Path | None, tokenizer: TokenizerFiles) -> str:
             str(file), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        # Not in text mode, which would turn \r\n into \n: every runtime and llama-perplexity gets the text as it is.
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(str(file), found=str(error), expected="UTF-8 text", remedy="Convert the file.") from None
     if file.suffix not in (".jsonl", ".json"):
@@ -116,7 +117,7 @@ def embedded_text() -> str:
 
 
 def _records(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file.name}:{number}"
@@ -147,7 +148,10 @@ def _render(record: Mapping[str, Any], tokenizer: TokenizerFiles, where: str) ->
         )
     try:
         rendered, _ = render_jinja_template(
-            conversations=[record["messages"]], tools=record.get("tools"), chat_template=template
+            conversations=[record["messages"]],
+            tools=record.get("tools"),
+            chat_template=template,
+            **tokenizer.special_tokens,
         )
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise RecipeError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.adapter import Adapter, LowRankUpdate, bind, check_copies, check_values, equal_values
 from exporter.checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor
-from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedAdapterError, UnsupportedModelError
+from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedModelError
 from exporter.families import find_family
 from exporter.tokenizer import TokenizerFiles
 
@@ -96,7 +96,7 @@ def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> Me
         check_values(adapter)
         check_copies(adapter, base)
     _check_tensors(base)
-    untied = _stores_another_head(base) or _diverges(base, adapters, updates)
+    untied = _stores_another_head(base) or _diverges(base, updates)
     tensors = [MergedTensor(tensor.name, tensor, updates.get(tensor.name, ())) for tensor in base.tensors.values()]
     config = dict(base.config)
     if untied:
@@ -139,20 +139,9 @@ def _stores_another_head(base: Checkpoint) -> bool:
     return head.shape == embedding.shape and not equal_values(head, embedding)
 
 
-def _diverges(
-    base: Checkpoint, adapters: tuple[Adapter, ...], updates: Mapping[str, tuple[LowRankUpdate, ...]]
-) -> bool:
+def _diverges(base: Checkpoint, updates: Mapping[str, tuple[LowRankUpdate, ...]]) -> bool:
     """Whether head and embedding of a tied model end up different: an update of one of them is not one of the other."""
-    if not base.config.get("tie_word_embeddings") or not (HEAD in updates or EMBEDDING in updates):
-        return False
-    if any(adapter.config.get("ensure_weight_tying") for adapter in adapters):
-        raise UnsupportedAdapterError(
-            "adapter_config.json: ensure_weight_tying",
-            found="true, with the embedding among the targets",
-            expected="it unset",
-            remedy="Merge it with peft and export the merged model as --base.",
-        )
-    return True
+    return bool(base.config.get("tie_word_embeddings")) and (HEAD in updates or EMBEDDING in updates)
 
 
 def check_not_quantized(base: Checkpoint) -> None:

@@ -54,6 +54,12 @@ class TokenizerFiles:
         return self._json("tokenizer_config.json") if "tokenizer_config.json" in self.files else {}
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by role, as `eos_token`: what transformers shows to a chat template."""
+        found = {f"{role}_token": token_content(self.config.get(f"{role}_token")) for role in SPECIAL_ROLES}
+        return {role: content for role, content in found.items() if content is not None}
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template's source: its own file goes before the one in `tokenizer_config.json`.
 

@@ -32,6 +32,14 @@ class LlamaCpp:
         # Kept in a local so that the callback outlives every call.
         log, lines = _capture_log(llama_cpp)
         llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+        try:
+            return self._load_and_score(llama_cpp, artifact, windows, on_window, lines)
+        finally:
+            _restore_log(llama_cpp)
+
+    def _load_and_score(
+        self, llama_cpp: Any, artifact: Path, windows: Windows, on_window: OnWindow, lines: list[str]
+    ) -> TokenScores:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(artifact).encode(), llama_cpp.llama_model_default_params())
         if not model:
@@ -105,22 +113,35 @@ def _fill(batch: Any, window: tuple[int, ...], first_scored: int) -> None:
         batch.logits[position] = first_scored <= position < len(window) - 1
 
 
+# ggml_log_level (ggml/include/ggml.h)
+_ERROR, _CONTINUATION = 4, 5
+
+
 def _capture_log(llama_cpp: Any) -> tuple[Any, list[str]]:
-    """A log callback that keeps the last lines for the error message and prints nothing."""
-    lines: list[str] = []
+    """A log callback that keeps what llama.cpp calls an error, and prints nothing."""
+    errors: list[str] = []
+    last = [0]
 
-    def keep(_level: int, text: bytes, _data: object) -> None:
-        lines.append(text.decode("utf-8", "replace"))
-        del lines[:-40]
+    def keep(level: int, text: bytes, _data: object) -> None:
+        last[0] = last[0] if level == _CONTINUATION else level
+        if last[0] == _ERROR and len(errors) < 40:
+            errors.append(text.decode("utf-8", "replace"))
 
-    return llama_cpp.llama_log_callback(keep), lines
+    return llama_cpp.llama_log_callback(keep), errors
 
 
-def _failed(artifact: Path, action: str, lines: list[str]) -> RuntimeScoreError:
-    tail = " / ".join("".join(lines).strip().splitlines()[-3:])
+def _restore_log(llama_cpp: Any) -> None:
+    """Put llama-cpp-python's own callback back: llama.cpp must not keep the address of one that is freed."""
+    from llama_cpp import _logger
+
+    llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def _failed(artifact: Path, action: str, errors: list[str]) -> RuntimeScoreError:
+    reason = " / ".join("".join(errors).strip().splitlines()[:4])
     return RuntimeScoreError(
         artifact.name,
-        found=f"llama.cpp could not {action} it: {tail or 'it gave no reason'}",
+        found=f"llama.cpp could not {action} it: {reason or 'it gave no reason'}",
         expected="a file that llama.cpp serves",
         remedy="The artifact is kept in the staging folder; run again, or report it with the lines above.",
     )

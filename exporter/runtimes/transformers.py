@@ -53,6 +53,7 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
         RuntimeScoreError: transformers cannot load it, or loads it only in part.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -61,7 +62,7 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RuntimeScoreError(
             folder.name, found=str(error)[:300], expected="a folder that transformers loads", remedy="Check the model."
         ) from None

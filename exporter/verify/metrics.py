@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,18 +51,26 @@ def compare(artifact: TokenScores, reference: TokenScores) -> Comparison:
     ours, theirs = -artifact.log_probabilities.ravel(), -reference.log_probabilities.ravel()
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise ValueError("a log-probability is not finite")
-    perplexity, reference_perplexity = math.exp(ours.mean()), math.exp(theirs.mean())
+    perplexity, reference_perplexity = _exp(ours.mean()), _exp(theirs.mean())
     difference = ours - theirs
     return Comparison(
         tokens_scored=ours.size,
         perplexity=perplexity,
-        perplexity_stderr=perplexity * _stderr(ours),
+        perplexity_stderr=min(perplexity * _stderr(ours), sys.float_info.max),
         reference_perplexity=reference_perplexity,
         delta=perplexity / reference_perplexity - 1,
         delta_log=float(difference.mean()),
         delta_stderr=_stderr(difference),
         same_top=float((artifact.top_tokens == reference.top_tokens).mean()),
     )
+
+
+def _exp(value: float) -> float:
+    """exp, or the largest float where that overflows: the figure of a ruined artifact still has to be written down."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return sys.float_info.max
 
 
 def _stderr(values: npt.NDArray[np.float64]) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field, model_validator
 
 from exporter.adapter import Adapter
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
@@ -79,24 +80,55 @@ def verify_published(
     check_files(folder, manifest)
     checkpoint = Checkpoint.open(resolve_base(base).folder)
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
-    model = plan_merge(checkpoint, opened, str(manifest["name"]))
+    model = plan_merge(checkpoint, opened, manifest.name)
     windows = make_windows(evaluation, model.tokenizer)
     reporter.scoring("reference", windows)
     reference = score_reference(model, windows, device, reporter.window)
     verdicts, sizes = {}, {}
-    for artifact in manifest["artifacts"]:
-        label = f"{artifact['format']} {artifact['quant']}"
-        serving = load_runtime(runtime or _DEFAULT_RUNTIMES.get(artifact["format"], ""), device)
+    for artifact in manifest.artifacts:
+        label = f"{artifact.format} {artifact.quant}"
+        serving = load_runtime(runtime or _DEFAULT_RUNTIMES.get(artifact.format, ""), device)
         reporter.scoring(f"{label} in {serving.name}", windows)
-        entry = folder if artifact["entry"] == "." else folder / artifact["entry"]
+        entry = folder if artifact.entry == "." else folder / artifact.entry
         comparison = compare(serving.score(entry, windows, reporter.window), reference)
-        gate = gate_for(label, artifact["quant"], evaluation.gate)
-        verdicts[label], sizes[label] = judge(serving.version(), comparison, gate), artifact["bytes"]
+        gate = gate_for(label, artifact.quant, evaluation.gate)
+        verdicts[label], sizes[label] = judge(serving.version(), comparison, gate), artifact.bytes
     reporter.scored()
     return PublishedResult(folder, sizes, verdicts)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Artifact(BaseModel):
+    format: str
+    quant: str
+    entry: str
+    bytes: int
+
+
+class _Manifest(BaseModel):
+    """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
+
+    name: str
+    artifacts: list[_Artifact] = Field(min_length=1)
+    files: dict[str, _File]
+
+    @model_validator(mode="after")
+    def _inside(self) -> _Manifest:
+        for name in [*self.files, *(artifact.entry for artifact in self.artifacts)]:
+            path = PurePath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{name} is outside of the folder")
+        for artifact in self.artifacts:
+            if artifact.entry != "." and artifact.entry not in self.files:
+                raise ValueError(f"{artifact.entry} is not among the files")
+        return self
+
+
+def read_manifest(folder: Path) -> _Manifest:
     """The manifest of a published folder.
 
     Raises:
@@ -104,33 +136,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST_NAME
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        return _Manifest.model_validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            str(file), found=str(error), expected="the manifest of a published folder", remedy="Check the path."
+            str(file),
+            found=str(error).splitlines()[0],
+            expected="the manifest of a published folder",
+            remedy="Check the path, or export again.",
         ) from None
-    if not isinstance(manifest, dict) or not {"name", "artifacts", "files"} <= manifest.keys():
-        raise ArtifactError(str(file), found="other JSON", expected="a manifest", remedy="Export again.")
-    return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def check_files(folder: Path, manifest: _Manifest) -> None:
     """Every file of the manifest must be there, with its size and hash.
 
     Raises:
         ArtifactError: one is not.
     """
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
             raise ArtifactError(
                 name, found="no such file", expected="every file of the manifest", remedy="Copy it again."
             )
-        if file.stat().st_size != entry["bytes"] or (found := sha256(file)) != entry["sha256"]:
+        if file.stat().st_size != entry.bytes or (found := sha256(file)) != entry.sha256:
             size = file.stat().st_size
             raise ArtifactError(
                 name,
-                found=f"{size} bytes" if size != entry["bytes"] else f"sha256 {found[:16]}…",
-                expected=f"{entry['bytes']} bytes" if size != entry["bytes"] else f"sha256 {entry['sha256'][:16]}…",
+                found=f"{size} bytes" if size != entry.bytes else f"sha256 {found[:16]}…",
+                expected=f"{entry.bytes} bytes" if size != entry.bytes else f"sha256 {entry.sha256[:16]}…",
                 remedy="The file was changed or damaged after publishing: copy or export it again.",
             )

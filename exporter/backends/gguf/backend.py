@@ -104,6 +104,13 @@ def _family(model: MergedModel) -> Family:
             expected=" or ".join(family.architecture for family in FAMILIES),
             remedy="Export to safetensors, which takes any architecture.",
         )
+    if model.config.get("attention_bias") and not family.qkv_bias:
+        raise UnsupportedModelError(
+            "config.json: attention_bias",
+            found="true",
+            expected=f"false: llama.cpp has no such biases in {family.gguf_architecture}",
+            remedy="Export to safetensors.",
+        )
     return family
 
 

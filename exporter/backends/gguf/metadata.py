@@ -7,11 +7,13 @@ llama-cpp-python 0.3.36. What this writes differently is listed in docs/formats.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import yaml
 
 from exporter.backends.gguf.header import Value
 from exporter.backends.gguf.types import FileType
@@ -20,6 +22,9 @@ from exporter.errors import UnsupportedModelError
 from exporter.families import Family
 from exporter.families.base import number
 from exporter.model import MergedModel
+
+# What transformers takes where a configuration says nothing.
+DEFAULT_ROPE_THETA = 10000.0
 
 # Sampling defaults: key in generation_config.json → key and type in GGUF (gguf.Keys.General.SAMPLING_*).
 _SAMPLING = {
@@ -64,8 +69,12 @@ def _sampling(folder: Path) -> dict[str, Value]:
 
 def _naming(model: MergedModel, parameters: int) -> dict[str, Value]:
     """Name, its parts by gguf's own heuristic, size label, and the license from the base's model card."""
-    logging.getLogger("metadata").setLevel(logging.ERROR)
-    card = gguf.Metadata.load_model_card(model.base.folder)
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)
+    try:
+        card = gguf.Metadata.load_model_card(model.base.folder)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        # The card is prose for people; a damaged one says nothing about the model.
+        card = {}
     kept = {key: card[key] for key in ("license", "license_name", "license_link", "tags", "language") if key in card}
     named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), kept, {}, Path(model.name), parameters)
     values = {
@@ -124,31 +133,53 @@ def rope_metadata(config: Mapping[str, Any]) -> dict[str, Value]:
             expected="false: llama.cpp attends to everything in this family",
             remedy="Export to safetensors.",
         )
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise _unsupported_rope("rope_parameters", rope, "one mapping for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "yarn"):
+        raise _unsupported_rope("rope_type", kind, "default, linear or yarn")
     found: dict[str, Value] = {}
-    if kind in ("linear", "yarn"):
+    if kind != "default":
         found["scaling.type"] = Value("string", kind)
-        found["scaling.factor"] = Value("float32", float(rope["factor"]))
+        found["scaling.factor"] = Value("float32", _rope_number(rope, "factor"))
     if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-        found["scaling.original_context_length"] = Value("uint32", int(original or config["max_position_embeddings"]))
-        optional = {
-            "extrapolation_factor": "yarn_ext_factor",
-            "attention_factor": "yarn_attn_factor",
-            "beta_fast": "yarn_beta_fast",
-            "beta_slow": "yarn_beta_slow",
-        }
-        for source, key in optional.items():
-            if rope.get(source) is not None:
-                found[f"scaling.{key}"] = Value("float32", float(rope[source]))
-    elif kind not in ("default", "linear"):
-        raise UnsupportedModelError(
-            "config.json: rope_type",
-            found=repr(kind),
-            expected="default, linear or yarn",
-            remedy="Export to safetensors.",
-        )
-    found["freq_base"] = Value("float32", float(theta))
+        found |= _yarn(rope, config)
+    theta = rope if "rope_theta" in rope else {"rope_theta": config.get("rope_theta", DEFAULT_ROPE_THETA)}
+    found["freq_base"] = Value("float32", _rope_number(theta, "rope_theta"))
     return found
+
+
+def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Value]:
+    """YaRN's own settings (Peng et al. 2023, section 3.4)."""
+    if rope.get("attention_factor") is not None:
+        # llama.cpp computes it, 0.1 ln(factor) + 1, and takes no other.
+        usual = 0.1 * math.log(_rope_number(rope, "factor")) + 1
+        if not math.isclose(_rope_number(rope, "attention_factor"), usual, rel_tol=1e-4):
+            raise _unsupported_rope("attention_factor", rope["attention_factor"], f"{usual:.6g}, which llama.cpp uses")
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    found = {"scaling.original_context_length": Value("uint32", int(original or config["max_position_embeddings"]))}
+    optional = {
+        "extrapolation_factor": "ext",
+        "attention_factor": "attn",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+    }
+    for source, key in optional.items():
+        if rope.get(source) is not None:
+            suffix = "_factor" if key in ("ext", "attn") else ""
+            found[f"scaling.yarn_{key}{suffix}"] = Value("float32", _rope_number(rope, source))
+    return found
+
+
+def _rope_number(rope: Mapping[str, Any], key: str) -> float:
+    value = rope.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise _unsupported_rope(key, value, "a positive number")
+    return float(value)
+
+
+def _unsupported_rope(key: str, found: Any, expected: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"config.json: rope: {key}", found=repr(found)[:80], expected=expected, remedy="Export to safetensors."
+    )

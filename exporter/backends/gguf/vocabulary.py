@@ -7,6 +7,7 @@ and an unknown pattern is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ PRE_TOKENIZERS: Mapping[str, str] = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
     "qwen2",
 }  # fmt: skip
+
+
+# Added tokens that llama.cpp's converter takes for control tokens in any case (does_token_look_special).
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|\[@BOS@\]", re.DOTALL)
 
 
 def vocabulary_metadata(tokenizer: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Value]:
@@ -65,14 +70,16 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     """
     outer = definition.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
-    patterns = [str((step.get("pattern") or {}).get("Regex")) for step in steps if step.get("type") == "Split"]
     kinds = [step.get("type") for step in steps]
-    isolated = all(step.get("behavior") == "Isolated" for step in steps if step.get("type") == "Split")
-    if kinds == ["Split", "ByteLevel"] and isolated and patterns[0] in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[patterns[0]]
+    pattern = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
+    if kinds == ["Split", "ByteLevel"] and pattern in PRE_TOKENIZERS:
+        split, bytes_ = steps
+        plain = not bytes_.get("add_prefix_space") and not bytes_.get("use_regex")
+        if plain and split.get("behavior") == "Isolated" and not split.get("invert"):
+            return PRE_TOKENIZERS[pattern]
     raise TokenizerError(
         "tokenizer.json: pre_tokenizer",
-        found=f"{' + '.join(map(str, kinds))} with the pattern {patterns[0] if patterns else None!r}",
+        found=f"{' + '.join(map(str, kinds))} with the pattern {pattern!r}",
         expected="Split + ByteLevel with the pattern of " + " or ".join(PRE_TOKENIZERS.values()),
         remedy="A fine-tune keeps the tokenizer of its base: give that one.",
     )
@@ -96,7 +103,7 @@ def _tokens(definition: Mapping[str, Any], size: int) -> tuple[list[str], list[i
         tokens[index], types[index] = token, NORMAL
     for index, entry in added.items():
         content = entry["content"]
-        control = entry.get("special") or (content.startswith("<|") and content.endswith("|>"))
+        control = entry.get("special") or _LOOKS_SPECIAL.fullmatch(content)
         tokens[index], types[index] = content, CONTROL if control else USER_DEFINED
     return tokens, types
 

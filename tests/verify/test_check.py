@@ -1,0 +1,112 @@
+"""Verification within an export: each artifact in its own runtime, and what happens when the gate fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exporter import Execution, export
+from exporter.calibration import Windows, make_windows
+from exporter.errors import ExporterError
+from exporter.recipe import Evaluation
+from exporter.reporter import Reporter
+from exporter.runtimes.llamacpp import LlamaCpp
+from exporter.runtimes.transformers import Transformers
+from exporter.verify.metrics import compare
+from exporter.verify.reference import score_reference
+from tests.exports import export_to, recipe
+from tests.folders import copy, edit_json, edit_tensors, listing
+from tests.merged import merged_model
+
+# A short text, so that tokenizing it takes no time: this file.
+EVALUATION: dict[str, Any] = {"calibration": Path(__file__), "tokens": 128, "n_ctx": 64}
+
+
+class Recorder(Reporter):
+    """Notes what is scored, and how many windows."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.windows = 0
+
+    def scoring(self, title: str, windows: Windows) -> None:
+        self.titles.append(title)
+
+    def window(self, count: int) -> None:
+        self.windows += count
+
+
+def test_each_artifact_is_scored_in_its_own_runtime_against_one_reference(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base("qwen3")
+    adapter = make_adapter(base)
+    values = {"verify": True, "evaluation": EVALUATION, "name": "model"}
+    gguf = recipe(base, (adapter,), tmp_path / "gguf", format="gguf", quant=("F32", "F16"), **values)
+    hf = recipe(base, (adapter,), tmp_path / "hf", quant=("fp32",), **values).outputs[0]
+    recorder = Recorder()
+    result = export(gguf.model_copy(update={"outputs": (*gguf.outputs, hf)}), Execution(device="cpu"), recorder)
+    assert recorder.titles == [
+        "reference", "gguf F32 in llamacpp", "gguf F16 in llamacpp", "safetensors fp32 in transformers",
+    ]  # fmt: skip
+    assert recorder.windows == 4 * 2
+    assert result.passed
+    model = merged_model(base, adapter)
+    windows = make_windows(Evaluation(**EVALUATION), model.tokenizer)
+    reference = score_reference(model, windows, "cpu", lambda _: None)
+    for folder, label, scores in (
+        (
+            result.folders[0],
+            "gguf F32",
+            LlamaCpp().score(tmp_path / "gguf" / "model-F32.gguf", windows, lambda _: None),
+        ),
+        (result.folders[1], "safetensors fp32", Transformers().score(tmp_path / "hf", windows, lambda _: None)),
+    ):
+        assert folder.verdicts[label].comparison.delta_log == pytest.approx(
+            compare(scores, reference).delta_log, abs=1e-6
+        )
+        assert folder.verdicts[label].comparison.tokens_scored == 62
+
+
+def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_base("qwen2", hidden=256, intermediate=512, head_dim=64)
+    result = export_to(
+        tmp_path / "out", base, format="gguf", quant=("Q2_K", "F32"), name="model", verify=True,
+        evaluation=EVALUATION | {"gate": {"Q2_K": 0.0}},
+    )  # fmt: skip
+    folder = result.folders[0]
+    assert not result.passed
+    assert not folder.published
+    assert folder.path == tmp_path / "out.rejected"
+    assert listing(tmp_path) == {"out.rejected"} | {
+        f"out.rejected/{name}" for name in ("export.json", "model-Q2_K.gguf", "model-F32.gguf")
+    }
+    verdicts = {a["quant"]: a["verification"]["verdict"] for a in folder.manifest["artifacts"]}
+    assert verdicts == {"Q2_K": "failed", "F32": "passed"}
+    assert folder.manifest["artifacts"][0]["verification"]["broken"]
+
+
+@pytest.mark.parametrize(("format_", "quant"), [("gguf", "F32"), ("safetensors", "fp32")])
+def test_a_model_whose_scores_are_not_finite_is_an_error_with_a_name(
+    make_base: Callable[..., Path], tmp_path: Path, format_: str, quant: str
+) -> None:
+    """Finite weights may still overflow in the forward pass; that must not end in a traceback, nor in a pass."""
+    base = copy(make_base("qwen2", tied=False), tmp_path / "base")
+    edit_json(base / "config.json", dtype="float32")
+
+    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].float()
+        tensors["model.norm.weight"].fill_(3e38)
+        tensors["lm_head.weight"].mul_(100)
+
+    edit_tensors(base / "model.safetensors", blow_up)
+    with suppress(ExporterError):
+        result = export_to(tmp_path / "out", base, format=format_, quant=(quant,), verify=True, evaluation=EVALUATION)
+        assert not result.passed
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,242 @@
+"""`exporter verify`: a published folder is what its manifest says, and scores as it did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.errors import ArtifactError, ExporterError, RecipeError, RuntimeScoreError
+from exporter.recipe import Evaluation
+from exporter.reporter import Reporter
+from exporter.verify.published import PublishedResult, verify_published
+from tests.exports import export_to
+from tests.folders import copy, hashes
+
+# A short text, so that tokenizing it takes no time: this file.
+EVALUATION = Evaluation(calibration=Path(__file__), tokens=128, n_ctx=64)
+
+
+@pytest.fixture(scope="session")
+def inputs(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> tuple[Path, Path]:
+    base = make_base("qwen2")
+    return base, make_adapter(base)
+
+
+@pytest.fixture(scope="session")
+def good(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A published folder of each format, verified; to be copied before it is changed."""
+    parent = tmp_path_factory.mktemp("published")
+    for format_, quant in (("gguf", ("F32", "F16")), ("safetensors", ("fp32",))):
+        result = export_to(
+            parent / format_, *inputs, format=format_, quant=quant, name="model",
+            verify=True, evaluation=EVALUATION.model_dump(),
+        )  # fmt: skip
+        assert result.passed
+    return {"gguf": parent / "gguf", "safetensors": parent / "safetensors"}
+
+
+def verify(
+    folder: Path, base: Path, *adapters: Path, runtime: str | None = None, evaluation: Evaluation = EVALUATION
+) -> PublishedResult:
+    names = tuple(map(str, adapters))
+    return verify_published(folder, str(base), names, evaluation, runtime, "cpu", Reporter())
+
+
+@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
+def test_a_good_folder_passes_with_the_figures_of_its_manifest(
+    good: dict[str, Path], inputs: tuple[Path, Path], format_: str
+) -> None:
+    before = hashes(good[format_])
+    result = verify(good[format_], *inputs)
+    assert result.passed
+    manifest = json.loads((good[format_] / "export.json").read_text())
+    stored = {f"{a['format']} {a['quant']}": a for a in manifest["artifacts"]}
+    assert result.as_json().keys() == result.sizes.keys() == stored.keys()
+    for label, found in result.as_json().items():
+        assert result.sizes[label] == stored[label]["bytes"]
+        for key, value in stored[label]["verification"].items():
+            assert found[key] == (pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value), key
+    assert hashes(good[format_]) == before
+
+
+def test_a_folder_may_be_moved(good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert verify(copy(good["gguf"], tmp_path / "elsewhere"), *inputs).passed
+
+
+def test_safetensors_may_be_verified_by_name_of_the_runtime(good: dict[str, Path], inputs: tuple[Path, Path]) -> None:
+    assert verify(good["safetensors"], *inputs, runtime="transformers").passed
+
+
+@pytest.mark.parametrize(
+    ("format_", "runtime", "error"),
+    [
+        ("gguf", "transformers", RuntimeScoreError),
+        ("safetensors", "llamacpp", RuntimeScoreError),
+        ("gguf", "vllm.rs", RecipeError),
+    ],
+)
+def test_a_runtime_that_does_not_serve_the_format_fails(
+    good: dict[str, Path], inputs: tuple[Path, Path], format_: str, runtime: str, error: type[ExporterError]
+) -> None:
+    with pytest.raises(error):
+        verify(good[format_], *inputs, runtime=runtime)
+
+
+def test_without_the_adapter_the_gate_fails(good: dict[str, Path], inputs: tuple[Path, Path]) -> None:
+    result = verify(good["gguf"], inputs[0])
+    assert not result.passed
+    assert all(verdict.broken for verdict in result.verdicts.values())
+
+
+def test_with_another_adapter_the_gate_fails(
+    good: dict[str, Path], inputs: tuple[Path, Path], make_adapter: Callable[..., Path]
+) -> None:
+    assert not verify(good["gguf"], inputs[0], make_adapter(inputs[0], seed=7)).passed
+
+
+def test_limits_may_be_given(good: dict[str, Path], inputs: tuple[Path, Path]) -> None:
+    strict = EVALUATION.model_copy(update={"gate": {"F16": 0.0}})
+    result = verify(good["gguf"], *inputs, evaluation=strict)
+    assert result.verdicts["gguf F32"].passed
+    assert not result.verdicts["gguf F16"].passed
+    loose = EVALUATION.model_copy(update={"gate": {"*": 100.0}})
+    assert verify(good["gguf"], inputs[0], evaluation=loose).passed
+
+
+# --- tampering -----------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int = -1) -> None:
+    """Change one bit of a file."""
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 1
+    file.write_bytes(raw)
+
+
+def refused(folder: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ArtifactError:
+    """Verify, and check that the folder is refused before anything is scored."""
+
+    def score(*_: object) -> None:
+        raise AssertionError("scored a folder that is not what was published")
+
+    monkeypatch.setattr("exporter.verify.published.score_reference", score)
+    with pytest.raises(ArtifactError) as caught:
+        verify(folder, *inputs)
+    assert caught.value.exit_status == 2
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("format_", "name"),
+    [
+        ("gguf", "model-F32.gguf"),
+        ("gguf", "model-F16.gguf"),
+        ("safetensors", "model.safetensors"),
+        ("safetensors", "config.json"),
+        ("safetensors", "tokenizer.json"),
+        ("safetensors", "chat_template.jinja"),
+    ],
+)
+def test_a_file_that_was_tampered_with_is_refused(
+    good: dict[str, Path],
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format_: str,
+    name: str,
+) -> None:
+    folder = copy(good[format_], tmp_path / "out")
+    flip(folder / name, (folder / name).stat().st_size // 2)
+    error = refused(folder, inputs, monkeypatch)
+    assert error.thing == name
+    assert "sha256" in error.found
+    assert "sha256" in error.expected
+
+
+def test_a_file_that_is_shorter_is_refused_by_its_size(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copy(good["gguf"], tmp_path / "out") / "model-F32.gguf"
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.truncate(size - 32)
+    error = refused(file.parent, inputs, monkeypatch)
+    assert (error.found, error.expected) == (f"{size - 32} bytes", f"{size} bytes")
+
+
+def test_a_file_that_is_missing_is_refused(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(good["safetensors"], tmp_path / "out")
+    (folder / "tokenizer.json").unlink()
+    assert refused(folder, inputs, monkeypatch).thing == "tokenizer.json"
+
+
+def test_a_hash_of_the_manifest_that_was_changed_is_refused(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy(good["gguf"], tmp_path / "out")
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["files"]["model-F16.gguf"]["sha256"] = "0" * 64
+    (folder / "export.json").write_text(json.dumps(manifest))
+    assert refused(folder, inputs, monkeypatch).thing == "model-F16.gguf"
+
+
+MANIFEST: dict[str, Any] = {"name": "model", "artifacts": [], "files": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        json.dumps(MANIFEST | {"artifacts": [{}]}).encode(),
+        json.dumps(MANIFEST | {"artifacts": "gguf"}).encode(),
+        json.dumps(MANIFEST | {"artifacts": [{"format": "gguf", "quant": "F32", "bytes": 1}]}).encode(),
+        json.dumps(MANIFEST | {"files": []}).encode(),
+        json.dumps(MANIFEST | {"files": {"model-F32.gguf": {}}}).encode(),
+        json.dumps(MANIFEST | {"files": {"model-F32.gguf": "abc"}}).encode(),
+    ],
+    ids=[
+        "empty", "half", "not-text", "list", "nothing", "artifact", "artifacts", "entry", "files", "file", "hash",
+    ],
+)  # fmt: skip
+def test_what_is_not_a_manifest_is_refused(
+    good: dict[str, Path],
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+) -> None:
+    folder = copy(good["gguf"], tmp_path / "out")
+    (folder / "export.json").write_bytes(content)
+    refused(folder, inputs, monkeypatch)
+
+
+def test_a_folder_without_a_manifest_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "export.json" in refused(tmp_path, inputs, monkeypatch).thing
+    assert "export.json" in refused(tmp_path / "nowhere", inputs, monkeypatch).thing
+
+
+@pytest.mark.parametrize("listed", ["../outside.gguf", "/etc/hostname"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str
+) -> None:
+    """An entry outside of the folder would have another file scored than the one that was published."""
+    folder = copy(good["gguf"], tmp_path / "out")
+    shutil.move(folder / "model-F32.gguf", tmp_path / "outside.gguf")
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["files"][listed] = manifest["files"].pop("model-F32.gguf")
+    manifest["artifacts"][0]["entry"] = listed
+    (folder / "export.json").write_text(json.dumps(manifest))
+    refused(folder, inputs, monkeypatch)

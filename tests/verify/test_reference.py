@@ -1,0 +1,109 @@
+"""The reference: base + adapters as trained, unrounded and unmerged, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.errors import ExporterError
+from exporter.verify.reference import reference_bytes, score_reference
+from tests.folders import copy
+from tests.merged import drop_tensor, load_peft, merged_model, peft_log_probabilities, random_windows
+
+WINDOWS = random_windows(2, 32, 384)
+
+
+def reference(base: Path, *adapters: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return score_reference(merged_model(base, *adapters), WINDOWS, "cpu", lambda _: None).log_probabilities
+
+
+def peft(base: Path, *adapters: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return peft_log_probabilities(load_peft(base, *adapters), WINDOWS)[:, WINDOWS.first_scored :]
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen2", {"dtype": "bfloat16"}),
+        ("qwen3", {"use_rslora": True, "r": 8}),
+        ("qwen2", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 32}}),
+        ("qwen3", {"target_modules": ["q_proj", "lm_head"]}),
+        ("qwen2", {"target_modules": ["v_proj", "embed_tokens"]}),
+    ],
+    ids=["qwen2", "qwen3", "bf16", "rslora", "patterns", "head", "embedding"],
+)
+def test_scores_are_those_of_peft_unmerged(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], family: str, config: dict[str, Any]
+) -> None:
+    base = make_base(family)
+    adapter = make_adapter(base, **config)
+    found = reference(base, adapter)
+    assert np.abs(found - peft(base, adapter)).max() < 1e-5
+    assert np.abs(found - peft(base)).max() > 1e-3
+
+
+def test_without_an_adapter_it_is_the_base_in_float32(make_base: Callable[..., Path]) -> None:
+    base = make_base("qwen2", tied=False)
+    assert np.abs(reference(base) - peft(base)).max() < 1e-5
+
+
+def test_two_adapters_are_added(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:
+    base = make_base("qwen2")
+    one, two = make_adapter(base, seed=1), make_adapter(base, seed=2, r=8, target_modules=["q_proj", "down_proj"])
+    both = reference(base, one, two)
+    assert np.abs(both - peft(base, one, two)).max() < 1e-5
+    # By hand: the deltas of both on the base's own weights.
+    model = load_peft(base)
+    weights = model.state_dict()
+    for adapter in (one, two):
+        merged = load_peft(base, adapter).merge_and_unload().state_dict()
+        original = load_peft(base).state_dict()
+        for name, weight in weights.items():
+            weight += merged[name] - original[name]
+    model.load_state_dict(weights)
+    by_hand = peft_log_probabilities(model, WINDOWS)[:, WINDOWS.first_scored :]
+    assert np.abs(both - by_hand).max() < 1e-4
+    for alone in ((one,), (two,)):
+        assert np.abs(both - reference(base, *alone)).max() > 1e-3
+
+
+def test_the_same_adapter_twice_counts_twice(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:
+    base = make_base("qwen2")
+    adapter = make_adapter(base, target_modules=["up_proj"])
+    doubled = make_adapter(base, target_modules=["up_proj"], lora_alpha=16)
+    assert np.abs(reference(base, adapter, adapter) - peft(base, doubled)).max() < 1e-4
+
+
+def test_every_window_is_reported(make_base: Callable[..., Path]) -> None:
+    seen: list[int] = []
+    score_reference(merged_model(make_base("qwen2")), WINDOWS, "cpu", seen.append)
+    assert seen == [1, 1]
+
+
+def test_a_base_that_transformers_cannot_load_fails(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = copy(make_base("qwen2"), tmp_path / "base")
+    model = merged_model(base)
+    drop_tensor(base / "model.safetensors", "model.norm.weight")
+    with pytest.raises(ExporterError, match=r"model\.norm\.weight"):
+        score_reference(model, WINDOWS, "cpu", lambda _: None)
+
+
+def test_memory_counts_float32_weights_and_adapters(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path]
+) -> None:
+    base = make_base("qwen2", tied=False)
+    adapter = make_adapter(base)
+    loaded = load_peft(base, adapter)
+    weights = sum(4 * parameter.numel() for parameter in loaded.parameters())
+    logits = 4 * 400 * WINDOWS.n_ctx
+    model = merged_model(base, adapter)
+    assert weights + logits // 2 <= reference_bytes(model, WINDOWS.n_ctx) <= weights + 3 * logits
+    assert reference_bytes(merged_model(base), 16) < reference_bytes(model, 16) < reference_bytes(model, 4096)
+    assert loaded.dtype == torch.float32
