@@ -160,15 +160,14 @@ def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Value
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     found = {"scaling.original_context_length": Value("uint32", int(original or config["max_position_embeddings"]))}
     optional = {
-        "extrapolation_factor": "ext",
-        "attention_factor": "attn",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
+        "extrapolation_factor": "yarn_ext_factor",
+        "attention_factor": "yarn_attn_factor",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
     }
     for source, key in optional.items():
         if rope.get(source) is not None:
-            suffix = "_factor" if key in ("ext", "attn") else ""
-            found[f"scaling.yarn_{key}{suffix}"] = Value("float32", _rope_number(rope, source))
+            found[f"scaling.{key}"] = Value("float32", _rope_number(rope, source))
     return found
 
 

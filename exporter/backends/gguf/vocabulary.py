@@ -71,7 +71,7 @@ def pre_tokenizer(definition: Mapping[str, Any]) -> str:
     outer = definition.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
     kinds = [step.get("type") for step in steps]
-    pattern = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
+    pattern = next((str(step["pattern"].get("Regex")) for step in steps if step.get("type") == "Split"), "")
     if kinds == ["Split", "ByteLevel"] and pattern in PRE_TOKENIZERS:
         split, bytes_ = steps
         plain = not bytes_.get("add_prefix_space") and not bytes_.get("use_regex")
