@@ -13,6 +13,7 @@ from typing import Any
 
 from exporter.artifact.manifest import MANIFEST_NAME, build_manifest, dump, input_files
 from exporter.artifact.staging import Staging, copy_durably, write_durably
+from exporter.backends.base import HashingWriter
 from exporter.calibration import make_windows
 from exporter.errors import RefusalError
 from exporter.hashing import InputHasher, hash_all
@@ -88,13 +89,16 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
                     staging.discard()
             raise
         try:
-            inputs, device = _tour(plan, stagings, reporter)
+            inputs, digests, device = _tour(plan, stagings, reporter)
         except RefusalError:
             # The inputs turned out to be wrong on the way (a NaN in the base, say): leave nothing behind.
             for staging in stagings:
                 staging.discard()
             raise
-        outputs = [_finish_files(plan, folder, staging) for folder, staging in zip(plan.folders, stagings, strict=True)]
+        outputs = [
+            _finish_files(plan, folder, staging, known)
+            for folder, staging, known in zip(plan.folders, stagings, digests, strict=True)
+        ]
         staged = [(folder, staging.files) for folder, staging in zip(plan.folders, stagings, strict=True)]
         verdicts = verify_artifacts(plan, staged, windows, device, reporter) if windows else [{} for _ in staged]
         results = []
@@ -129,8 +133,14 @@ def _key(plan: ExportPlan, folder: FolderPlan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _tour(plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter) -> tuple[dict[Path, str], str]:
-    """Merge and write every tensor; returns the hash of every input file, and the device that was used."""
+def _tour(
+    plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter
+) -> tuple[dict[Path, str], list[dict[str, str]], str]:
+    """Merge and write every tensor.
+
+    Returns:
+        The hash of every input file; for each folder the hashes of the files whose writer took them; the device.
+    """
     with ExitStack() as stack:
         hasher = InputHasher()
         stack.callback(hasher.close)
@@ -141,7 +151,7 @@ def _tour(plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter) -> 
         from exporter.tour.stream import Progress, Rider, stream
 
         device = resolve_device(plan.execution.device)
-        riders = []
+        riders: list[Rider] = []
         for folder, staging in zip(plan.folders, stagings, strict=True):
             for artifact in folder.artifacts:
                 writer = folder.backend.open(artifact, staging.files, resume=staging.resumed)
@@ -158,12 +168,18 @@ def _tour(plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter) -> 
             block_bytes=plan.execution.block_bytes,
             progress=Progress(read=reporter.read, reached=hasher.reach),
         )
+        digests: list[dict[str, str]] = [{} for _ in stagings]
+        for rider in riders:
+            if isinstance(rider.writer, HashingWriter):
+                digests[stagings.index(rider.staging)] |= rider.writer.digests()
         reporter.toured()
-        return hasher.finish(path for _, path in input_files(plan)), device
+        return hasher.finish(path for _, path in input_files(plan)), digests, device
 
 
-def _finish_files(plan: ExportPlan, folder: FolderPlan, staging: Staging) -> dict[str, tuple[int, str]]:
-    """Add the small files, then hash everything as it is on the disk."""
+def _finish_files(
+    plan: ExportPlan, folder: FolderPlan, staging: Staging, known: Mapping[str, str]
+) -> dict[str, tuple[int, str]]:
+    """Add the small files, then hash what has not been yet, as it is on the disk."""
     names: list[str] = []
     for artifact in folder.artifacts:
         for name, content in artifact.documents.items():
@@ -171,4 +187,5 @@ def _finish_files(plan: ExportPlan, folder: FolderPlan, staging: Staging) -> dic
         for name, path in artifact.copies.items():
             copy_durably(path, staging.files / name)
         names += [file.name for file in artifact.files] + list(artifact.documents) + list(artifact.copies)
-    return hash_all(staging.files, dict.fromkeys(names), plan.threads)
+    rest = hash_all(staging.files, [name for name in dict.fromkeys(names) if name not in known], plan.threads)
+    return rest | {name: ((staging.files / name).stat().st_size, digest) for name, digest in known.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +135,14 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Finish and close every file."""
+
+
+@runtime_checkable
+class HashingWriter(Protocol):
+    """A writer that hashes its files as it goes. The files of any other are read again and hashed at the end."""
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of its files, hexadecimal, by name; called once, when every tensor is written."""
 
 
 class Backend(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.backends.base import OutputPlan, TensorPlan
+from exporter.backends.following import FollowingHash
 from exporter.errors import WriteError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class OffsetWriter:
     def __init__(self, plan: OutputPlan, folder: Path, encode: Encoder, *, resume: bool) -> None:
         self._encode = encode
         self._descriptors: dict[str, int] = {}
+        self._hashes: dict[str, FollowingHash] = {}
         # The kernel lets one thread at a time write to a file, and the others spin; waiting here, they sleep.
         self._locks = {file.name: threading.Lock() for file in plan.files}
         try:
@@ -42,6 +44,8 @@ class OffsetWriter:
                 # Reserving the room now turns a full disk into an error at the start, and makes the padding zeros.
                 os.posix_fallocate(descriptor, 0, max(1, file.nbytes))
                 _write_all(descriptor, file.header, 0)
+                inside = [tensor for tensor in plan.tensors if tensor.file == file.name]
+                self._hashes[file.name] = FollowingHash(descriptor, file.nbytes, inside)
         except OSError as error:
             self.close()
             raise WriteError(
@@ -66,15 +70,23 @@ class OffsetWriter:
             raise WriteError(
                 tensor.file, found=str(error), expected="room to write", remedy="Free some disk and run again."
             ) from None
+        self._hashes[tensor.file].wrote(tensor, block.shape[0])
 
     def sync(self) -> None:
-        """See `Writer`. What is on the disk gives its memory back: a large output would push the inputs out of it."""
-        for descriptor in self._descriptors.values():
+        """See `Writer`. What is on the disk and hashed gives its memory back, or it would push the inputs out of it."""
+        for name, descriptor in self._descriptors.items():
             os.fdatasync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if hashed := self._hashes[name].hashed:
+                os.posix_fadvise(descriptor, 0, hashed, os.POSIX_FADV_DONTNEED)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, hexadecimal. Every tensor must be written."""
+        return {name: following.finish() for name, following in self._hashes.items()}
 
     def close(self) -> None:
         """See `Writer`."""
+        for following in self._hashes.values():
+            following.close()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

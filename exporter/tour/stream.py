@@ -1,4 +1,4 @@
-"""The walk without activations: every tensor once, in model order, as row blocks offered to every artifact.
+"""The walk without activations: every tensor once, as row blocks offered to every artifact.
 
 Blocks are merged, encoded and written by worker threads; the heavy calls (reads, torch, ggml, writes) release the GIL.
 How many blocks are under way is bounded, so memory does not grow with the model.
@@ -62,6 +62,7 @@ def stream(
         NonFiniteTensorError: a merged tensor holds NaN or infinity.
         ExporterError: whatever a writer raised.
     """
+    shards = {file: number for number, file in enumerate(model.base.shards)}
     done = {rider.label: rider.staging.done(rider.label) for rider in riders}
     commits = _Commits(riders)
     pending: deque[tuple[Future[None], MergedTensor | None, int]] = deque()
@@ -76,7 +77,8 @@ def stream(
     # One more than computes, since at any time one may wait for the disk.
     pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="merge")
     try:
-        for tensor in model.tensors:
+        # Without activations any order does; the order of the files is the one in which disks like to read and write.
+        for tensor in sorted(model.tensors, key=lambda tensor: (shards[tensor.source.file], tensor.source.start)):
             progress.reached(tensor.source.file)
             takers = [rider for rider in riders if tensor.name in rider.tensors]
             takers = [rider for rider in takers if rider.tensors[tensor.name].name not in done[rider.label]]
