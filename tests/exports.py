@@ -26,10 +26,16 @@ def recipe(base: Path, adapters: Sequence[Path], out: Path, **values: Any) -> Re
 
 
 def export_to(
-    out: Path, base: Path, *adapters: Path, block_bytes: int = 4 << 20, threads: int | None = None, **values: Any
+    out: Path,
+    base: Path,
+    *adapters: Path,
+    device: str = "cpu",
+    block_bytes: int = 4 << 20,
+    threads: int | None = None,
+    **values: Any,
 ) -> ExportResult:
-    """Export to a folder on the CPU."""
-    execution = Execution(device="cpu", block_bytes=block_bytes, threads=threads)
+    """Export to a folder."""
+    execution = Execution(device=device, block_bytes=block_bytes, threads=threads)
     return export(recipe(base, adapters, out, **values), execution)
 
 
