@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from exporter.errors import WriteError
 
 if TYPE_CHECKING:
     import torch
+
+# Bytes that are hashed at a time.
+_HASH_BYTES = 1 << 22
 
 Encoder = Callable[[TensorPlan, "torch.Tensor"], "bytes | bytearray | memoryview"]
 
@@ -35,6 +39,8 @@ class OffsetWriter:
         self._encode = encode
         self._descriptors: dict[str, int] = {}
         self._hashes: dict[str, FollowingHash] = {}
+        self._hash_pool = ThreadPoolExecutor(1, thread_name_prefix="hash-output")
+        buffer = bytearray(_HASH_BYTES)
         # The kernel lets one thread at a time write to a file, and the others spin; waiting here, they sleep.
         self._locks = {file.name: threading.Lock() for file in plan.files}
         try:
@@ -45,7 +51,7 @@ class OffsetWriter:
                 os.posix_fallocate(descriptor, 0, max(1, file.nbytes))
                 _write_all(descriptor, file.header, 0)
                 inside = [tensor for tensor in plan.tensors if tensor.file == file.name]
-                self._hashes[file.name] = FollowingHash(descriptor, file.nbytes, inside)
+                self._hashes[file.name] = FollowingHash(descriptor, file.nbytes, inside, self._hash_pool, buffer)
         except OSError as error:
             self.close()
             raise WriteError(
@@ -85,8 +91,7 @@ class OffsetWriter:
 
     def close(self) -> None:
         """See `Writer`."""
-        for following in self._hashes.values():
-            following.close()
+        self._hash_pool.shutdown(cancel_futures=True)
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

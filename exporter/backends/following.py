@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from exporter.backends.base import TensorPlan
 
-_CHUNK_BYTES = 1 << 22
-
 
 class FollowingHash:
     """Hashes one file from its start to the first tensor that is not written yet, again and again.
@@ -20,10 +18,16 @@ class FollowingHash:
         descriptor: the file, open for reading; the caller keeps it open.
         nbytes: the file's size.
         tensors: the tensors in it; whatever lies before and between them must be written already.
+        pool: one thread, which may serve several files.
+        buffer: what that thread reads into.
     """
 
-    def __init__(self, descriptor: int, nbytes: int, tensors: Iterable[TensorPlan]) -> None:
+    def __init__(
+        self, descriptor: int, nbytes: int, tensors: Iterable[TensorPlan], pool: ThreadPoolExecutor, buffer: bytearray
+    ) -> None:
         self._descriptor = descriptor
+        self._pool = pool
+        self._buffer = memoryview(buffer)
         self._nbytes = nbytes
         ordered = sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
         self._starts = [tensor.offset for tensor in ordered] + [nbytes]
@@ -32,7 +36,6 @@ class FollowingHash:
         self._next = 0
         self._lock = threading.Lock()
         self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash-output")
         self.hashed = 0
 
     def wrote(self, tensor: TensorPlan, rows: int) -> None:
@@ -50,14 +53,11 @@ class FollowingHash:
         self._pool.submit(self._advance, self._nbytes).result()
         return self._digest.hexdigest()
 
-    def close(self) -> None:
-        """Stop; what has not begun is dropped."""
-        self._pool.shutdown(cancel_futures=True)
-
     def _advance(self, end: int) -> None:
         while self.hashed < end:
-            chunk = os.pread(self._descriptor, min(_CHUNK_BYTES, end - self.hashed), self.hashed)
-            if not chunk:
+            chunk = self._buffer[: end - self.hashed]
+            count = os.preadv(self._descriptor, [chunk], self.hashed)
+            if count == 0:
                 raise OSError(f"a file ends at byte {self.hashed} of {self._nbytes}")
-            self._digest.update(chunk)
-            self.hashed += len(chunk)
+            self._digest.update(chunk[:count])
+            self.hashed += count
