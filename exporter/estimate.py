@@ -17,11 +17,11 @@ _VOCABULARY_BYTES_PER_TOKEN = 900
 _BLOCK_FACTOR = 6
 
 _STARTUP_SECONDS = 4.0
-# Elements a second and thread: reading, merging and writing floats; and quantizing, by the kind of type.
+# Elements a second and thread: reading, merging and writing floats; and ggml_quantize_chunk, by type.
 _MERGE_RATE = 150e6
 _QUANTIZE_RATE = {
-    "Q8_0": 300e6, "Q4_0": 150e6, "Q4_1": 150e6, "Q5_0": 120e6, "Q5_1": 120e6, "Q6_K": 40e6, "Q5_K": 40e6,
-    "Q4_K": 40e6, "Q3_K": 40e6, "Q2_K": 25e6, "IQ4_NL": 8e6, "IQ4_XS": 8e6,
+    "Q8_0": 165e6, "Q4_0": 570e6, "Q4_1": 700e6, "Q5_0": 330e6, "Q5_1": 320e6, "Q6_K": 27e6, "Q5_K": 14e6,
+    "Q4_K": 11e6, "Q3_K": 58e6, "Q2_K": 11e6, "IQ4_NL": 3.4e6, "IQ4_XS": 3.4e6,
 }  # fmt: skip
 # Multiply-adds a second and thread in a forward pass.
 _FORWARD_RATE = 50e9
