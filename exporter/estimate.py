@@ -9,12 +9,10 @@ from exporter.model import MergedModel
 from exporter.recipe import Recipe
 from exporter.verify.reference import reference_bytes
 
-# Interpreter, torch and this package, with nothing loaded.
-_RESIDENT_BYTES = 260 << 20
-# Objects of a vocabulary while a GGUF header is packed, a token.
-_VOCABULARY_BYTES_PER_TOKEN = 900
+# Interpreter, torch and this package, and the buffers for hashing.
+_RESIDENT_BYTES = 250 << 20
 # Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
-_BLOCK_FACTOR = 6
+_BLOCK_FACTOR = 5
 
 _STARTUP_SECONDS = 4.0
 # Elements a second and thread: reading, merging and writing floats; and ggml_quantize_chunk, by type.
@@ -27,10 +25,10 @@ _QUANTIZE_RATE = {
 _FORWARD_RATE = 50e9
 
 
-def merge_memory(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, block_bytes: int) -> int:
+def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
     """Estimated peak memory of merging and writing: it does not depend on the size of the model or of its tensors."""
-    vocabulary = int(model.config.get("vocab_size") or 0) if any(a.format == "gguf" for a in artifacts) else 0
-    return _RESIDENT_BYTES + vocabulary * _VOCABULARY_BYTES_PER_TOKEN + 3 * threads * _BLOCK_FACTOR * block_bytes // 2
+    factors = max((4 * u.rank * max(u.shape) for tensor in model.tensors for u in tensor.updates), default=0)
+    return _RESIDENT_BYTES + (threads + 1) * _BLOCK_FACTOR * block_bytes + 2 * factors
 
 
 def reference_memory(model: MergedModel, n_ctx: int) -> int:

@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         model=model,
         folders=folders,
         threads=threads,
-        merge_bytes=merge_memory(model, artifacts, threads, execution.block_bytes),
+        merge_bytes=merge_memory(model, threads, execution.block_bytes),
         reference_bytes=reference_memory(model, recipe.evaluation.n_ctx) if recipe.verify else 0,
         seconds=seconds(model, artifacts, threads, recipe),
     )

@@ -155,6 +155,7 @@ def _artifact(
         "format": artifact.format,
         "quant": artifact.quant,
         "entry": artifact.entry,
+        "runtimes": list(artifact.runtimes),
         "bytes": sum(outputs[name][0] for name in names),
         "files": names,
         "types": type_shares(artifact),

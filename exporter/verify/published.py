@@ -26,9 +26,6 @@ from exporter.verify.reference import score_reference
 if TYPE_CHECKING:
     from rich.console import Console
 
-# The runtime that serves each format.
-_DEFAULT_RUNTIMES = {"gguf": "llamacpp", "safetensors": "transformers"}
-
 
 @dataclass(frozen=True)
 class PublishedResult:
@@ -87,7 +84,7 @@ def verify_published(
     verdicts, sizes = {}, {}
     for artifact in manifest.artifacts:
         label = f"{artifact.format} {artifact.quant}"
-        serving = load_runtime(runtime or _DEFAULT_RUNTIMES.get(artifact.format, ""), device)
+        serving = load_runtime(runtime or next(iter(artifact.runtimes), "none"), device)
         reporter.scoring(f"{label} in {serving.name}", windows)
         entry = folder if artifact.entry == "." else folder / artifact.entry
         comparison = compare(serving.score(entry, windows, reporter.window), reference)
@@ -106,6 +103,7 @@ class _Artifact(BaseModel):
     format: str
     quant: str
     entry: str
+    runtimes: list[str]
     bytes: int
 
 
