@@ -1,9 +1,8 @@
 """Score every type of every format on one model, and print the table that docs/quality.md shows.
 
-    python scripts/quality.py --base DIR [--adapter DIR] --work DIR [--tokens 8192]
+    python scripts/quality.py --base DIR [--adapter DIR] --work DIR [--tokens 4096]
 
-One run of the exporter for all GGUF types and one for each safetensors type, so that all are compared with the same
-reference on the same tokens. The text is the docstrings of Python's standard library, which neither the demo's nor the
+One run of the exporter for every type, so that all are compared with the same reference on the same tokens. The text is the docstrings of Python's standard library, which neither the demo's nor the
 real model's adapter was trained on. Removes what it wrote.
 """
 
@@ -19,6 +18,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def standard_library_text(limit: int = 400_000) -> str:
@@ -41,22 +42,26 @@ def _docstrings(file: Path) -> Iterator[str]:
                 yield text
 
 
-def run(arguments: argparse.Namespace, output_format: str, quants: list[str], text: Path) -> list[dict[str, Any]]:
-    """Export some types of one format with open gates; returns the manifest's artifacts."""
-    out = arguments.work / f"quality-{output_format}-{quants[0]}"
-    command = [str(Path(sys.executable).with_name("exporter")), "export", "--base", str(arguments.base)]
-    for adapter in arguments.adapter:
-        command += ["--adapter", str(adapter)]
-    for quant in quants:
-        command += ["--quant", quant]
-    command += ["--format", output_format, "--out", str(out), "--force", "--json", "--gate", "1e9"]
-    command += ["--calibration", str(text), "--eval-tokens", str(arguments.tokens)]
+def run(arguments: argparse.Namespace, outputs: list[dict[str, Any]], text: Path) -> list[dict[str, Any]]:
+    """Export with open gates; returns the artifacts of all manifests."""
+    folders = [Path(output["out"]) for output in outputs]
+    recipe = {
+        "base": str(arguments.base.absolute()),
+        "adapters": [str(adapter.absolute()) for adapter in arguments.adapter],
+        "outputs": outputs,
+        "force": True,
+        "evaluation": {"calibration": str(text.absolute()), "tokens": arguments.tokens, "gate": {"*": 1e9}},
+    }
+    file = arguments.work / "quality.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     try:
+        command = [str(Path(sys.executable).with_name("exporter")), "export", str(file), "--json"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     finally:
-        shutil.rmtree(out, ignore_errors=True)
-    artifacts: list[dict[str, Any]] = json.loads(done.stdout)["artifacts"]
-    return artifacts
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    manifests: list[dict[str, Any]] = json.loads(done.stdout)
+    return [artifact for manifest in manifests for artifact in manifest["artifacts"]]
 
 
 def main() -> None:
@@ -65,7 +70,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, action="append", default=[])
     parser.add_argument("--work", type=Path, required=True, help="a folder for outputs; they are removed")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--types", nargs="*", help="GGUF types; by default all")
     arguments = parser.parse_args()
     from exporter.backends.gguf.types import FILE_TYPES
@@ -74,18 +79,21 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     text = arguments.work / "standard-library.txt"
     text.write_text(standard_library_text(), encoding="utf-8")
+    work = arguments.work.absolute()
+    outputs = [
+        {"format": "safetensors", "quant": [quant], "out": str(work / f"quality-{quant}")} for quant in reversed(DTYPES)
+    ]
+    outputs.append({"format": "gguf", "quant": arguments.types or list(FILE_TYPES), "out": str(work / "quality-gguf")})
+    artifacts = run(arguments, outputs, text)
     print("| type | bytes | perplexity | reference | change | ± (paired) | same top | tokens |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    batches = [("safetensors", [quant]) for quant in DTYPES] + [("gguf", arguments.types or list(FILE_TYPES))]
-    for output_format, quants in batches:
-        for artifact in run(arguments, output_format, quants, text):
-            figures = artifact["verification"]
-            print(
-                f"| {artifact['format']} {artifact['quant']} | {artifact['bytes'] / 1e6:,.1f} MB "
-                f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} | {figures['delta']:+.3%} "
-                f"| {figures['delta_stderr']:.3%} | {figures['same_top']:.2%} | {figures['tokens_scored']} |",
-                flush=True,
-            )
+    print("|---|---|---|---|---|---|---|---|")
+    for artifact in artifacts:
+        figures = artifact["verification"]
+        print(
+            f"| {artifact['format']} {artifact['quant']} | {artifact['bytes'] / 1e6:,.1f} MB "
+            f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} | {figures['delta']:+.3%} "
+            f"| {figures['delta_stderr']:.3%} | {figures['same_top']:.2%} | {figures['tokens_scored']} |"
+        )
 
 
 if __name__ == "__main__":
