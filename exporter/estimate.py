@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from exporter.backends.base import OutputPlan
+from exporter.checkpoint import DTYPE_BYTES
 from exporter.model import MergedModel
 from exporter.recipe import Recipe
-from exporter.verify.reference import reference_bytes
+from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, LOGIT_ROWS
 
 # Interpreter, torch and this package, and the buffers for hashing.
 _RESIDENT_BYTES = 250 << 20
+# Interpreter, torch, transformers and peft.
+_REFERENCE_RESIDENT_BYTES = 480 << 20
 # Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
 _BLOCK_FACTOR = 5
 
@@ -31,9 +35,30 @@ def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
     return _RESIDENT_BYTES + (threads + 1) * _BLOCK_FACTOR * block_bytes + 2 * factors
 
 
-def reference_memory(model: MergedModel, n_ctx: int) -> int:
-    """Estimated memory of the in-memory reference."""
-    return reference_bytes(model, n_ctx)
+def reference_memory(model: MergedModel, tokens: int, n_ctx: int) -> int:
+    """Estimated peak memory of the reference: one layer with the activations of a pass, or the head with its logits."""
+    hidden = int(model.config.get("hidden_size") or 0)
+    inner = max(int(model.config.get("intermediate_size") or 0), 4 * hidden)
+    adapters = sum(
+        4 * update.rank * (update.a.shape[1] + update.b.shape[0])
+        for adapter in model.adapters
+        for update in adapter.updates.values()
+    )
+    walking = max(layer_bytes(model), default=0) + 4 * max(BATCH_TOKENS["cpu"], n_ctx) * (4 * hidden + 3 * inner)
+    scoring = 4 * hidden * HEAD_ROWS
+    if head := model.head:
+        kept = 4 if head.updates else DTYPE_BYTES[head.source.dtype]
+        scoring += kept * head.elements + 4 * 4 * head.shape[0] * LOGIT_ROWS
+    return _REFERENCE_RESIDENT_BYTES + adapters + 4 * hidden * tokens + max(walking, scoring)
+
+
+def layer_bytes(model: MergedModel) -> list[int]:
+    """float32 bytes of each decoder layer."""
+    sizes: dict[str, int] = {}
+    for tensor in model.tensors:
+        if found := re.match(r".*\.layers\.\d+\.", tensor.name):
+            sizes[found[0]] = sizes.get(found[0], 0) + 4 * tensor.elements
+    return list(sizes.values())
 
 
 def seconds(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, recipe: Recipe) -> float:

@@ -78,6 +78,14 @@ class MergedModel:
         """Number of tensors that an adapter changes."""
         return sum(1 for tensor in self.tensors if tensor.updates)
 
+    @property
+    def head(self) -> MergedTensor | None:
+        """The tensor that turns final hidden states into logits: the embedding where they are tied."""
+        tensors = {tensor.name: tensor for tensor in self.tensors}
+        if not self.config.get("tie_word_embeddings") and HEAD in tensors:
+            return tensors[HEAD]
+        return tensors.get(EMBEDDING)
+
 
 def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> MergedModel:
     """Check base and adapters against each other and list the merged model's tensors.

@@ -148,7 +148,7 @@ def _tour(
         hasher.reach(plan.model.tensors[0].source.file)
         from exporter.checkpoint import TensorReader
         from exporter.merge import make_merger, resolve_device
-        from exporter.tour.stream import Progress, Rider, stream
+        from exporter.tour.stream import Progress, Rider, Stream
 
         device = resolve_device(plan.execution.device)
         riders: list[Rider] = []
@@ -160,7 +160,7 @@ def _tour(
                 riders.append(Rider(artifact.label, sources, writer, staging))
         merger = make_merger(device, stack.enter_context(TensorReader()))
         reporter.touring(plan, device, resumed=any(staging.resumed for staging in stagings))
-        stream(
+        stream = Stream(
             plan.model,
             riders,
             merger,
@@ -168,6 +168,9 @@ def _tour(
             block_bytes=plan.execution.block_bytes,
             progress=Progress(read=reporter.read, reached=hasher.reach),
         )
+        stack.callback(stream.close)
+        stream.offer(plan.model.tensors)
+        stream.finish()
         digests: list[dict[str, str]] = [{} for _ in stagings]
         for rider in riders:
             if isinstance(rider.writer, HashingWriter):

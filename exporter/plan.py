@@ -122,7 +122,9 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         folders=folders,
         threads=threads,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
-        reference_bytes=reference_memory(model, recipe.evaluation.n_ctx) if recipe.verify else 0,
+        reference_bytes=reference_memory(model, recipe.evaluation.tokens, recipe.evaluation.n_ctx)
+        if recipe.verify
+        else 0,
         seconds=seconds(model, artifacts, threads, recipe),
     )
     _check_resources(plan)

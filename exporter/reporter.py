@@ -25,6 +25,12 @@ class Reporter:
     def toured(self) -> None:
         """Every tensor is written."""
 
+    def walking(self, windows: Windows) -> None:
+        """The walk of the reference's layers begins."""
+
+    def layer(self, done: int, layers: int) -> None:
+        """That many of the layers are done."""
+
     def scoring(self, what: str, windows: Windows) -> None:
         """Scoring of the reference or of an artifact begins."""
 

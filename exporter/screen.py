@@ -163,6 +163,19 @@ class Screen(Reporter):
         seconds = time.monotonic() - self._started
         self._end(f"{size(self._total)} in {seconds:.1f} s, {size(self._total / max(seconds, 1e-9))}/s")
 
+    def walking(self, windows: Windows) -> None:
+        """See `Reporter`."""
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
+        progress = Progress(TextColumn("{task.description}"), *columns, console=self._console)
+        self._begin(f"walking reference, {len(windows.ids)} windows", 0, progress)
+
+    def layer(self, done: int, layers: int) -> None:
+        """See `Reporter`."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=layers)
+        if done == layers:
+            self._end(f"{layers} layers in {time.monotonic() - self._started:.1f} s")
+
     def scoring(self, what: str, windows: Windows) -> None:
         """See `Reporter`."""
         if self._what:

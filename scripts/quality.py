@@ -2,8 +2,9 @@
 
     python scripts/quality.py --base DIR [--adapter DIR] --work DIR [--tokens 4096]
 
-One run of the exporter for every type, so that all are compared with the same reference on the same tokens. The text is the docstrings of Python's standard library, which neither the demo's nor the
-real model's adapter was trained on. Removes what it wrote.
+One run of the exporter for every type, so that all are compared with the same reference on the same tokens. The text
+is the docstrings of Python's standard library, which neither the demo's nor the real model's adapter was trained on.
+Removes what it wrote.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def main() -> None:
     text.write_text(standard_library_text(), encoding="utf-8")
     work = arguments.work.absolute()
     outputs = [
-        {"format": "safetensors", "quant": [quant], "out": str(work / f"quality-{quant}")} for quant in reversed(DTYPES)
+        {"format": "safetensors", "quant": [quant], "out": str(work / f"quality-{quant}")}
+        for quant in list(DTYPES)[::-1]
     ]
     outputs.append({"format": "gguf", "quant": arguments.types or list(FILE_TYPES), "out": str(work / "quality-gguf")})
     artifacts = run(arguments, outputs, text)

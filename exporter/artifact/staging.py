@@ -28,6 +28,7 @@ class Staging:
     Attributes:
         out: the folder that publishing creates.
         files: where the artifact's files are written.
+        scratch: for what a run needs to go on after a kill, and no artifact; it goes with the staging folder.
         resumed: whether an earlier run's work was found and fits the plan.
     """
 
@@ -35,6 +36,7 @@ class Staging:
         self.out = out
         self._folder = out.parent / f".{out.name}.staging"
         self.files = self._folder / "files"
+        self.scratch = self._folder / "scratch"
         self._force = force
         _refuse_existing(out, force)
         try:
@@ -78,6 +80,7 @@ class Staging:
         (self._folder / "journal").unlink(missing_ok=True)
         sync_folder(self._folder)
         shutil.rmtree(self.files, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         self.files.mkdir()
         write_durably(self._folder / "key", key.encode())
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
+    from exporter.backends.gptq.hessian import Moments
     from exporter.model import MergedModel
 
 
@@ -89,6 +92,9 @@ class OutputPlan:
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
         notes: degradations and choices that the reader should know of.
+        needs: what must be known before some tensors are given to the writer: `nothing`, `second moments` (then it is
+            an `ObservingWriter`) or `Hessians` (a `SolvingWriter`).
+        observed: those tensors, by the merged tensor's name.
     """
 
     format: str
@@ -100,6 +106,8 @@ class OutputPlan:
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    needs: str = "nothing"
+    observed: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
@@ -135,6 +143,37 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Finish and close every file."""
+
+
+@runtime_checkable
+class ObservingWriter(Writer, Protocol):
+    """A writer of an artifact that needs second moments: it is told a tensor's before it is given its rows."""
+
+    def observe(self, tensor: TensorPlan, sums: npt.NDArray[np.float64], tokens: int) -> None:
+        """Take what was seen at the input of a matrix.
+
+        Args:
+            tensor: one of the plan's tensors.
+            sums: sum of squares by column, shape (columns,).
+            tokens: number of inputs; 0 if calibration never reached it (an expert, say).
+        """
+
+
+@runtime_checkable
+class SolvingWriter(Writer, Protocol):
+    """A writer of an artifact whose matrices are solved for from Hessians."""
+
+    def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, torch.Tensor]:
+        """Quantize and store the matrices that share one input.
+
+        Args:
+            weights: merged matrices by the merged tensor's name, float32, shape (out_features, in_features); they must
+                not be changed.
+            moments: what was seen at their common input.
+
+        Returns:
+            By the same names, the values that a server will compute with: float32, of the same shapes.
+        """
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The walk without activations: every tensor once, as row blocks offered to every artifact.
+"""Merged tensors as row blocks, offered to every artifact that stores them.
 
 Blocks are merged, encoded and written by worker threads; the heavy calls (reads, torch, ggml, writes) release the GIL.
 How many blocks are under way is bounded, so memory does not grow with the model.
@@ -7,9 +7,9 @@ How many blocks are under way is bounded, so memory does not grow with the model
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,60 +53,136 @@ class Progress:
     reached: Callable[[Path], None] = lambda _: None
 
 
-def stream(
-    model: MergedModel, riders: Sequence[Rider], merger: Merger, *, threads: int, block_bytes: int, progress: Progress
-) -> None:
-    """Offer every merged tensor to every rider that stores it and does not have it yet.
+@dataclass(frozen=True)
+class Target:
+    """Memory that a tensor's values go to as well.
 
-    Raises:
-        NonFiniteTensorError: a merged tensor holds NaN or infinity.
-        ExporterError: whatever a writer raised.
+    Attributes:
+        values: any float dtype and device, of the tensor's shape.
+        merged: whether it takes the merged values or the base's own.
     """
-    shards = {file: number for number, file in enumerate(model.base.shards)}
-    done = {rider.label: rider.staging.done(rider.label) for rider in riders}
-    commits = _Commits(riders)
-    pending: deque[tuple[Future[None], MergedTensor | None, int]] = deque()
 
-    def settle() -> None:
-        future, finished, nbytes = pending.popleft()
+    values: torch.Tensor
+    merged: bool
+
+
+class Stream:
+    """Merges tensors as row blocks in worker threads, and offers each block to the riders that store it.
+
+    Args:
+        model: the merged model.
+        riders: the artifacts that are written.
+        merger: computes the blocks.
+        threads: threads that compute.
+        block_bytes: float32 bytes of a block.
+        progress: told what is read.
+    """
+
+    def __init__(
+        self,
+        model: MergedModel,
+        riders: Sequence[Rider],
+        merger: Merger,
+        *,
+        threads: int,
+        block_bytes: int,
+        progress: Progress,
+    ) -> None:
+        self.merger = merger
+        self._shards = {file: number for number, file in enumerate(model.base.shards)}
+        self._riders = riders
+        self._done = {rider.label: rider.staging.done(rider.label) for rider in riders}
+        self._threads, self._block_bytes, self._progress = threads, block_bytes, progress
+        self._commits = _Commits(riders)
+        self._left = {tensor.name: tensor.source.nbytes for tensor in model.tensors}
+        # One more than computes, since at any time one may wait for the disk.
+        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="merge")
+
+    def offer(
+        self,
+        tensors: Iterable[MergedTensor],
+        riders: Iterable[Rider] | None = None,
+        targets: Mapping[str, Target] | None = None,
+    ) -> None:
+        """Offer tensors to every rider that stores them and does not have them yet, and to the targets.
+
+        Args:
+            tensors: what to merge; they are read in the order of their files.
+            riders: the artifacts to offer to; None for all.
+            targets: memory by tensor name; every one is filled when this returns.
+
+        Raises:
+            NonFiniteTensorError: a merged tensor holds NaN or infinity.
+            ExporterError: whatever a writer raised.
+        """
+        riders = self._riders if riders is None else list(riders)
+        targets = targets or {}
+        pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]] = deque()
+        try:
+            for tensor in sorted(tensors, key=lambda one: (self._shards[one.source.file], one.source.start)):
+                self._progress.reached(tensor.source.file)
+                takers = [rider for rider in riders if tensor.name in rider.tensors]
+                takers = [rider for rider in takers if rider.tensors[tensor.name].name not in self._done[rider.label]]
+                target = targets.get(tensor.name)
+                if not takers and target is None:
+                    self._read(tensor, tensor.source.nbytes)
+                    continue
+                factors = self.merger.factors(tensor) if takers or (target and target.merged) else ()
+                blocks = list(row_blocks(tensor.source, self._block_bytes, self.merger.device))
+                for block in blocks:
+                    while len(pending) >= 2 * self._threads:
+                        self._settle(pending)
+                    finished = takers if block is blocks[-1] else []
+                    job = self._pool.submit(_offer, self.merger, tensor, block, factors, takers, target)
+                    pending.append((job, tensor, finished, block.count * tensor.source.row_bytes))
+            while pending:
+                self._settle(pending)
+        except BaseException:
+            for job, *_ in pending:
+                job.cancel()
+            raise
+
+    def finish(self) -> None:
+        """Bring everything to the disk and note it in the journals."""
+        self._commits.finish()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+        self._commits.close()
+
+    def _settle(self, pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]]) -> None:
+        future, tensor, finished, nbytes = pending.popleft()
         future.result()
-        progress.read(nbytes)
-        if finished is not None:
-            commits.add(finished)
+        self._read(tensor, nbytes)
+        if finished:
+            self._commits.add(tensor, finished)
 
-    # One more than computes, since at any time one may wait for the disk.
-    pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="merge")
-    try:
-        # Without activations any order does; the order of the files is the one in which disks like to read and write.
-        for tensor in sorted(model.tensors, key=lambda tensor: (shards[tensor.source.file], tensor.source.start)):
-            progress.reached(tensor.source.file)
-            takers = [rider for rider in riders if tensor.name in rider.tensors]
-            takers = [rider for rider in takers if rider.tensors[tensor.name].name not in done[rider.label]]
-            if not takers:
-                progress.read(tensor.source.nbytes)
-                continue
-            factors = merger.factors(tensor)
-            blocks = list(row_blocks(tensor.source, block_bytes, merger.device))
-            for block in blocks:
-                while len(pending) >= 2 * threads:
-                    settle()
-                finished = tensor if block is blocks[-1] else None
-                job = pool.submit(_offer, merger, tensor, block, factors, takers)
-                pending.append((job, finished, block.count * tensor.source.row_bytes))
-        while pending:
-            settle()
-        commits.finish()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        commits.close()
+    def _read(self, tensor: MergedTensor, nbytes: int) -> None:
+        """Count every byte of a tensor once, however often it is offered."""
+        nbytes = min(nbytes, self._left[tensor.name])
+        self._left[tensor.name] -= nbytes
+        if nbytes:
+            self._progress.read(nbytes)
 
 
 def _offer(
-    merger: Merger, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...], takers: list[Rider]
+    merger: Merger,
+    tensor: MergedTensor,
+    block: RowBlock,
+    factors: tuple[torch.Tensor, ...],
+    takers: list[Rider],
+    target: Target | None,
 ) -> None:
-    """Merge one block and hand it to every rider that takes it."""
-    merged = merger.block(tensor, block, factors)
+    """Merge one block, and hand it to the target and to every rider that takes it."""
+    rows = target.values.view(tensor.source.rows, -1)[block.first : block.first + block.count] if target else None
+    wants_base = target is not None and not target.merged
+    if wants_base and not takers:
+        tensor = replace(tensor, updates=())
+    merged = merger.block(tensor, block, factors, rows if wants_base and takers else None)
     check_finite(tensor, merged)
+    if rows is not None and not (wants_base and takers):
+        rows.copy_(merged)
     for rider in takers:
         rider.writer.write(rider.tensors[tensor.name], block.first, merged)
 
@@ -119,14 +195,15 @@ class _Commits:
 
     def __init__(self, riders: Sequence[Rider]) -> None:
         self._riders = riders
-        self._waiting: list[str] = []
+        self._waiting: list[tuple[Rider, str]] = []
         self._bytes = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._last: Future[None] | None = None
 
-    def add(self, tensor: MergedTensor) -> None:
-        self._waiting.append(tensor.name)
-        self._bytes += sum(rider.tensors[tensor.name].nbytes for rider in self._riders if tensor.name in rider.tensors)
+    def add(self, tensor: MergedTensor, riders: Sequence[Rider]) -> None:
+        for rider in riders:
+            self._waiting.append((rider, rider.tensors[tensor.name].name))
+            self._bytes += rider.tensors[tensor.name].nbytes
         if self._bytes >= SYNC_BYTES:
             self._begin()
 
@@ -144,8 +221,8 @@ class _Commits:
         self._last = self._pool.submit(self._commit, self._waiting)
         self._waiting, self._bytes = [], 0
 
-    def _commit(self, names: list[str]) -> None:
+    def _commit(self, waiting: list[tuple[Rider, str]]) -> None:
         for rider in self._riders:
-            if stored := [rider.tensors[name].name for name in names if name in rider.tensors]:
+            if stored := [name for owner, name in waiting if owner is rider]:
                 rider.writer.sync()
                 rider.staging.record((rider.label, name) for name in stored)

@@ -14,7 +14,6 @@ from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
 from exporter.verify.gate import Verification, gate_for, judge
 from exporter.verify.metrics import compare
-from exporter.verify.reference import score_reference
 
 
 def verify_artifacts(
@@ -40,8 +39,10 @@ def verify_artifacts(
         RuntimeScoreError: a runtime cannot load or run the reference or an artifact.
         BackendError: a backend names no runtime for its artifacts.
     """
-    reporter.scoring("reference", windows)
-    reference = score_reference(plan.model, windows, device, reporter.window)
+    # Not at the top: torch, which this needs, is imported while the first shard is hashed.
+    from exporter.verify.reference import reference_of
+
+    reference = reference_of(plan.model, windows, device, plan.threads, reporter).scores
     found: list[dict[str, Verification]] = []
     for folder, files in staged:
         verdicts: dict[str, Verification] = {}

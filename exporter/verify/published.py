@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from exporter.runtimes.base import load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.gate import Verification, gate_for, judge
 from exporter.verify.metrics import compare
-from exporter.verify.reference import score_reference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,8 +79,9 @@ def verify_published(
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
     model = plan_merge(checkpoint, opened, manifest.name)
     windows = make_windows(evaluation, model.tokenizer)
-    reporter.scoring("reference", windows)
-    reference = score_reference(model, windows, device, reporter.window)
+    from exporter.verify.reference import reference_of
+
+    reference = reference_of(model, windows, device, len(os.sched_getaffinity(0)), reporter).scores
     verdicts, sizes = {}, {}
     for artifact in manifest.artifacts:
         label = f"{artifact.format} {artifact.quant}"

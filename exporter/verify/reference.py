@@ -1,65 +1,172 @@
-"""The reference: base + adapters as trained, unrounded, in float32. The adapters stay beside the weights, so a fault of
-the merge cannot hide in it."""
+"""The reference: base + adapters as trained, unrounded, in float32.
+
+It is kept as final hidden states, which one product with the head turns into logits: those would be a hundred times
+larger. The adapters travel beside the weights and not merged, so a fault of the merge cannot hide in it; only where
+they change the embedding or the head are the merged rows taken.
+"""
 
 from __future__ import annotations
 
-import gc
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 
 from exporter.calibration import Windows
-from exporter.errors import RuntimeScoreError
-from exporter.model import MergedModel
-from exporter.runtimes.base import OnWindow, TokenScores
+from exporter.checkpoint import TensorReader
+from exporter.errors import MissingTensorError
+from exporter.merge import DTYPES, make_merger
+from exporter.model import HEAD, MergedModel
+from exporter.reporter import Reporter
+from exporter.runtimes.base import OnWindow, TokenScores, score_logits
+from exporter.tour.sizes import HEAD_ROWS, LOGIT_ROWS
+from exporter.tour.states import Group, States
+from exporter.tour.stream import Progress, Stream, Target
+from exporter.tour.walk import Passengers, Settings, Walk
 
 
-def reference_bytes(model: MergedModel, windows_ctx: int) -> int:
-    """Memory that the reference needs: float32 weights and adapters, and the logits of one window with their copies."""
-    adapters = sum(
-        4 * (update.rank * (update.a.shape[1] + update.b.shape[0]))
-        for adapter in model.adapters
-        for update in adapter.updates.values()
-    )
-    vocabulary = int(model.config.get("vocab_size") or 0)
-    return 4 * model.parameters + adapters + 3 * 4 * vocabulary * windows_ctx // 2
+@dataclass(frozen=True)
+class Head:
+    """The matrix from final hidden states to logits.
+
+    Attributes:
+        weight: shape (vocabulary, hidden); in the base's own dtype where no adapter changes it, else float32.
+    """
+
+    weight: torch.Tensor
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in float32: (positions, hidden) to (positions, vocabulary)."""
+        found = torch.empty(hidden.shape[0], self.weight.shape[0], device=hidden.device)
+        for first in range(0, self.weight.shape[0], HEAD_ROWS):
+            rows = self.weight[first : first + HEAD_ROWS].float()
+            torch.mm(hidden, rows.T, out=found[:, first : first + HEAD_ROWS])
+        return found
 
 
-def score_reference(model: MergedModel, windows: Windows, device: str, on_window: OnWindow) -> TokenScores:
-    """Score the windows with transformers and peft.
+class Reference:
+    """What the trained model says about the scored positions of all windows.
+
+    Args:
+        windows: what is scored.
+        hidden: final hidden states of the scored positions, after the norm: float32, (windows, scored, hidden).
+        head: turns them into logits.
+        on_window: called with 1 after each window.
+
+    Attributes:
+        scores: log-probabilities of the right tokens, and the likeliest tokens.
+    """
+
+    def __init__(self, windows: Windows, hidden: torch.Tensor, head: Head, on_window: OnWindow) -> None:
+        self.windows, self._hidden, self._head = windows, hidden, head
+        log_probabilities, top_tokens = [], []
+        for number, window in enumerate(windows.ids):
+            targets = torch.tensor(window[windows.first_scored + 1 :], device=hidden.device)
+            right, top = zip(
+                *(score_logits(logits, targets[rows]) for rows, logits in self.logits(number)), strict=True
+            )
+            log_probabilities.append(np.concatenate(right))
+            top_tokens.append(np.concatenate(top))
+            on_window(1)
+        self.scores = TokenScores(np.stack(log_probabilities), np.stack(top_tokens))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the head predicts."""
+        return int(self._head.weight.shape[0])
+
+    def logits(self, window: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of one window, a few positions at a time: which, and float32 (positions, vocabulary)."""
+        with torch.inference_mode():
+            for first in range(0, self.windows.scored, LOGIT_ROWS):
+                rows = slice(first, min(first + LOGIT_ROWS, self.windows.scored))
+                yield rows, self._head.logits(self._hidden[window, rows])
+
+
+def finish_reference(
+    model: MergedModel, stream: Stream, walk: Walk, states: States, windows: Windows, device: str, on_window: OnWindow
+) -> Reference:
+    """Norm, head and scores, once every layer has been walked."""
+    hidden = states.group
+    scored = torch.empty(hidden.windows, windows.scored, states.hidden, device=device)
+    weight = _read(model, stream, walk.norm_name, torch.float32, device)
+    for number in range(hidden.windows):
+        last = states.read(slice(number, number + 1)).to(device)
+        scored[number] = walk.normalize(last, weight)[0, windows.first_scored : -1].float()
+    states.close()
+    tensor = model.head
+    if tensor is None:
+        raise MissingTensorError(HEAD, found="no such tensor", expected="a head", remedy="Fetch the base again.")
+    dtype = torch.float32 if tensor.updates else DTYPES[tensor.source.dtype]
+    head = Head(_read(model, stream, tensor.name, dtype, device))
+    walk.set_threads()
+    return Reference(windows, scored, head, on_window)
+
+
+def _read(model: MergedModel, stream: Stream, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+    tensor = next((tensor for tensor in model.tensors if tensor.name == name), None)
+    if tensor is None:
+        raise MissingTensorError(name, found="no such tensor", expected="one", remedy="Fetch the base again.")
+    values = torch.empty(tensor.shape, dtype=dtype, device=device)
+    stream.offer([tensor], (), {name: Target(values, merged=True)})
+    return values
+
+
+def evaluation_group(windows: Windows) -> Group:
+    """The evaluation windows as travellers."""
+    return Group("evaluation", np.array(windows.ids, dtype=np.int64))
+
+
+def score_reference(
+    model: MergedModel,
+    windows: Windows,
+    device: str,
+    on_window: OnWindow,
+    *,
+    threads: int = 1,
+    on_layer: Callable[[int, int], None] = lambda _done, _layers: None,
+) -> Reference:
+    """Walk through the model for the reference alone; nothing is written.
+
+    Args:
+        model: the merged model.
+        windows: what to score.
+        device: where layers and head compute.
+        on_window: called with 1 after each window is scored.
+        threads: threads on the CPU.
+        on_layer: called after each layer with the number of layers that are done, and of all.
 
     Raises:
-        RuntimeScoreError: transformers or peft cannot load base and adapters.
+        RuntimeScoreError: transformers or peft cannot make the model.
+        NonFiniteTensorError: a tensor holds NaN or infinity.
     """
-    import torch
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorReader())
+        stream = Stream(
+            model, (), make_merger(device, reader), threads=threads, block_bytes=4 << 20, progress=Progress()
+        )
+        stack.callback(stream.close)
+        settings = Settings(device, threads=threads, on_layer=on_layer)
+        walk = Walk(
+            model, stream, Passengers(), evaluation=evaluation_group(windows), calibration=None, settings=settings
+        )
+        (states,) = walk.run()
+        return finish_reference(model, stream, walk, states, windows, device, on_window)
 
-    from exporter.runtimes.transformers import load_model, score_model
 
-    loaded = load_model(model.base.folder, torch.float32, device)
-    if model.adapters:
-        loaded = _with_adapters(loaded, model)
-    try:
-        return score_model(loaded, windows, on_window)
-    finally:
-        del loaded
-        gc.collect()
+def reference_of(model: MergedModel, windows: Windows, device: str, threads: int, reporter: Reporter) -> Reference:
+    """Walk and score, and tell a reporter.
 
+    Raises:
+        RuntimeScoreError, NonFiniteTensorError: see `score_reference`.
+    """
+    reporter.walking(windows)
 
-def _with_adapters(loaded: Any, model: MergedModel) -> Any:
-    """Attach every adapter with peft, active and unmerged."""
-    import warnings
+    def on_layer(done: int, layers: int) -> None:
+        reporter.layer(done, layers)
+        if done == layers:
+            reporter.scoring("reference", windows)
 
-    from peft import PeftModel
-
-    names = [f"adapter_{index}" for index in range(len(model.adapters))]
-    try:
-        with warnings.catch_warnings():
-            # peft warns about tied embeddings; here the adapter is never merged into them.
-            warnings.simplefilter("ignore")
-            wrapped = PeftModel.from_pretrained(loaded, model.adapters[0].folder, adapter_name=names[0])
-            for name, adapter in zip(names[1:], model.adapters[1:], strict=True):
-                wrapped.load_adapter(str(adapter.folder), adapter_name=name)
-            wrapped.base_model.set_adapter(names)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RuntimeScoreError(
-            "reference", found=str(error)[:300], expected="an adapter that peft loads", remedy="Check the adapter."
-        ) from None
-    return wrapped.get_base_model().eval()
+    return score_reference(model, windows, device, reporter.window, threads=threads, on_layer=on_layer)

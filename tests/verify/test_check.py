@@ -58,7 +58,7 @@ def test_each_artifact_is_scored_in_its_own_runtime_against_one_reference(
     assert result.passed
     model = merged_model(base, adapter)
     windows = make_windows(Evaluation(**EVALUATION), model.tokenizer)
-    reference = score_reference(model, windows, "cpu", lambda _: None)
+    reference = score_reference(model, windows, "cpu", lambda _: None).scores
     for folder, label, scores in (
         (
             result.folders[0],

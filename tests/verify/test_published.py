@@ -124,7 +124,7 @@ def refused(folder: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyP
     def score(*_: object) -> None:
         raise AssertionError("scored a folder that is not what was published")
 
-    monkeypatch.setattr("exporter.verify.published.score_reference", score)
+    monkeypatch.setattr("exporter.verify.reference.score_reference", score)
     with pytest.raises(ArtifactError) as caught:
         verify(folder, *inputs)
     assert caught.value.exit_status == 2

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.errors import ExporterError
-from exporter.verify.reference import reference_bytes, score_reference
-from tests.folders import copy
+from exporter.errors import ExporterError, RuntimeScoreError
+from exporter.estimate import layer_bytes, reference_memory
+from exporter.verify.reference import score_reference
+from tests.folders import copy, edit_json
 from tests.merged import drop_tensor, load_peft, merged_model, peft_log_probabilities, random_windows
 
 WINDOWS = random_windows(2, 32, 384)
 
 
 def reference(base: Path, *adapters: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return score_reference(merged_model(base, *adapters), WINDOWS, "cpu", lambda _: None).log_probabilities
+    return score_reference(merged_model(base, *adapters), WINDOWS, "cpu", lambda _: None).scores.log_probabilities
 
 
 def peft(base: Path, *adapters: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -90,20 +91,43 @@ def test_every_window_is_reported(make_base: Callable[..., Path]) -> None:
 def test_a_base_that_transformers_cannot_load_fails(make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = copy(make_base("qwen2"), tmp_path / "base")
     model = merged_model(base)
-    drop_tensor(base / "model.safetensors", "model.norm.weight")
-    with pytest.raises(ExporterError, match=r"model\.norm\.weight"):
+    edit_json(base / "config.json", model_type="nothing")
+    with pytest.raises(RuntimeScoreError, match="nothing"):
         score_reference(model, WINDOWS, "cpu", lambda _: None)
 
 
-def test_memory_counts_float32_weights_and_adapters(
-    make_base: Callable[..., Path], make_adapter: Callable[..., Path]
-) -> None:
-    base = make_base("qwen2", tied=False)
+def test_a_base_that_changes_meanwhile_fails(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = copy(make_base("qwen2"), tmp_path / "base")
+    model = merged_model(base)
+    drop_tensor(base / "model.safetensors", "model.norm.weight")
+    with pytest.raises(ExporterError, match=r"model\.safetensors"):
+        score_reference(model, WINDOWS, "cpu", lambda _: None)
+
+
+def test_memory_is_one_layer_and_not_the_model(make_base: Callable[..., Path]) -> None:
+    few, many = merged_model(make_base("qwen2", layers=2)), merged_model(make_base("qwen2", layers=8))
+    assert len(layer_bytes(few)) == 2
+    assert len(layer_bytes(many)) == 8
+    decoder = load_peft(make_base("qwen2", layers=2)).model.layers[0]
+    assert layer_bytes(few)[0] == sum(4 * parameter.numel() for parameter in decoder.parameters())
+    assert reference_memory(few, 64, 32) == reference_memory(many, 64, 32)
+    assert reference_memory(few, 64, 32) < reference_memory(few, 6400, 32)
+
+
+def test_logits_are_those_of_the_whole_model(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:
+    base = make_base("qwen3", tied=False)
     adapter = make_adapter(base)
-    loaded = load_peft(base, adapter)
-    weights = sum(4 * parameter.numel() for parameter in loaded.parameters())
-    logits = 4 * 400 * WINDOWS.n_ctx
-    model = merged_model(base, adapter)
-    assert weights + logits // 2 <= reference_bytes(model, WINDOWS.n_ctx) <= weights + 3 * logits
-    assert reference_bytes(merged_model(base), 16) < reference_bytes(model, 16) < reference_bytes(model, 4096)
-    assert loaded.dtype == torch.float32
+    found = score_reference(merged_model(base, adapter), WINDOWS, "cpu", lambda _: None)
+    with torch.no_grad():
+        whole = load_peft(base, adapter)(input_ids=torch.tensor(WINDOWS.ids)).logits
+    for window in range(2):
+        ours = torch.cat([logits for _, logits in found.logits(window)])
+        assert (ours - whole[window, WINDOWS.first_scored : -1]).abs().max() < 1e-4
+
+
+def test_layers_are_reported(make_base: Callable[..., Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    score_reference(
+        merged_model(make_base("qwen2")), WINDOWS, "cpu", lambda _: None, on_layer=lambda *done: seen.append(done)
+    )
+    assert seen == [(1, 2), (2, 2)]

@@ -1,0 +1,1 @@
+"""GPTQ: second moments, solver and packing as pure functions over tensors."""

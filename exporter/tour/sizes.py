@@ -1,0 +1,10 @@
+"""Sizes that bound the memory of a tour. Apart from the code that uses them, since the plan must not wait for torch."""
+
+from __future__ import annotations
+
+# Tokens of one pass through a layer: enough to keep the processor busy, few enough to bound its activations.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+# Rows of the head that are turned into float32 at a time.
+HEAD_ROWS = 16384
+# Predictions whose logits exist at a time.
+LOGIT_ROWS = 64

@@ -1,0 +1,261 @@
+"""The walk, a layer at a time, against the whole model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from exporter.artifact.staging import Staging
+from exporter.backends.base import TensorPlan
+from exporter.backends.gptq.hessian import Moments
+from exporter.checkpoint import TensorReader
+from exporter.merge import make_merger
+from exporter.model import MergedModel
+from exporter.tour.states import Group, States
+from exporter.tour.stream import Progress, Rider, Stream
+from exporter.tour.walk import Passengers, Settings, Solver, Walk
+from exporter.verify.reference import score_reference
+from tests.merged import load_peft, merged_model, random_windows
+from tests.models import make_tokenizer
+
+IDS = np.random.default_rng(5).integers(0, 384, (3, 24))
+CALIBRATION = Group("calibration", IDS)
+
+
+@contextmanager
+def walking(model: MergedModel, passengers: Passengers, **settings: Any) -> Iterator[Walk]:
+    """A walk with the calibration windows, and with them as evaluation windows too."""
+    with TensorReader() as reader:
+        riders = [*passengers.riders, *passengers.observers]
+        merger = make_merger("cpu", reader)
+        stream = Stream(model, riders, merger, threads=2, block_bytes=4096, progress=Progress())
+        try:
+            yield Walk(
+                model,
+                stream,
+                passengers,
+                evaluation=Group("evaluation", IDS[:2]),
+                calibration=CALIBRATION,
+                settings=Settings(**settings),
+            )
+        finally:
+            stream.close()
+
+
+def inputs_of(model: Any, ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    """What every linear layer of a whole model is given: (tokens, in_features) by the name of its weight."""
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+
+            def hook(_: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+                seen[f"{name}.weight"] = inputs[0].reshape(-1, inputs[0].shape[-1])
+
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(ids))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def hidden_after_layers(model: Any, ids: npt.NDArray[np.int64]) -> torch.Tensor:
+    """What the final norm of a whole model is given."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(ids))
+    handle.remove()
+    return seen[0]
+
+
+class Observing:
+    """A writer that keeps what it is told, and refuses rows whose moments it has not seen."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, tuple[npt.NDArray[np.float64], int]] = {}
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def observe(self, tensor: TensorPlan, sums: npt.NDArray[np.float64], tokens: int) -> None:
+        self.moments[tensor.source] = (sums.copy(), tokens)
+
+    def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
+        assert tensor.source in self.moments
+        whole = self.rows.setdefault(tensor.source, torch.zeros(tensor.shape))
+        whole[first_row : first_row + block.shape[0]] = block
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Coarse(Observing):
+    """A solver that rounds to few digits, and keeps the moments that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hessians: dict[str, torch.Tensor] = {}
+        self.solved: dict[str, torch.Tensor] = {}
+
+    def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, torch.Tensor]:
+        found = {name: (weight * 8).round() / 8 for name, weight in weights.items()}
+        self.hessians |= dict.fromkeys(weights, moments.matrix())
+        self.solved |= found
+        return found
+
+
+def projections(model: MergedModel) -> list[str]:
+    return [tensor.name for tensor in model.tensors if tensor.name.endswith("_proj.weight")]
+
+
+def observer(model: MergedModel, staging: Staging) -> Rider:
+    plans = {
+        tensor.name: TensorPlan(tensor.name, tensor.name, tensor.shape, "F32", "file", 0, 4 * tensor.shape[-1])
+        for tensor in model.tensors
+        if tensor.name in projections(model)
+    }
+    return Rider("observer", plans, Observing(), staging)
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Iterator[Staging]:
+    opened = Staging(tmp_path / "out", "key")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=["qwen2", "qwen3"])
+def sources(request: pytest.FixtureRequest, make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> Any:
+    base = make_base(request.param)
+    return base, make_adapter(base)
+
+
+def test_second_moments_are_those_of_the_whole_model(sources: tuple[Path, Path], staging: Staging) -> None:
+    model = merged_model(*sources)
+    rider = observer(model, staging)
+    with walking(model, Passengers(observers=[rider])) as walk:
+        walk.run()
+    inputs = inputs_of(load_peft(*sources).base_model.merge_and_unload(), IDS)
+    writer: Any = rider.writer
+    assert writer.moments.keys() == inputs.keys() == set(projections(model))
+    for name, (sums, tokens) in writer.moments.items():
+        assert tokens == IDS.size
+        np.testing.assert_allclose(sums, inputs[name].double().square().sum(0), rtol=1e-4)
+
+
+def test_observers_are_given_merged_rows(sources: tuple[Path, Path], staging: Staging) -> None:
+    model = merged_model(*sources)
+    rider = observer(model, staging)
+    with walking(model, Passengers(observers=[rider])) as walk:
+        walk.run()
+    weights = load_peft(*sources).base_model.merge_and_unload().state_dict()
+    writer: Any = rider.writer
+    for name, rows in writer.rows.items():
+        assert (rows - weights[name]).abs().max() < 1e-6
+
+
+def test_solved_layers_feed_the_next_ones(sources: tuple[Path, Path]) -> None:
+    model = merged_model(*sources)
+    writer = Coarse()
+    passengers = Passengers(solvers=[Solver("coarse", frozenset(projections(model)), writer)])
+    with walking(model, passengers) as walk:
+        trained = walk.run()
+    whole = load_peft(*sources).base_model.merge_and_unload()
+    # The reference does not see what was solved.
+    expected = hidden_after_layers(whole, IDS[:2])
+    assert (trained[0].read(slice(0, 2)) - expected).abs().max() < 1e-4
+    # The Hessian of a layer: those before it solved, itself and those after it as merged.
+    assert whole.config.num_hidden_layers == 2
+    for index in range(2):
+        inputs = inputs_of(whole, IDS)
+        for name in (name for name in projections(model) if f".layers.{index}." in name):
+            moments = inputs[name].T @ inputs[name] / IDS.size
+            assert (writer.hessians[name] - moments).abs().max() < 1e-4 * moments.abs().max()
+        state = whole.state_dict()
+        for name, value in writer.solved.items():
+            if f".layers.{index}." in name:
+                assert (state[name] - value).abs().max() > 1e-3
+                state[name].copy_(value)
+
+
+def test_a_walk_that_was_killed_goes_on_with_the_same_states(sources: tuple[Path, Path], staging: Staging) -> None:
+    model = merged_model(*sources)
+
+    def run(rider: Rider, **settings: Any) -> list[States]:
+        with walking(model, Passengers(observers=[rider]), **settings) as walk:
+            return walk.run()
+
+    whole = run(observer(model, Staging(staging.out.with_name("other"), "key")))
+
+    def kill(done: int, layers: int) -> None:
+        raise KeyboardInterrupt
+
+    first = observer(model, staging)
+    with pytest.raises(KeyboardInterrupt):
+        run(first, scratch=staging.scratch, on_layer=kill)
+    staging.close()
+    staging = Staging(staging.out, "key")
+    assert staging.resumed
+    seen: list[int] = []
+    second = observer(model, staging)
+    again = run(second, scratch=staging.scratch, on_layer=lambda done, _: seen.append(done))
+    assert seen == [1, 2]
+    for one, other in zip(whole, again, strict=True):
+        everything = slice(0, one.group.windows)
+        assert torch.equal(one.read(everything), other.read(everything))
+    # The first layer was not walked again: its rows were written by the first run, its moments are remembered.
+    before, after = set(first.writer.rows), set(second.writer.rows)  # type: ignore[attr-defined]
+    assert before.isdisjoint(after)
+    assert before | after == set(projections(model)) == second.writer.moments.keys()  # type: ignore[attr-defined]
+
+
+def test_large_states_are_kept_in_a_file(sources: tuple[Path, Path], staging: Staging) -> None:
+    model = merged_model(*sources)
+    with walking(model, Passengers()) as walk:
+        in_memory = walk.run()
+    with walking(model, Passengers(), scratch=staging.scratch, keep_bytes=0) as walk:
+        in_file = walk.run()
+        assert (staging.scratch / "hidden trained evaluation").stat().st_size == in_file[0].nbytes
+    everything = slice(0, 2)
+    assert torch.equal(in_memory[0].read(everything), in_file[0].read(everything))
+
+
+def make_experts(folder: Path) -> Path:
+    """A small Qwen3-MoE with random weights; its second layer is dense."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    config = Qwen3MoeConfig(
+        vocab_size=make_tokenizer(folder) + 16, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
+        num_experts_per_tok=2, mlp_only_layers=[1], max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    base = make_experts(tmp_path / "base")
+    model = merged_model(base)
+    assert "model.layers.0.mlp.experts.7.down_proj.weight" in {tensor.name for tensor in model.tensors}
+    windows = random_windows(2, 32, 384)
+    found = score_reference(model, windows, "cpu", lambda _: None)
+    with torch.no_grad():
+        whole = load_peft(base)(input_ids=torch.tensor(windows.ids)).logits
+    assert whole.std() > 0.1
+    for window in range(2):
+        ours = torch.cat([logits for _, logits in found.logits(window)])
+        assert (ours - whole[window, windows.first_scored : -1]).abs().max() < 1e-4
