@@ -404,7 +404,8 @@ def test_changed_input_does_not_go_on_from_an_earlier_run(
 def test_interrupted_run(deep: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     out, staging = tmp_path / "out", tmp_path / ".out.staging"
-    run = SlowRun(slow_arguments(deep, out), tmp_path)
+    # So slow that it is still at it when the signal comes, on the busiest machine.
+    run = SlowRun(slow_arguments(deep, out), tmp_path, pause=0.2)
     run.wait_until(staging, 10)
     run.signal(signal.SIGINT)
     assert run.wait() == 130

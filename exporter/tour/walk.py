@@ -8,6 +8,7 @@ the Hessians, and once more through the weights that were solved, whose outputs 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -154,6 +155,7 @@ class Walk:
                 else:
                     self._layer(index, tensors)
                     self._commit(index + 1)
+                    release_free_memory()
                 self._settings.on_layer(index + 1, len(layers))
             self._offer([tensor for tensor in outside if tensor.name != EMBEDDING], self._passengers.riders)
             self._stream.finish()
@@ -366,6 +368,14 @@ class Walk:
             for states in found:
                 if journey != "trained":
                     states.close()
+
+
+def release_free_memory() -> None:
+    """Give what was freed back to the system. glibc keeps freed activations of tens of megabytes in its arenas, a few
+    more with every layer: 20 MB a layer on a model of 0.5 B parameters."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _read_moments(file: Path) -> dict[str, SecondMoments]:
