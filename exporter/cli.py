@@ -156,7 +156,9 @@ def verify_command(
     artifact: Annotated[Path, typer.Argument(help="A published output folder.")],
     base: Annotated[str, typer.Option(help="The base it was made from.")],
     adapter: Adapters = None,
-    runtime: Annotated[str | None, typer.Option(help="llamacpp or transformers. Default: the format's own.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="llamacpp, transformers or vllm. Default: the format's own.")
+    ] = None,
     calibration: Calibration = None,
     eval_tokens: EvalTokens = None,
     window: Window = None,

@@ -81,4 +81,10 @@ def load_runtime(name: str, device: str = "cpu") -> Runtime:
         from exporter.runtimes.transformers import Transformers
 
         return Transformers(device)
-    raise RecipeError(f"runtime {name!r}", found="unknown", expected="llamacpp or transformers", remedy="Choose one.")
+    if name == "vllm":
+        from exporter.runtimes.vllm import Vllm
+
+        return Vllm()
+    raise RecipeError(
+        f"runtime {name!r}", found="unknown", expected="llamacpp, transformers or vllm", remedy="Choose one."
+    )

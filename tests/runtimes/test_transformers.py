@@ -115,5 +115,5 @@ def test_score_logits_against_numpy_in_float64() -> None:
 
 
 def test_an_unknown_runtime_is_refused() -> None:
-    with pytest.raises(RecipeError, match="llamacpp or transformers"):
+    with pytest.raises(RecipeError, match="llamacpp, transformers or vllm"):
         load_runtime("onnx")
