@@ -4,7 +4,7 @@ Between us and the server stands a guard, a small process in a session of its ow
 read end of a pipe whose write end only we have. When the pipe closes, because `stop` closed it or because this process
 is gone (an exception, Ctrl-C, SIGTERM and SIGKILL alike), the guard ends the server and everything that it started.
 On Linux it is the one that orphans are handed to, so that engines which outlive their server, or left its process
-group, are found as well. Should the guard itself be killed, the kernel kills the server with it.
+group, are found as well. Should the guard itself be killed, the kernel kills the server, and `stop` what is left.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,9 +27,11 @@ from pathlib import Path
 from types import TracebackType
 
 LOG_LINES = 1000
-# What a server gets to end by itself: it takes its shared memory with it, which a killed one leaves behind.
-SERVER_SECONDS = 15.0
-REST_SECONDS = 5.0
+# What a server gets to end by itself, which takes 2 s; after that, each harder way of telling what is left of it.
+SERVER_SECONDS = 6.0
+REST_SECONDS = 4.0
+# The guard's first line: the server's process group, and the scratch folder.
+HEADING = "exporter-guard"
 
 
 class ServerProcess:
@@ -44,6 +47,7 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._started: tuple[int, Path] | None = None
         self._guard = subprocess.Popen(
             [sys.executable, "-I", __file__, *command],
             stdin=subprocess.PIPE,
@@ -91,18 +95,29 @@ class ServerProcess:
         with suppress(BrokenPipeError):
             self._guard.stdin.close()
         try:
-            self._guard.wait(SERVER_SECONDS + 3 * REST_SECONDS)
+            self._guard.wait(SERVER_SECONDS + 4 * REST_SECONDS)
         except subprocess.TimeoutExpired:
             self._guard.kill()
-            self._guard.wait()
+        if self._guard.wait() < 0 and self._started is not None:
+            group, scratch = self._started
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(group, number)
+                _wait(lambda: _group_runs(group), REST_SECONDS)
+            shutil.rmtree(scratch, ignore_errors=True)
         self._follower.join(REST_SECONDS)
         if not self._follower.is_alive():
             self._guard.stdout.close()
 
     def _follow(self) -> None:
         assert self._guard.stdout is not None
-        for line in self._guard.stdout:
-            self._lines.append(line.decode("utf-8", "replace").rstrip())
+        for raw in self._guard.stdout:
+            line = raw.decode("utf-8", "replace").rstrip()
+            if self._started is None and line.startswith(HEADING):
+                _, group, scratch = line.split(" ", 2)
+                self._started = int(group), Path(scratch)
+            else:
+                self._lines.append(line)
 
 
 def free_port() -> int:
@@ -139,6 +154,7 @@ def _guard(command: Sequence[str]) -> int:
         except OSError as error:
             print(f"{type(error).__name__}: {error}", flush=True)
             return 127
+        print(HEADING, server.pid, scratch, flush=True)
         # A child that was forked off our parent may hold the pipe open: the parent's number tells as well.
         while server.poll() is None and not asked.is_set() and os.getppid() == parent:
             if select.select([sys.stdin], [], [], 0.2)[0]:
@@ -148,18 +164,26 @@ def _guard(command: Sequence[str]) -> int:
 
 def _end(server: subprocess.Popen[bytes]) -> int:
     """End a server and everything that it started: politely, then not. Returns its exit status, as a shell gives it."""
-    # The server alone first: it ends its engines itself. What it leaves (resource trackers that clean up) gets a while.
     if _left(server) and server.returncode is None:
+        # It ends its engines itself.
         server.terminate()
         _wait(lambda: _left(server) and server.returncode is None, SERVER_SECONDS)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        _wait(lambda: bool(_left(server)), REST_SECONDS / 2)
+    for number, spared in ((signal.SIGTERM, True), (signal.SIGKILL, True), (signal.SIGKILL, False)):
         for pid in _left(server):
-            with suppress(ProcessLookupError):
-                (os.kill if sys.platform == "linux" else os.killpg)(pid, number)
-    _wait(lambda: bool(_left(server)), REST_SECONDS)
+            if not (spared and _cleans_up(pid)):
+                with suppress(ProcessLookupError):
+                    (os.kill if sys.platform == "linux" else os.killpg)(pid, number)
+        _wait(lambda: bool(_left(server)), REST_SECONDS)
     status = server.returncode
     return 1 if status is None else status if status >= 0 else 128 - status
+
+
+def _cleans_up(pid: int) -> bool:
+    """Whether a process is a resource tracker of multiprocessing, which removes shared memory once its users ended."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _wait(while_true: Callable[[], object], seconds: float) -> None:
@@ -177,11 +201,15 @@ def _left(server: subprocess.Popen[bytes]) -> set[int]:
     if sys.platform == "linux":
         return _descendants(os.getpid())
     else:
-        try:
-            os.killpg(server.pid, 0)
-        except ProcessLookupError:
-            return set()
-        return {server.pid}
+        return {server.pid} if _group_runs(server.pid) else set()
+
+
+def _group_runs(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _descendants(pid: int) -> set[int]:

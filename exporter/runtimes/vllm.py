@@ -6,18 +6,20 @@ import json
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -127,13 +129,14 @@ class Vllm:
         """See `Runtime`. Of a running server, what it says of itself, without its address.
 
         Raises:
-            RuntimeScoreError: there is no environment, or the server does not answer.
+            RuntimeScoreError: there is no environment.
         """
         if self._endpoint is None:
             asked = subprocess.run([serve_python(), "-I", "-c", _VERSIONS], capture_output=True, text=True, check=False)
             return asked.stdout.strip() or "vllm of an unknown version"
         try:
-            return f"vllm {_Api(self._endpoint, remote=True).get('/version')['version']} at an endpoint"
+            api = _Api(self._endpoint, os.environ.get("VLLM_API_KEY"))
+            return f"vllm {api.get('/version')['version']} at an endpoint"
         except (_RequestError, KeyError, TypeError):
             return "vllm of an unknown version at an endpoint"
 
@@ -150,7 +153,7 @@ class Vllm:
         k = min(self._k, config.vocabulary)
         if self._endpoint is not None:
             try:
-                api = _Api(self._endpoint, remote=True)
+                api = _Api(self._endpoint, os.environ.get("VLLM_API_KEY"))
                 return _score(api, _served(api, config, windows.n_ctx), windows, k, on_window)
             except _RequestError as error:
                 raise _failed(f"{artifact.name} at {self._endpoint}", str(error), ()) from None
@@ -168,7 +171,7 @@ class Vllm:
         """A server of our own for as long as the context lasts, with the name that it serves the model by."""
         # A name that no other server has: whoever answers on our port to it is ours.
         model, port = f"exporter-{uuid.uuid4().hex}", free_port()
-        api = _Api(f"http://127.0.0.1:{port}", remote=False)
+        api = _Api(f"http://127.0.0.1:{port}")
         command = [str(serve_python()), *_serve_arguments(artifact.resolve(), model, port, config, n_ctx, k)]
         with ServerProcess(command, _server_environment(config, n_ctx)) as server:
             if not server.wait_until(api.healthy, self._start_seconds):
@@ -261,7 +264,6 @@ def _server_environment(config: _Config, n_ctx: int) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "PYTHONUNBUFFERED": "1",
         # Compiling the function that counts ranks takes 20 s of the first request and a C++ compiler; eager, a moment.
         "TORCHDYNAMO_DISABLE": "1",
         # On processors with AMX, vLLM would round the activations of 4-bit models to 8 bit: scores of another model.
@@ -312,18 +314,26 @@ class _RequestError(Exception):
 
 
 class _Api:
-    """JSON requests to one server.
+    """JSON requests to one server, without proxies.
 
     Args:
         root: its address, without a path.
-        remote: not ours: proxies of the environment apply, and the key in VLLM_API_KEY is shown.
+        key: what it wants to be shown, if anything.
     """
 
-    def __init__(self, root: str, *, remote: bool) -> None:
-        self._root = root
-        self._opener = build_opener() if remote else build_opener(ProxyHandler({}))
-        key = os.environ.get("VLLM_API_KEY") if remote else None
+    def __init__(self, root: str, key: str | None = None) -> None:
+        address = urlsplit(root)
+        self._connect = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        self._host, self._path = address.netloc, address.path
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._open: set[HTTPConnection] = set()
+
+    def abandon(self) -> None:
+        """Drop what is under way: a server that is asked to end waits for its connections to be closed."""
+        for connection in tuple(self._open):
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def healthy(self) -> bool:
         """Whether the server is up."""
@@ -357,15 +367,20 @@ class _Api:
     def _send(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
         data = json.dumps(body).encode() if body is not None else None
         try:
-            with self._opener.open(Request(self._root + path, data, self._headers), timeout=seconds) as answer:
-                content: bytes = answer.read()
-                return content
-        except HTTPError as error:
-            raise _RequestError(f"{path}: status {error.code}, {_message(error.read())}") from None
-        except URLError as error:
-            raise _RequestError(f"{path}: {error.reason}") from None
-        except (OSError, ValueError, EOFError) as error:
+            connection = self._connect(self._host, timeout=seconds)
+            self._open.add(connection)
+            try:
+                connection.request("GET" if body is None else "POST", self._path + path, data, self._headers)
+                answer = connection.getresponse()
+                content, status = answer.read(), answer.status
+            finally:
+                self._open.discard(connection)
+                connection.close()
+        except (OSError, HTTPException, ValueError) as error:
             raise _RequestError(f"{path}: {type(error).__name__}: {error}") from None
+        if status != HTTPStatus.OK:
+            raise _RequestError(f"{path}: status {status}, {_message(content)}")
+        return content
 
 
 def _parse(path: str, content: bytes) -> Any:
@@ -453,6 +468,7 @@ def _score(api: _Api, model: str, windows: Windows, k: int, on_window: OnWindow)
             on_window(1)
     finally:
         stopped.set()
+        api.abandon()
     right, ids, log_probabilities = (np.stack(parts) for parts in zip(*(found[i] for i in sorted(found)), strict=True))
     return TopKScores(right, ids[:, :, 0].copy(), TopK(ids, log_probabilities))
 

@@ -20,7 +20,7 @@ from exporter.calibration import Windows, make_windows
 from exporter.errors import RecipeError, RuntimeScoreError
 from exporter.recipe import Evaluation
 from exporter.runtimes import vllm
-from exporter.runtimes.server import free_port
+from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.transformers import Transformers
 from exporter.runtimes.vllm import ENVIRONMENT, TopKScores, Vllm, available, last_words, serve_python
 from exporter.tokenizer import TokenizerFiles
@@ -157,11 +157,9 @@ def test_a_running_server_scores_and_stays(model: Path, endpoint: Callable[..., 
     check_scores(score(model, f"{address}/v1/"))
 
 
-@pytest.mark.parametrize("n_ctx", [2, 3, 17])
+@pytest.mark.parametrize("n_ctx", [3, 4, 17])
 def test_windows_of_any_length(model: Path, endpoint: Callable[..., str], n_ctx: int) -> None:
     windows = random_windows(3, n_ctx, VOCABULARY, seed=n_ctx)
-    if windows.scored == 0:
-        pytest.skip("nothing is scored in it")
     check_scores(score(model, endpoint(), windows), windows)
 
 
@@ -375,10 +373,7 @@ def test_the_guard_s_own_end_takes_the_server_along(model: Path, environment: Ca
         guard.kill()
         _, words = ours.communicate(timeout=30)
     assert "RuntimeScoreError" in words
-    deadline = time.monotonic() + 10
-    while running(told["pids"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert all_ended(told)
 
 
 @pytest.mark.slow
@@ -519,3 +514,22 @@ def test_vllm_s_own_words_on_a_model_that_it_does_not_load(demo: Path, tmp_path:
     edit_json(folder / "config.json", max_position_embeddings=48)
     error = failure(folder, windows=windows)
     assert "max_model_len (65) is greater than the derived max_model_len" in error.found
+
+
+@pytest.mark.serve
+@needs_vllm
+def test_a_running_vllm_scores_alike_and_another_model_is_told_apart(demo: Path, tmp_path: Path) -> None:
+    folder = copy(demo / "base", tmp_path / "model")
+    windows = demo_windows(folder, 64)
+    port = free_port()
+    command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 28)]
+    address = f"http://127.0.0.1:{port}/v1"
+    with ServerProcess(command, dict(os.environ)) as server:
+        assert server.wait_until(vllm._Api(address.removesuffix("/v1")).healthy, 600), server.lines
+        found = Vllm(address).score(folder, windows, lambda _: None)
+        assert Vllm(address).version() == "vllm 0.32.0 at an endpoint"
+        edit_json(folder / "config.json", vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"] + 1)
+        assert "is out of vocabulary" in failure(folder, address, windows=windows).found
+    expected = Transformers().score(demo / "base", windows, lambda _: None)
+    assert np.abs(found.log_probabilities - expected.log_probabilities).mean() < 0.015
