@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     name = recipe.name or "-".join(source.name for source in (base_source, *adapter_sources))
     model = plan_merge(base, adapters, name)
     folders = tuple(_plan_folder(output, model) for output in recipe.outputs)
-    threads = execution.threads or len(os.sched_getaffinity(0))
+    threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
     _check_verification(recipe, artifacts)
     plan = ExportPlan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -183,3 +184,8 @@ class Execution(_Frozen):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)
     block_bytes: int = Field(default=4 << 20, ge=4096)
+
+    @property
+    def workers(self) -> int:
+        """Worker threads, the default resolved."""
+        return self.threads or len(os.sched_getaffinity(0))

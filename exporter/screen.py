@@ -13,6 +13,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -151,8 +152,7 @@ class Screen(Reporter):
     def touring(self, plan: ExportPlan, device: str, *, resumed: bool) -> None:
         """See `Reporter`."""
         how = "going on with an earlier run" if resumed else f"merging on {device}"
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._begin(how, plan.input_bytes, Progress(TextColumn("{task.description}"), *columns, console=self._console))
+        self._begin(how, plan.input_bytes, DownloadColumn(), TransferSpeedColumn())
 
     def read(self, nbytes: int) -> None:
         """See `Reporter`."""
@@ -165,9 +165,7 @@ class Screen(Reporter):
 
     def walking(self, windows: Windows) -> None:
         """See `Reporter`."""
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
-        progress = Progress(TextColumn("{task.description}"), *columns, console=self._console)
-        self._begin(f"walking reference, {len(windows.ids)} windows", 0, progress)
+        self._begin(f"walking reference, {len(windows.ids)} windows", 0, MofNCompleteColumn(), TextColumn("layers"))
 
     def layer(self, done: int, layers: int) -> None:
         """See `Reporter`."""
@@ -180,9 +178,7 @@ class Screen(Reporter):
         """See `Reporter`."""
         if self._what:
             self.scored()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())
-        progress = Progress(TextColumn("{task.description}"), *columns, console=self._console)
-        self._begin(f"scoring {what}", len(windows.ids), progress)
+        self._begin(f"scoring {what}", len(windows.ids), MofNCompleteColumn(), TextColumn("windows"))
 
     def window(self, count: int) -> None:
         """See `Reporter`."""
@@ -197,12 +193,14 @@ class Screen(Reporter):
         if not self._quiet:
             show_verdicts(self._console, result)
 
-    def _begin(self, what: str, total: int, progress: Progress) -> None:
+    def _begin(self, what: str, total: int, *figures: ProgressColumn) -> None:
+        """Start a bar; `figures` stand between it and the time left."""
         self._started, self._total, self._what = time.monotonic(), total, what
         if self._live:
-            self._progress = progress
-            self._task = progress.add_task(what, total=total)
-            progress.start()
+            columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task(what, total=total)
+            self._progress.start()
 
     def _advance(self, count: int) -> None:
         if self._progress is not None and self._task is not None:

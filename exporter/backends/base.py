@@ -92,9 +92,6 @@ class OutputPlan:
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
         notes: degradations and choices that the reader should know of.
-        needs: what must be known before some tensors are given to the writer: `nothing`, `second moments` (then it is
-            an `ObservingWriter`) or `Hessians` (a `SolvingWriter`).
-        observed: those tensors, by the merged tensor's name.
     """
 
     format: str
@@ -106,8 +103,6 @@ class OutputPlan:
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    needs: str = "nothing"
-    observed: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.calibration import Windows
+from exporter.errors import RecipeError, RuntimeScoreError
 
 OnWindow = Callable[[int], None]
 
@@ -65,14 +66,27 @@ def score_logits(logits: Any, targets: Any) -> tuple[npt.NDArray[np.float64], np
     return (right - torch.logsumexp(logits, dim=1).double()).cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
 
 
+def check_vocabulary(artifact: Path, windows: Windows, size: int) -> None:
+    """Every token of the windows must be in a vocabulary of `size` tokens.
+
+    Raises:
+        RuntimeScoreError: one is not.
+    """
+    if (largest := max(map(max, windows.ids))) >= size:
+        raise RuntimeScoreError(
+            artifact.name,
+            found=f"{size} tokens",
+            expected=f"at least {largest + 1}",
+            remedy="The vocabulary was cut.",
+        )
+
+
 def load_runtime(name: str, device: str = "cpu") -> Runtime:
     """A runtime by name; `device` is where it computes, if it has a choice.
 
     Raises:
         RecipeError: there is none of that name.
     """
-    from exporter.errors import RecipeError
-
     if name == "llamacpp":
         from exporter.runtimes.llamacpp import LlamaCpp
 

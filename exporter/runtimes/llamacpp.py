@@ -11,7 +11,7 @@ import psutil
 
 from exporter.calibration import Windows
 from exporter.errors import RuntimeScoreError
-from exporter.runtimes.base import OnWindow, TokenScores, score_logits
+from exporter.runtimes.base import OnWindow, TokenScores, check_vocabulary, score_logits
 
 
 class LlamaCpp:
@@ -75,13 +75,7 @@ class LlamaCpp:
         import torch
 
         size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        if (largest := max(map(max, windows.ids))) >= size:
-            raise RuntimeScoreError(
-                artifact.name,
-                found=f"{size} tokens",
-                expected=f"at least {largest + 1}",
-                remedy="The vocabulary was cut.",
-            )
+        check_vocabulary(artifact, windows, size)
         batch = llama_cpp.llama_batch_init(windows.n_ctx, 0, 1)
         log_probabilities, top_tokens = [], []
         try:

@@ -81,7 +81,7 @@ def score_model(model: Any, windows: Windows, on_window: OnWindow) -> TokenScore
     """Score windows with a causal language model, taking the head's product only where predictions are scored.
 
     Args:
-        model: a transformers model, possibly with adapters injected: `model.model` and `model.lm_head` are used.
+        model: a transformers model: `model.model` and `model.lm_head` are used.
         windows: what to score.
         on_window: called with 1 after each window.
     """

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from exporter.calibration import Windows
 from exporter.errors import RecipeError, RuntimeScoreError
-from exporter.runtimes.base import OnWindow, TokenScores
+from exporter.runtimes.base import OnWindow, TokenScores, check_vocabulary
 from exporter.runtimes.server import ServerProcess, free_port
 
 # Names the environment that has vLLM; set but empty: none.
@@ -143,13 +143,7 @@ class Vllm:
     def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TopKScores:
         """See `Runtime`."""
         config = _read_config(artifact)
-        if (largest := max(map(max, windows.ids))) >= config.vocabulary:
-            raise RuntimeScoreError(
-                artifact.name,
-                found=f"{config.vocabulary} tokens",
-                expected=f"at least {largest + 1}",
-                remedy="The vocabulary was cut.",
-            )
+        check_vocabulary(artifact, windows, config.vocabulary)
         k = min(self._k, config.vocabulary)
         if self._endpoint is not None:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import plan_merge
-from exporter.recipe import Evaluation
+from exporter.recipe import Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
 from exporter.sources import resolve_adapter, resolve_base
@@ -81,7 +80,7 @@ def verify_published(
     windows = make_windows(evaluation, model.tokenizer)
     from exporter.verify.reference import reference_of
 
-    reference = reference_of(model, windows, device, len(os.sched_getaffinity(0)), reporter).scores
+    reference = reference_of(model, windows, device, Execution().workers, reporter).scores
     verdicts, sizes = {}, {}
     for artifact in manifest.artifacts:
         label = f"{artifact.format} {artifact.quant}"

@@ -18,7 +18,7 @@ from exporter.calibration import Windows
 from exporter.checkpoint import TensorReader
 from exporter.errors import MissingTensorError
 from exporter.merge import DTYPES, make_merger
-from exporter.model import HEAD, MergedModel
+from exporter.model import HEAD, MergedModel, MergedTensor
 from exporter.reporter import Reporter
 from exporter.runtimes.base import OnWindow, TokenScores, score_logits
 from exporter.tour.sizes import HEAD_ROWS, LOGIT_ROWS
@@ -72,11 +72,6 @@ class Reference:
             on_window(1)
         self.scores = TokenScores(np.stack(log_probabilities), np.stack(top_tokens))
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens that the head predicts."""
-        return int(self._head.weight.shape[0])
-
     def logits(self, window: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of one window, a few positions at a time: which, and float32 (positions, vocabulary)."""
         with torch.inference_mode():
@@ -91,26 +86,25 @@ def finish_reference(
     """Norm, head and scores, once every layer has been walked."""
     hidden = states.group
     scored = torch.empty(hidden.windows, windows.scored, states.hidden, device=device)
-    weight = _read(model, stream, walk.norm_name, torch.float32, device)
+    norm = next((tensor for tensor in model.tensors if tensor.name == walk.norm_name), None)
+    weight = _read(stream, norm, walk.norm_name, torch.float32, device)
     for number in range(hidden.windows):
         last = states.read(slice(number, number + 1)).to(device)
         scored[number] = walk.normalize(last, weight)[0, windows.first_scored : -1].float()
     states.close()
     tensor = model.head
-    if tensor is None:
-        raise MissingTensorError(HEAD, found="no such tensor", expected="a head", remedy="Fetch the base again.")
-    dtype = torch.float32 if tensor.updates else DTYPES[tensor.source.dtype]
-    head = Head(_read(model, stream, tensor.name, dtype, device))
+    dtype = torch.float32 if tensor is None or tensor.updates else DTYPES[tensor.source.dtype]
+    head = Head(_read(stream, tensor, HEAD, dtype, device))
     walk.set_threads()
     return Reference(windows, scored, head, on_window)
 
 
-def _read(model: MergedModel, stream: Stream, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-    tensor = next((tensor for tensor in model.tensors if tensor.name == name), None)
+def _read(stream: Stream, tensor: MergedTensor | None, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """The merged values of a whole tensor; `name` is what to miss if there is none."""
     if tensor is None:
         raise MissingTensorError(name, found="no such tensor", expected="one", remedy="Fetch the base again.")
     values = torch.empty(tensor.shape, dtype=dtype, device=device)
-    stream.offer([tensor], (), {name: Target(values, merged=True)})
+    stream.offer([tensor], (), {tensor.name: Target(values, merged=True)})
     return values
 
 

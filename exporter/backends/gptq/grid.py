@@ -36,6 +36,16 @@ class GridError(RefusalError):
     """A grid that does not exist, or that does not fit the matrix."""
 
 
+def check_bits(bits: int) -> None:
+    """Refuse a number of bits that no checkpoint has.
+
+    Raises:
+        GridError: it is none of `BITS`.
+    """
+    if bits not in BITS:
+        raise GridError("bits", found=str(bits), expected="2, 3, 4 or 8", remedy="Choose one of them.")
+
+
 @dataclass(frozen=True)
 class Grid:
     """How codes stand for weights.
@@ -57,8 +67,7 @@ class Grid:
     signed_scales: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise GridError("bits", found=str(self.bits), expected="2, 3, 4 or 8", remedy="Choose one of them.")
+        check_bits(self.bits)
         if self.group_size not in GROUP_SIZES:
             raise GridError(
                 "group size", found=str(self.group_size), expected="-1, 32, 64 or 128", remedy="Choose one of them."

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from exporter.backends.gptq.grid import BITS, GridError
+from exporter.backends.gptq.grid import check_bits
 from exporter.errors import RefusalError
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
@@ -177,16 +177,6 @@ def unpack_words(packed: torch.Tensor, bits: int) -> torch.Tensor:
             code = (code & ((1 << (bits - spilled)) - 1)) | (runs[:, word + 1] << (bits - spilled))
         codes[:, index] = code & (2**bits - 1)
     return codes.reshape(-1, packed.shape[1])
-
-
-def check_bits(bits: int) -> None:
-    """Refuse a number of bits that the layout does not have.
-
-    Raises:
-        GridError: see above.
-    """
-    if bits not in BITS:
-        raise GridError("bits", found=str(bits), expected="2, 3, 4 or 8", remedy="Choose one of them.")
 
 
 def packing_multiple(bits: int) -> int:

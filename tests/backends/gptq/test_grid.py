@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,15 +10,6 @@ from hypothesis import strategies as st
 from exporter.backends.gptq.grid import CHUNK_ELEMENTS, Grid, GridError, nearest_steps, search_scales
 
 BITS = st.sampled_from([2, 3, 4, 8])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products here are so small that threads only wait for each other, six times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def errors(columns: torch.Tensor, scales: torch.Tensor, zero: float, bits: int, weights: torch.Tensor) -> torch.Tensor:

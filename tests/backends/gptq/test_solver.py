@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,15 +24,6 @@ from exporter.backends.gptq.solver import (
 from exporter.errors import NonFiniteTensorError
 
 ORDERINGS: tuple[Ordering, ...] = ("none", "groups", "desc_act")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products here are so small that threads only wait for each other, six times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def correlated(columns: int, seed: int = 0, tokens: int = 0) -> torch.Tensor:
