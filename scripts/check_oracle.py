@@ -1,11 +1,12 @@
 """Hold the exporter's files for one model against what peft and llama.cpp make of the same inputs.
 
-    python scripts/check_oracle.py --base DIR --adapter DIR --work DIR [--types Q4_K_M Q8_0]
+    python scripts/check_oracle.py --base DIR --adapter DIR --work DIR [--types Q4_K_M Q8_0] [--imatrix FILE]
 
 Prints, for docs/quality.md: the share of bit-equal elements of the safetensors output against peft's float32 merge
 rounded once; for every GGUF type the tensors, blocks and elements that differ from converter + llama-quantize of that
 merge, and the metadata keys that do; and the perplexity of one type beside llama-perplexity's on the same file and
-text. One type at a time, so that two sets of files never lie on the disk. Removes what it wrote.
+text. With an importance matrix both sides quantize with it, and the types that need one are in the table too; without,
+they are left out. One type at a time, so that two sets of files never lie on the disk. Removes what it wrote.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ def check_safetensors(args: argparse.Namespace) -> None:
 
 def check_gguf(args: argparse.Namespace, oracle: Oracle, source: Path, quant: str) -> str:
     """One GGUF type against converter + llama-quantize; returns a row of the table."""
-    ours, _ = export(args, "gguf", quant, "--no-verify")
+    weighed = [] if args.imatrix is None else ["--option", f"imatrix={args.imatrix}"]
+    ours, _ = export(args, "gguf", quant, "--no-verify", *weighed)
     theirs = source
     if quant != "F32":
-        theirs = oracle.quantize(source, args.work / f"theirs-{quant}.gguf", quant, threads=2)
+        theirs = oracle.quantize(source, args.work / f"theirs-{quant}.gguf", quant, threads=2, imatrix=args.imatrix)
     found = compare_gguf.compare(ours / f"{NAME}-{quant}.gguf", theirs)
     types = sum(1 for tensor in found.tensors if tensor.why != "data")
     blocks = sum(tensor.blocks for tensor in found.tensors)
@@ -107,7 +109,13 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="a folder for outputs; they are removed")
-    parser.add_argument("--types", nargs="*", help="GGUF types; by default all")
+    parser.add_argument("--types", nargs="*", help="GGUF types; by default all, or all that need no importance matrix")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="an importance matrix that llama-imatrix wrote")
+    parser.add_argument(
+        "--assume-pre",
+        metavar="NAME",
+        help="pre-tokenizer of a tokenizer that llama.cpp does not know (the demo: qwen2)",
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
     from exporter.backends.gguf.types import FILE_TYPES
@@ -118,13 +126,14 @@ def main() -> None:
     merged = args.work / NAME
     merge(args.base, args.adapter, merged, "fp32", "fp32")
     copy_base_files(args.base, merged, "fp32")
-    source = oracle.convert(merged, args.work / "theirs-F32.gguf", "f32", name=None)
+    source = oracle.convert(merged, args.work / "theirs-F32.gguf", "f32", args.assume_pre, name=None)
     shutil.rmtree(merged)
     print(
         "| type | tensors equal | other type or missing | blocks differing | elements differing | metadata differing |"
     )
     print("|---|---|---|---|---|---|", flush=True)
-    for quant in args.types or FILE_TYPES:
+    every = [name for name, file_type in FILE_TYPES.items() if args.imatrix or not file_type.needs_imatrix]
+    for quant in args.types or every:
         print(check_gguf(args, oracle, source, quant), flush=True)
     source.unlink()
     check_perplexity(args, oracle, "Q4_K_M")

@@ -1,4 +1,4 @@
-"""llama.cpp's own converter, quantizer and perplexity tool, prepared as an oracle.
+"""llama.cpp's own converter, quantizer, perplexity and imatrix tools, prepared as an oracle.
 
 The source archive of the pinned llama-cpp-python carries the llama.cpp that its wheel was built from. This script
 downloads that archive with pip, unpacks llama.cpp and builds `llama-quantize`, `llama-perplexity` and `llama-imatrix`.
@@ -123,6 +123,35 @@ class Oracle:
         if found is None:
             raise OracleError(f"llama-perplexity printed no final estimate:\n{printed[-2000:]}")
         return float(found[1]), float(found[2])
+
+    def imatrix(
+        self,
+        gguf: Path,
+        text: Path,
+        out: Path,
+        *,
+        ctx: int = 512,
+        chunks: int | None = None,
+        threads: int | None = None,
+        parse_special: bool = True,
+        process_output: bool = False,
+        legacy: bool = False,
+    ) -> Path:
+        """The importance matrix of a model over a text, by llama-imatrix; its perplexity is not computed.
+
+        `parse_special` takes `<|im_start|>` and the like as the tokens that they are, which the tool does not do by
+        itself; `process_output` covers the head too; `legacy` writes the old form (.dat). A text needs two windows.
+        Returns `out`. Raises OracleError.
+        """
+        count = threads or len(os.sched_getaffinity(0))
+        command = [str(self.imatrix_tool), "-m", str(gguf), "-f", str(text), "-o", str(out), "-c", str(ctx)]
+        command += ["-t", str(count), "--no-ppl", "--output-format", "dat" if legacy else "gguf"]
+        command += [] if chunks is None else ["--chunks", str(chunks)]
+        command += ["--parse-special"] * parse_special + ["--process-output"] * process_output
+        printed = _call(command)
+        if not out.is_file():
+            raise OracleError(f"llama-imatrix wrote nothing:\n{printed[-2000:]}")
+        return out
 
 
 def pinned_version(constraints: Path = CONSTRAINTS) -> str:

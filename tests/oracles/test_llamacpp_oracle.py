@@ -34,6 +34,8 @@ from tests.oracles import tools
 
 pytestmark = pytest.mark.slow
 
+# The types that need no importance matrix; test_imatrix_oracle.py has all of them with one.
+PLAIN = tuple(name for name, file_type in FILE_TYPES.items() if not file_type.needs_imatrix)
 WIDE = {"hidden": 256, "intermediate": 512, "head_dim": 64, "layers": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-untied": {"family": "qwen2", "tied": False, **WIDE},
@@ -88,7 +90,7 @@ def pairs(
             edit_json(base / "generation_config.json", do_sample=True, temperature=0.7, top_k=20, top_p=0.8)
             (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n", encoding="utf-8")
             adapter = make_adapter(base, r=16, lora_alpha=32)
-            export_to(folder / "ours", base, adapter, format="gguf", quant=tuple(FILE_TYPES), name="model")
+            export_to(folder / "ours", base, adapter, format="gguf", quant=PLAIN, name="model")
             merged = tools.merge_with_peft(base, adapter, folder / "model")
             theirs = tools.convert(merged, folder / "theirs-F32.gguf", name=None)
             made[name] = Pair(folder / "ours", theirs, _magnitudes(base, adapter))
@@ -127,7 +129,7 @@ def test_f32_differs_in_last_bits_alone(pairs: Callable[[str], Pair], model: str
     assert differing < 0.05 * elements
 
 
-@pytest.mark.parametrize("quant", FILE_TYPES)
+@pytest.mark.parametrize("quant", PLAIN)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_tensor_is_llama_cpp_s_to_the_byte(
     pairs: Callable[[str], Pair], model: str, quant: str, record_property: Any
@@ -152,7 +154,7 @@ def test_every_tensor_is_llama_cpp_s_to_the_byte(
     record_property("blocks that differ", unequal)
 
 
-@pytest.mark.parametrize("quant", FILE_TYPES)
+@pytest.mark.parametrize("quant", PLAIN)
 @pytest.mark.parametrize("model", MODELS)
 def test_metadata_are_llama_cpp_s(pairs: Callable[[str], Pair], model: str, quant: str) -> None:
     pair = pairs(model)
@@ -174,9 +176,9 @@ def test_a_model_that_the_adapter_unties_is_what_llama_cpp_makes_of_our_checkpoi
     base = make_base("qwen3", tied=True, **WIDE)
     adapter = make_adapter(base, target_modules=["q_proj", target])
     export_to(tmp_path / "model", base, adapter, quant="fp32", name="model")
-    export_to(tmp_path / "ours", base, adapter, format="gguf", quant=tuple(FILE_TYPES), name="model")
+    export_to(tmp_path / "ours", base, adapter, format="gguf", quant=PLAIN, name="model")
     pair = Pair(tmp_path / "ours", tools.convert(tmp_path / "model", tmp_path / "theirs-F32.gguf", name=None))
-    for quant in FILE_TYPES:
+    for quant in PLAIN:
         ours, theirs = pair.our(quant), pair.their(quant)
         assert tensor_types(ours) == tensor_types(theirs)
         assert tensor_bytes(ours) == tensor_bytes(theirs)

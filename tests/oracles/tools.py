@@ -1,4 +1,4 @@
-"""llama.cpp's own converter, quantizer and perplexity tool, and peft's merge, as the scripts prepare them."""
+"""llama.cpp's own converter, quantizer, perplexity and imatrix tools, and peft's merge, as the scripts prepare them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oracle import Oracle
@@ -21,6 +21,8 @@ DIFFERENT_METADATA = {
     "general.tags": "the converter adds the card's pipeline_tag, the hub's word for a task, to the card's own tags",
     "general.base_model.*": "the card says what the base was made from, and this file is not made from that",
     "general.dataset.*": "the card says what the base was trained on, and this model was trained on more",
+    "quantize.imatrix.file": "llama-quantize notes the path that it was given, and ours the file beside the artifact",
+    "quantize.imatrix.dataset": "likewise a path there, and here the name of the file",
     "tokenizer.chat_template*": "of several named templates only the default one is taken, the adapter's goes before "
     "the base's, and a file of its own goes before tokenizer_config.json, as in transformers",
 }
@@ -32,6 +34,13 @@ def prepared() -> Oracle:
     from oracle import prepare
 
     return prepare()
+
+
+def oracle_error() -> type[Exception]:
+    """What the oracle raises where one of llama.cpp's tools fails; its text is the end of what the tool printed."""
+    from oracle import OracleError
+
+    return OracleError
 
 
 def convert(model: Path, out: Path, outtype: str = "f32", name: str | None = "model") -> Path:
@@ -46,6 +55,16 @@ def merge_with_peft(base: Path, adapter: Path | None, out: Path) -> Path:
     merge(base, adapter, out, "fp32", "fp32")
     copy_base_files(base, out, "fp32")
     return out
+
+
+def run_llama_imatrix(model: Path, text: Path, **options: Any) -> Path:
+    """The importance matrix that llama-imatrix makes of a GGUF file and a text, beside the text.
+
+    Windows of 512 tokens, special tokens parsed as such, GGUF form; `options` are those of `Oracle.imatrix`.
+    """
+    suffix = "dat" if options.get("legacy") else "gguf"
+    out = text.with_name(f"{model.stem}-{text.stem}.imatrix.{suffix}")
+    return prepared().imatrix(model, text, options.pop("out", out), threads=options.pop("threads", 2), **options)
 
 
 def perplexity(file: Path, text: Path, n_ctx: int, windows: int, batch: int | None = None) -> tuple[float, float]:

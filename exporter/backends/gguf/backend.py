@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.backends.base import FilePlan, OutputPlan, TensorPlan, Writer
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, quantize_rows
-from exporter.backends.gguf.header import TensorInfo, pack_header, pad
+from exporter.backends.gguf.header import TensorInfo, Value, pack_header, pad
+from exporter.backends.gguf.imatrix import Floats, Imatrix
+from exporter.backends.gguf.imatrix_plan import (
+    GgufPlan,
+    ImatrixPlan,
+    MeasuredImatrix,
+    imatrix_notes,
+    imatrix_source,
+    plan_imatrix,
+)
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, FileType, ModelShape, row_bytes, tensor_type
 from exporter.errors import (
+    BackendError,
     MissingTensorError,
     RecipeError,
     UnexpectedTensorError,
@@ -46,53 +57,147 @@ class GgufBackend:
     def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any]) -> OutputPlan:
         """See `Backend`.
 
+        The option `imatrix` is `none` (the default), `auto`, or the path of a file that llama-imatrix wrote.
+
         Raises:
+            RecipeError: an unknown option, or a type that needs an importance matrix and gets none.
+            ImatrixError: the importance matrix cannot be read, or is another model's.
             UnknownQuantizationError: no such type.
             UnsupportedModelError: the model is of no family that is known here.
             MissingTensorError, UnexpectedTensorError: tensors and configuration disagree.
             TokenizerError: llama.cpp could not tokenize like the model.
         """
-        if options:
+        if unknown := sorted(options.keys() - {"imatrix"}):
             raise RecipeError(
-                f"gguf options {sorted(options)}", found="options", expected="none", remedy="Leave them out."
+                f"gguf options {unknown}", found="options", expected="imatrix alone", remedy="Leave them out."
             )
-        file_type = FILE_TYPES.get(quant.upper())
-        if file_type is None:
-            raise UnknownQuantizationError(
-                f"gguf type {quant!r}", found="no such type", expected="one of " + " ".join(FILE_TYPES),
-                remedy="See `exporter formats`.",
-            )  # fmt: skip
-        family = _family(model)
-        named = _named_tensors(model, family)
-        file = f"{model.name}-{file_type.name}.gguf"
-        tensors = _place(named, file_type, _model_shape(model, family), file)
-        header = _header(model, family, file_type, tensors)
-        end = pad(tensors[-1].offset + tensors[-1].nbytes) if tensors else 0
-        placed = tuple(_shifted(tensor, len(header)) for tensor in tensors)
-        return OutputPlan(
-            format=self.name,
-            quant=file_type.name,
-            entry=file,
-            files=(FilePlan(file, len(header) + end, header),),
-            tensors=placed,
-            runtimes=("llamacpp",),
-            notes=_notes(placed, file_type, model),
-        )
+        return plan_file(model, quant, imatrix_source(options.get("imatrix", "none")))
 
     def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
-        """See `Backend`."""
-        from exporter.backends.files import OffsetWriter
+        """See `Backend`. A plan whose importance matrix is yet to be measured is opened with `open_file`.
 
-        return OffsetWriter(plan, folder, _encode, resume=resume)
+        Raises:
+            BackendError: it is such a plan.
+        """
+        entries = plan.imatrix.entries if isinstance(plan, GgufPlan) and plan.imatrix else {}
+        if entries is None:
+            raise BackendError(
+                plan.entry,
+                found="an importance matrix that is yet to be measured",
+                expected="one that is known",
+                remedy="Give the file of one (--imatrix FILE).",
+            )
+        return open_file(plan, folder, {name: entry.mean() for name, entry in entries.items()}, resume=resume)
 
 
-def _encode(tensor: TensorPlan, block: torch.Tensor) -> bytes | bytearray | memoryview:
-    from exporter.backends.files import encode_float
+def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix | None) -> GgufPlan:
+    """The plan of one file; see `GgufBackend.plan`.
 
-    if tensor.type in FLOAT_TYPES:
-        return encode_float(block, tensor.type, tensor.name)
-    rows = block.cpu().contiguous()
-    return quantize_rows(tensor.type, rows.data_ptr(), rows.shape[0], rows.shape[1], rows.shape[0] * tensor.row_bytes)
+    Args:
+        model: the merged model.
+        quant: name of the file type, in any case.
+        source: where its importance matrix comes from.
+    """
+    file_type = FILE_TYPES.get(quant.upper())
+    if file_type is None:
+        raise UnknownQuantizationError(
+            f"gguf type {quant!r}", found="no such type", expected="one of " + " ".join(FILE_TYPES),
+            remedy="See `exporter formats`.",
+        )  # fmt: skip
+    family = _family(model)
+    named = _named_tensors(model, family)
+    imatrix = plan_imatrix(source, file_type, {name: tensor.shape for name, tensor in named}, model.name)
+    file = f"{model.name}-{file_type.name}.gguf"
+    tensors = _place(named, file_type, _model_shape(model, family), file, imatrix=imatrix is not None)
+    header = _header(model, family, file_type, tensors, imatrix.metadata() if imatrix else {})
+    end = pad(tensors[-1].offset + tensors[-1].nbytes) if tensors else 0
+    placed = tuple(_shifted(tensor, len(header)) for tensor in tensors)
+    return GgufPlan(
+        format=GgufBackend.name,
+        quant=file_type.name,
+        entry=file,
+        files=(FilePlan(file, len(header) + end, header),),
+        tensors=placed,
+        documents=_documents(imatrix),
+        runtimes=("llamacpp",),
+        notes=(*_notes(placed, file_type, model), *imatrix_notes(source, imatrix, placed, file_type)),
+        imatrix=imatrix,
+    )
+
+
+def open_file(plan: OutputPlan, folder: Path, importance: Mapping[str, Floats], *, resume: bool) -> Writer:
+    """Open a planned file for writing.
+
+    Args:
+        plan: the plan.
+        folder: where its file goes.
+        importance: by GGUF tensor name, float32 [columns] (experts one after the other). A tensor's is looked up when
+            its first rows are written, so the mapping may still be filling. What the plan's importance matrix has an
+            entry for must be there by then.
+        resume: keep what is in the file.
+    """
+    from exporter.backends.files import OffsetWriter
+
+    planned = plan.imatrix.shapes if isinstance(plan, GgufPlan) and plan.imatrix else ()
+    return OffsetWriter(plan, folder, make_encoder(importance, planned), resume=resume)
+
+
+def make_encoder(
+    importance: Mapping[str, Floats], planned: Collection[str] = ()
+) -> Callable[..., bytes | bytearray | memoryview]:
+    """The encoder of a GGUF file: (tensor, block, first_row=None) to stored bytes.
+
+    Args:
+        importance: see `open_file`; tensors that are not in it are quantized without.
+        planned: tensors that may not be missing from it.
+
+    Returns:
+        An `Encoder`. `first_row`, the number of the block's first row, is needed where experts have importances of
+        their own.
+    """
+
+    def encode(tensor: TensorPlan, block: torch.Tensor, first_row: int | None = None) -> bytes | bytearray | memoryview:
+        from exporter.backends.files import encode_float
+
+        if tensor.type in FLOAT_TYPES:
+            return encode_float(block, tensor.type, tensor.name)
+        weights = importance.get(tensor.name)
+        if weights is None and tensor.name in planned:
+            raise _protocol(tensor.name, "no importance", "the one that was planned")
+        rows = block.cpu().contiguous()
+        if weights is None:
+            return _quantize(tensor, rows, None)
+        groups = prod(tensor.shape[:-2])
+        if weights.size != groups * tensor.columns:
+            raise _protocol(tensor.name, f"{weights.size} importances", f"{groups * tensor.columns}")
+        if groups == 1:
+            return _quantize(tensor, rows, weights)
+        if first_row is None:
+            raise _protocol(tensor.name, "rows of unknown experts", "the number of the first row")
+        return _quantize_experts(tensor, rows, weights.reshape(groups, tensor.columns), first_row)
+
+    return encode
+
+
+def _quantize(tensor: TensorPlan, rows: torch.Tensor, weights: Floats | None) -> bytearray:
+    count, columns = rows.shape
+    return quantize_rows(tensor.type, rows.data_ptr(), count, columns, count * tensor.row_bytes, weights)
+
+
+def _quantize_experts(tensor: TensorPlan, rows: torch.Tensor, weights: Floats, first_row: int) -> bytearray:
+    """Rows of one expert after the other, each with that expert's importance."""
+    each, end, stored = tensor.shape[-2], first_row + len(rows), bytearray()
+    row = first_row
+    while row < end:
+        expert = row // each
+        until = min(end, (expert + 1) * each)
+        stored += _quantize(tensor, rows[row - first_row : until - first_row], weights[expert])
+        row = until
+    return stored
+
+
+def _protocol(name: str, found: str, expected: str) -> BackendError:
+    return BackendError(name, found=found, expected=expected, remedy="This is a defect of the backend.")
 
 
 def _family(model: MergedModel) -> Family:
@@ -153,14 +258,19 @@ def _model_shape(model: MergedModel, family: Family) -> ModelShape:
     )
 
 
+def _documents(imatrix: ImatrixPlan | None) -> dict[str, bytes]:
+    """The importance matrix, where it is known by now."""
+    return {imatrix.file: imatrix.content(imatrix.entries)} if imatrix and imatrix.entries is not None else {}
+
+
 def _place(
-    named: list[tuple[str, MergedTensor]], file_type: FileType, shape: ModelShape, file: str
+    named: list[tuple[str, MergedTensor]], file_type: FileType, shape: ModelShape, file: str, *, imatrix: bool
 ) -> list[TensorPlan]:
     """Types and offsets from the start of the data, in model order."""
     placed: list[TensorPlan] = []
     offset = 0
     for name, tensor in named:
-        kind, wanted = tensor_type(name, tensor.shape, file_type, shape)
+        kind, wanted = tensor_type(name, tensor.shape, file_type, shape, imatrix=imatrix)
         plan = TensorPlan(
             name, tensor.name, tensor.shape, kind, file, offset, row_bytes(kind, tensor.shape[-1]), wanted
         )
@@ -173,13 +283,16 @@ def _shifted(tensor: TensorPlan, by: int) -> TensorPlan:
     return replace(tensor, offset=tensor.offset + by)
 
 
-def _header(model: MergedModel, family: Family, file_type: FileType, tensors: list[TensorPlan]) -> bytes:
+def _header(
+    model: MergedModel, family: Family, file_type: FileType, tensors: list[TensorPlan], imatrix: Mapping[str, Value]
+) -> bytes:
     from exporter.backends.gguf.metadata import model_metadata
     from exporter.backends.gguf.vocabulary import vocabulary_metadata
 
     parameters = sum(tensor.rows * tensor.columns for tensor in tensors)
     metadata = model_metadata(model, family, file_type, parameters)
     metadata |= vocabulary_metadata(model.tokenizer, model.config)
+    metadata |= imatrix
     infos = [TensorInfo(tensor.name, tensor.shape, TYPE_NUMBERS[tensor.type], tensor.offset) for tensor in tensors]
     return pack_header(metadata, infos)
 

@@ -23,7 +23,8 @@ from exporter import Execution, export
 from exporter.backends.files import encode_float
 from exporter.backends.gguf.backend import GgufBackend
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, library, quantize_rows
-from exporter.backends.gguf.types import BLOCK_SIZES, FILE_TYPES, row_bytes
+from exporter.backends.gguf.imatrix import Importance, imatrix_bytes
+from exporter.backends.gguf.types import BLOCK_SIZES, FILE_TYPES, has_importance, row_bytes
 from exporter.errors import (
     BackendError,
     MissingTensorError,
@@ -54,6 +55,9 @@ Floats = npt.NDArray[np.float32]
 
 # Sizes at which every type applies: rows of 256 and 512.
 WIDE = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 4}
+
+# The types that need no importance matrix; test_imatrix_plan.py has plans with one.
+PLAIN = tuple(name for name, file_type in FILE_TYPES.items() if not file_type.needs_imatrix)
 
 # Largest error of a dequantized value, as a share of the largest magnitude in its block. Half a step of the type's
 # grid, and for the K-quants, whose block scales are rounded themselves, one.
@@ -86,7 +90,7 @@ def float32_merge(wide: Path, wide_adapter: Path) -> dict[str, Floats]:
 def all_types(wide: Path, wide_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder with a file of every type, from one run."""
     out = tmp_path_factory.mktemp("all") / "out"
-    export_to(out, wide, wide_adapter, format="gguf", quant=tuple(FILE_TYPES), name="model")
+    export_to(out, wide, wide_adapter, format="gguf", quant=PLAIN, name="model")
     return out
 
 
@@ -110,7 +114,7 @@ def test_f32_of_a_base_alone_is_exactly_the_base(wide: Path, tmp_path: Path) -> 
         assert np.array_equal(found[names[name]], tensor.numpy()), name
 
 
-@pytest.mark.parametrize("quant", FILE_TYPES)
+@pytest.mark.parametrize("quant", PLAIN)
 def test_what_is_stored_is_within_the_type_s_error_of_the_merge(
     all_types: Path, float32_merge: dict[str, Floats], quant: str
 ) -> None:
@@ -149,7 +153,7 @@ def test_a_file_is_as_large_as_planned_and_its_tensors_are_in_model_order(
     wide: Path, wide_adapter: Path, all_types: Path
 ) -> None:
     model = merged_model(wide, wide_adapter)
-    for quant in FILE_TYPES:
+    for quant in PLAIN:
         plan, file = plan_gguf(model, quant), all_types / f"model-{quant}.gguf"
         assert file.stat().st_size == plan.files[0].nbytes == plan.nbytes
         tensors = gguf.GGUFReader(file).tensors
@@ -277,6 +281,32 @@ def test_a_type_may_be_given_in_small_letters(make_base: Callable[..., Path]) ->
 def test_options_are_refused(make_base: Callable[..., Path]) -> None:
     with pytest.raises(RecipeError, match="max_shard_size"):
         GgufBackend().plan(merged_model(make_base("qwen2")), "F32", {"max_shard_size": "1GB"})
+
+
+def test_an_export_with_an_importance_matrix(wide: Path, wide_adapter: Path, all_types: Path, tmp_path: Path) -> None:
+    """Through the public API: the files, the matrix beside them, and bytes that do not depend on threads or blocks."""
+    rng = np.random.default_rng(0)
+    matrices = [t for t in plan_gguf(merged_model(wide)).tensors if has_importance(t.name)]
+    entries = {
+        tensor.name: Importance(rng.exponential(size=(1, tensor.columns)).astype(np.float32), np.ones(1, np.float32))
+        for tensor in matrices
+    }
+    given = tmp_path / "given.gguf"
+    given.write_bytes(imatrix_bytes(entries, ("wiki.txt",), 1, 512))
+    found = []
+    for threads, block_bytes in ((1, 70_000), (3, 1 << 24)):
+        out = tmp_path / str(threads)
+        export_to(
+            out, wide, wide_adapter, format="gguf", quant=("Q4_K_M", "IQ3_S"), name="model", threads=threads,
+            block_bytes=block_bytes, options={"imatrix": str(given)},
+        )  # fmt: skip
+        names = ("model-Q4_K_M.gguf", "model-IQ3_S.gguf", "model.imatrix.gguf")
+        assert set(names) <= {path.name for path in out.iterdir()}
+        found.append([(out / name).read_bytes() for name in names])
+    assert found[0] == found[1]
+    assert found[0][2] == given.read_bytes()
+    without, with_one = tensor_bytes(all_types / names[0]), tensor_bytes(out / names[0])
+    assert {name for name in without if without[name] != with_one[name]} == entries.keys()
 
 
 def test_default_type(make_base: Callable[..., Path]) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import gguf
 import pytest
 
+from exporter.backends.gguf.backend import plan_file
+from exporter.backends.gguf.imatrix_plan import MeasuredImatrix
 from exporter.backends.gguf.metadata import rope_metadata
 from exporter.backends.gguf.types import FILE_TYPES
 from exporter.errors import RefusalError, UnsupportedModelError
 from tests.folders import DELETED, copy, edit_json
-from tests.merged import merged_model, metadata_of, planned_metadata
+from tests.merged import merged_model, metadata_of, planned_metadata, write_header
 from tests.oracles import tools
 
 
@@ -66,7 +68,8 @@ def test_as_many_key_value_heads_as_heads_where_the_configuration_names_none(
 
 @pytest.mark.parametrize("quant", FILE_TYPES)
 def test_file_type(make_base: Callable[..., Path], tmp_path: Path, quant: str) -> None:
-    found = planned_metadata(merged_model(make_base("qwen3")), tmp_path, quant)
+    plan = plan_file(merged_model(make_base("qwen3")), quant, MeasuredImatrix())
+    found = metadata_of(write_header(plan, tmp_path / "header.gguf"))
     assert gguf.LlamaFileType(found["general.file_type"]).name.split("_", 1)[1] == quant
 
 

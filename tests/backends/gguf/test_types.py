@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -15,7 +16,15 @@ import numpy as np
 import pytest
 
 from exporter.backends.gguf.ggml import TYPE_NUMBERS
-from exporter.backends.gguf.types import BLOCK_SIZES, FILE_TYPES, ModelShape, row_bytes, tensor_type
+from exporter.backends.gguf.types import (
+    BLOCK_SIZES,
+    FILE_TYPES,
+    ModelShape,
+    has_importance,
+    requires_importance,
+    row_bytes,
+    tensor_type,
+)
 from exporter.families import FAMILIES
 
 LAYERS = (1, 2, 4, 8, 16, 24, 28, 40, 64, 80)
@@ -110,7 +119,16 @@ def _write_header_only(file: Path, shape: Shape) -> None:
         stream.truncate(header + size)
 
 
-DryRun = Callable[[Path, str], dict[str, str]]
+DryRun = Callable[[Path, str, bool], dict[str, str]]
+# The line of a dry run without an importance matrix that could not do without.
+WILL_REQUIRE = "will require an imatrix"
+
+
+def _some_imatrix() -> Any:
+    """An importance matrix with one entry, of no tensor: whether there is one is all that the types depend on."""
+    values = (ctypes.c_float * 1)(1.0)
+    entry = llama_cpp.llama_cpp.llama_model_imatrix_data
+    return (entry * 2)(entry(b"some", values, 1), entry(None, None, 0))
 
 
 @pytest.fixture
@@ -120,17 +138,25 @@ def dry_run() -> Iterator[DryRun]:
     callback = llama_cpp.llama_log_callback(lambda _level, text, _data: lines.append(text.decode()))
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
 
-    def run(file: Path, file_type: str) -> dict[str, str]:
+    def run(file: Path, file_type: str, imatrix: bool) -> dict[str, str]:
         lines.clear()
+        entries = _some_imatrix()
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype = FILE_TYPES[file_type].number
         parameters.dry_run = True
         parameters.nthread = 1
+        if imatrix:
+            parameters.imatrix = entries
         target = str(file.with_suffix(".out"))
         status = llama_cpp.llama_model_quantize(str(file).encode(), target.encode(), ctypes.byref(parameters))
         log = "".join(lines)
         assert status == 0, log
-        return {name: (new or old).upper() for name, old, new in REPORT.findall(log)}
+        assert not imatrix or WILL_REQUIRE not in log
+        found = {name: (new or old).upper() for name, old, new in REPORT.findall(log)}
+        kind = FILE_TYPES[file_type]
+        required = any(requires_importance(name, found[name], kind) for name in found)
+        assert imatrix or required == (WILL_REQUIRE in log), (file, file_type)
+        return found
 
     yield run
     from llama_cpp._logger import llama_log_callback
@@ -143,12 +169,13 @@ def _check(shape: Shape, file: Path, dry_run: DryRun) -> None:
     model = ModelShape(
         shape.layers, shape.gqa, shape.tied, bump_attn_v=shape.architecture == "qwen2" and shape.layers == 80
     )
-    for name, file_type in FILE_TYPES.items():
-        theirs = dry_run(file, name)
+    for (name, file_type), imatrix in product(FILE_TYPES.items(), (False, True)):
+        theirs = dry_run(file, name, imatrix)
         ours = {
-            tensor: tensor_type(tensor, dimensions, file_type, model)[0] for tensor, dimensions in shape.tensors.items()
+            tensor: tensor_type(tensor, dimensions, file_type, model, imatrix=imatrix)[0]
+            for tensor, dimensions in shape.tensors.items()
         }
-        assert ours == theirs, (shape, name)
+        assert ours == theirs, (shape, name, imatrix)
 
 
 @pytest.mark.parametrize("shape", FEW, ids=_label)
@@ -179,6 +206,65 @@ def test_a_fallback_names_the_type_that_was_wanted() -> None:
     assert tensor_type("blk.0.attn_q.weight", (8, 100), FILE_TYPES["Q4_K_M"], model) == ("F16", "Q4_K")
     assert tensor_type("blk.0.attn_q.weight", (8, 256), FILE_TYPES["Q4_K_M"], model) == ("Q4_K", None)
     assert tensor_type("blk.0.attn_norm.weight", (100,), FILE_TYPES["Q4_K_M"], model) == ("F32", None)
+
+
+@pytest.mark.parametrize("name", ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"])
+def test_a_row_that_no_grid_fits_falls_back_to_iq4_nl(name: str) -> None:
+    model = ModelShape(layers=8, gqa=2, tied=False)
+    kind = FILE_TYPES[name].default
+    assert tensor_type("blk.1.ffn_up.weight", (8, 96), FILE_TYPES[name], model, imatrix=True) == ("IQ4_NL", kind)
+    assert tensor_type("output.weight", (8, 96), FILE_TYPES[name], model, imatrix=True) == ("Q8_0", None)
+
+
+def test_an_importance_matrix_changes_types() -> None:
+    """As the branches of llama-quant.cpp that ask for it say; the dry runs above hold all of them."""
+    model = ModelShape(layers=8, gqa=2, tied=False)
+    changed = {
+        ("Q4_0", "ffn_down"): ("Q4_0", "Q4_1"),
+        ("Q5_0", "ffn_down"): ("Q5_0", "Q5_1"),
+        ("IQ4_NL", "ffn_down"): ("Q5_K", "IQ4_NL"),
+        ("IQ4_XS", "ffn_down"): ("Q5_K", "IQ4_XS"),
+        ("IQ3_XXS", "ffn_down"): ("Q4_K", "IQ3_XXS"),
+        ("IQ3_XXS", "attn_v"): ("IQ3_S", "IQ3_XXS"),
+    }
+    found = {}
+    for name, kind in product(
+        FILE_TYPES, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    ):
+        without, with_one = (
+            tensor_type(f"blk.0.{kind}.weight", (8, 256), FILE_TYPES[name], model, imatrix=imatrix)[0]
+            for imatrix in (False, True)
+        )
+        if without != with_one:
+            found[name, kind] = (without, with_one)
+    assert found == changed
+
+
+def test_file_types_that_need_a_matrix() -> None:
+    needing = {name for name, file_type in FILE_TYPES.items() if file_type.needs_imatrix}
+    assert needing == {
+        "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S",
+    }  # fmt: skip
+
+
+def test_an_importance_is_of_the_layers_matrices() -> None:
+    shape = Shape("qwen3", 2, 2, False, 256, 512)
+    without = {name for name in shape.tensors if not has_importance(name)}
+    assert {name.split(".", 2)[-1] for name in without if name.startswith("blk.")} == {
+        "attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight",
+    }  # fmt: skip
+    assert {name for name in without if not name.startswith("blk.")} == {
+        "token_embd.weight", "output.weight", "output_norm.weight",
+    }  # fmt: skip
+
+
+def test_what_requires_an_importance() -> None:
+    assert requires_importance("blk.0.attn_q.weight", "Q2_K", FILE_TYPES["Q2_K_S"])
+    assert not requires_importance("blk.0.attn_q.weight", "Q2_K", FILE_TYPES["Q2_K"])
+    assert requires_importance("blk.0.attn_q.weight", "IQ2_S", FILE_TYPES["IQ3_XXS"])
+    assert not requires_importance("blk.0.attn_q.weight", "IQ3_S", FILE_TYPES["IQ3_S"])
+    assert not requires_importance("token_embd.weight", "Q2_K", FILE_TYPES["Q2_K_S"])
+    assert not requires_importance("output.weight", "IQ2_XS", FILE_TYPES["IQ2_XS"])
 
 
 def test_file_types_are_numbered_like_llama_ftype() -> None:
