@@ -50,6 +50,10 @@ class UnknownQuantizationError(RefusalError):
     """The backend does not know that quantization type."""
 
 
+class UnservableError(RefusalError):
+    """No server would take what was asked for."""
+
+
 class DeviceUnavailableError(RefusalError):
     """The device that was asked for is not on this machine."""
 

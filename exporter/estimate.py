@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from exporter.backends.base import OutputPlan
+from exporter.calibration import TokenSets
 from exporter.checkpoint import DTYPE_BYTES
 from exporter.model import MergedModel
-from exporter.recipe import Recipe
-from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, LOGIT_ROWS
+from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS, shared_inputs
 
 # Interpreter, torch and this package, and the buffers for hashing.
 _RESIDENT_BYTES = 250 << 20
 # Interpreter, torch, transformers and peft.
-_REFERENCE_RESIDENT_BYTES = 480 << 20
+_WALK_RESIDENT_BYTES = 480 << 20
 # Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
 _BLOCK_FACTOR = 5
 
@@ -27,6 +27,9 @@ _QUANTIZE_RATE = {
 }  # fmt: skip
 # Multiply-adds a second and thread in a forward pass.
 _FORWARD_RATE = 50e9
+# The same in solving for a matrix, and in taking its Hessian.
+_SOLVE_RATE = 10e9
+_MOMENT_RATE = 100e9
 
 
 def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
@@ -35,40 +38,89 @@ def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
     return _RESIDENT_BYTES + (threads + 1) * _BLOCK_FACTOR * block_bytes + 2 * factors
 
 
-def reference_memory(model: MergedModel, tokens: int, n_ctx: int) -> int:
-    """Estimated peak memory of the reference: one layer with the activations of a pass, or the head with its logits."""
+def tour_memory(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: TokenSets, compute_dtype: str) -> int:
+    """Estimated peak memory of a tour that walks: one layer, activations of a pass, Hessians, and all hidden states;
+    or at its end the head with its logits."""
     hidden = int(model.config.get("hidden_size") or 0)
     inner = max(int(model.config.get("intermediate_size") or 0), 4 * hidden)
+    item = 2 if compute_dtype == "bfloat16" else 4
     adapters = sum(
-        4 * update.rank * (update.a.shape[1] + update.b.shape[0])
+        item * update.rank * (update.a.shape[1] + update.b.shape[0])
         for adapter in model.adapters
         for update in adapter.updates.values()
     )
-    walking = max(layer_bytes(model), default=0) + 4 * max(BATCH_TOKENS["cpu"], n_ctx) * (4 * hidden + 3 * inner)
-    scoring = 4 * hidden * HEAD_ROWS
-    if head := model.head:
+    evaluated = len(tokens.evaluation.ids) * tokens.evaluation.n_ctx if tokens.evaluation else 0
+    calibrated = tokens.calibration.tokens if tokens.calibration else 0
+    solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]
+    journeys = [evaluated, calibrated * any(artifact.needs == "moments" for artifact in artifacts)]
+    journeys += [calibrated for _ in solved]
+    states = sum(min(KEEP_BYTES, item * hidden * some) for some in journeys)
+    longest = max(
+        tokens.evaluation.n_ctx if tokens.evaluation else 0, tokens.calibration.window if tokens.calibration else 0
+    )
+    passing = item * max(BATCH_TOKENS["cpu"], longest) * (4 * hidden + 3 * inner)
+    layer = max(layer_bytes(model), default=0) * (1 if solved else item / 4)
+    solving = max((solving_memory(model, artifact.calibrated) for artifact in solved), default=0)
+    scoring = 0
+    if evaluated and (head := model.head):
         kept = 4 if head.updates else DTYPE_BYTES[head.source.dtype]
-        scoring += kept * head.elements + 4 * 4 * head.shape[0] * LOGIT_ROWS
-    return _REFERENCE_RESIDENT_BYTES + adapters + 4 * hidden * tokens + max(walking, scoring)
+        scoring = kept * head.elements + 4 * hidden * (HEAD_ROWS + evaluated) + 4 * 4 * head.shape[0] * LOGIT_ROWS
+    return round(_WALK_RESIDENT_BYTES + adapters + states + max(layer + max(passing, solving), scoring))
+
+
+def solving_memory(model: MergedModel, solved: Collection[str]) -> int:
+    """Estimated memory for the Hessians of a layer, and for the largest of its solutions."""
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors if tensor.name in solved}
+    largest = 0
+    layers: dict[str, list[tuple[int, int]]] = {}
+    for group in shared_inputs(shapes):
+        columns, rows = shapes[group[0]][-1], sum(shapes[name][0] for name in group)
+        layers.setdefault(layer_of(group[0]), []).append((rows, columns))
+    for groups in layers.values():
+        hessians = sum(4 * columns**2 for _, columns in groups)
+        # The mean and its factor; weights, residual, errors, codes and what is packed of them.
+        solving = max(8 * columns**2 + 18 * rows * columns for rows, columns in groups)
+        largest = max(largest, hessians + solving)
+    return largest
+
+
+def layer_of(name: str) -> str:
+    """What the names of the tensors of the same decoder layer begin with; empty outside of the layers."""
+    found = re.match(r".*\.layers\.\d+\.", name)
+    return found[0] if found else ""
 
 
 def layer_bytes(model: MergedModel) -> list[int]:
     """float32 bytes of each decoder layer."""
     sizes: dict[str, int] = {}
     for tensor in model.tensors:
-        if found := re.match(r".*\.layers\.\d+\.", tensor.name):
-            sizes[found[0]] = sizes.get(found[0], 0) + 4 * tensor.elements
+        if layer := layer_of(tensor.name):
+            sizes[layer] = sizes.get(layer, 0) + 4 * tensor.elements
     return list(sizes.values())
 
 
-def seconds(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, recipe: Recipe) -> float:
+def seconds(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, tokens: TokenSets) -> float:
     """Rough duration of a run."""
     work = model.parameters / _MERGE_RATE
     for artifact in artifacts:
         for tensor in artifact.tensors:
             work += tensor.rows * tensor.columns / _QUANTIZE_RATE.get(tensor.type, _MERGE_RATE)
     duration = _STARTUP_SECONDS + work / threads
-    if recipe.verify:
-        passes = 1 + len(artifacts)
-        duration += _STARTUP_SECONDS + passes * recipe.evaluation.tokens * model.parameters / (_FORWARD_RATE * threads)
-    return duration
+    passed = 0
+    if tokens.evaluation:
+        passed += (1 + len(artifacts)) * len(tokens.evaluation.ids) * tokens.evaluation.n_ctx
+        duration += _STARTUP_SECONDS
+    if tokens.calibration:
+        solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]
+        journeys = any(artifact.needs == "moments" for artifact in artifacts) + 2 * len(solved)
+        passed += journeys * tokens.calibration.tokens
+        for artifact in solved:
+            duration += (
+                sum(
+                    tensor.elements * (tensor.shape[-1] / _SOLVE_RATE + tokens.calibration.tokens / _MOMENT_RATE)
+                    for tensor in model.tensors
+                    if tensor.name in artifact.calibrated
+                )
+                / threads
+            )
+    return duration + passed * model.parameters / (_FORWARD_RATE * threads)

@@ -52,8 +52,21 @@ class Merger(Protocol):
 
     device: str
 
-    def block(self, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Merged rows: float32, shape (block.count, columns), on `device`."""
+    def block(
+        self,
+        tensor: MergedTensor,
+        block: RowBlock,
+        factors: tuple[torch.Tensor, ...],
+        base: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Merged rows: float32, shape (block.count, columns), on `device`.
+
+        Args:
+            tensor: the merged tensor.
+            block: which rows.
+            factors: what `factors` returned for the tensor.
+            base: takes the base's own rows as well: any float dtype and device, shape (block.count, columns).
+        """
 
     def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
         """The A matrices of the tensor's updates, float32 (rank, in_features), on `device`; read once per tensor."""
@@ -118,13 +131,21 @@ class CpuMerger:
         """See `Merger`. For an embedding (transposed) the factor is B, shape (hidden, rank)."""
         return tuple(self._whole(update.b if update.transposed else update.a) for update in tensor.updates)
 
-    def block(self, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def block(
+        self,
+        tensor: MergedTensor,
+        block: RowBlock,
+        factors: tuple[torch.Tensor, ...],
+        base: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `Merger`."""
         shape = (block.count, tensor.source.columns)
         stored = self._workspace.take("stored", DTYPES[tensor.source.dtype], shape)
         raw = stored.view(torch.uint8).numpy().reshape(-1)
         self._reader.read_into(raw.data, tensor.source, block.first * tensor.source.row_bytes)
         merged = self._workspace.take("merged", torch.float32, shape).copy_(stored)
+        if base is not None:
+            base.copy_(merged)
         for update, factor in zip(tensor.updates, factors, strict=True):
             add_update(merged, self.left_rows(update, block), factor, update, TILE_ROWS["cpu"], self._workspace)
         return merged

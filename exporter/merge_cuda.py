@@ -30,12 +30,20 @@ class CudaMerger:
         """See `exporter.merge.Merger`. Synchronous, so that every worker's stream may read them."""
         return tuple(factor.to(self.device) for factor in self._host.factors(tensor))
 
-    def block(self, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def block(
+        self,
+        tensor: MergedTensor,
+        block: RowBlock,
+        factors: tuple[torch.Tensor, ...],
+        base: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `exporter.merge.Merger`. Returns once the block is computed."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream()):
             raw = self._reader.rows(tensor.source, block.first, block.count)
             stored = torch.frombuffer(raw, dtype=DTYPES[tensor.source.dtype]).view(block.count, -1)
             merged = self._staged(stored).to(torch.float32)
+            if base is not None:
+                base.copy_(merged)
             for update, factor in zip(tensor.updates, factors, strict=True):
                 left = self._host.left_rows(update, block).to(self.device)
                 add_update(merged, left, factor, update, TILE_ROWS["cuda"])

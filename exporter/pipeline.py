@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.manifest import MANIFEST_NAME, build_manifest, dump, input_files
 from exporter.artifact.staging import Staging, copy_durably, write_durably
-from exporter.backends.base import HashingWriter
-from exporter.calibration import make_windows
 from exporter.errors import RefusalError
 from exporter.hashing import InputHasher, hash_all
 from exporter.plan import ExportPlan, FolderPlan, make_plan
@@ -22,6 +20,9 @@ from exporter.recipe import Execution, Recipe
 from exporter.reporter import Reporter
 from exporter.verify.check import verify_artifacts
 from exporter.verify.gate import Verification
+
+if TYPE_CHECKING:
+    from exporter.tour.drive import Toured, Written
 
 
 @dataclass(frozen=True)
@@ -76,47 +77,50 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
     execution, reporter = execution or Execution(), reporter or Reporter()
     plan = make_plan(recipe, execution)
     reporter.planned(plan)
-    windows = make_windows(recipe.evaluation, plan.model.tokenizer) if recipe.verify else None
     with ExitStack() as stack:
-        stagings: list[Staging] = []
+        stagings = _open_stagings(plan, stack)
         try:
-            for folder in plan.folders:
-                stagings.append(_open_staging(plan, folder, stack))
-        except RefusalError:
-            # Another run is at one of them: what an earlier run of this plan left stays, what is new goes.
-            for staging in stagings:
-                if not staging.resumed:
-                    staging.discard()
-            raise
-        try:
-            inputs, digests, device = _tour(plan, stagings, reporter)
+            inputs, toured = _tour(plan, stagings, reporter)
         except RefusalError:
             # The inputs turned out to be wrong on the way (a NaN in the base, say): leave nothing behind.
             for staging in stagings:
                 staging.discard()
             raise
         outputs = [
-            _finish_files(plan, folder, staging, known)
-            for folder, staging, known in zip(plan.folders, stagings, digests, strict=True)
+            _finish_files(plan, folder, staging, written)
+            for folder, staging, written in zip(plan.folders, stagings, toured.written, strict=True)
         ]
         staged = [(folder, staging.files) for folder, staging in zip(plan.folders, stagings, strict=True)]
-        verdicts = verify_artifacts(plan, staged, windows, device, reporter) if windows else [{} for _ in staged]
+        verdicts: list[dict[str, Verification]] = [{} for _ in staged]
+        if toured.reference is not None:
+            verdicts = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
         results = []
-        for folder, staging, files, verdict in zip(plan.folders, stagings, outputs, verdicts, strict=True):
-            manifest = build_manifest(plan, folder, inputs, files, windows, verdict, device.partition(":")[0])
+        for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True)):
+            found = {label: written.findings for label, written in toured.written[number].items()}
+            kind = toured.device.partition(":")[0]
+            manifest = build_manifest(plan, folder, inputs, outputs[number], found, verdicts[number], kind)
             write_durably(staging.files / MANIFEST_NAME, dump(manifest))
-            published = all(verification.passed for verification in verdict.values())
+            published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()
-            results.append(FolderResult(path, published, manifest, verdict))
+            results.append(FolderResult(path, published, manifest, verdicts[number]))
     result = ExportResult(plan, tuple(results))
     reporter.finished(result)
     return result
 
 
-def _open_staging(plan: ExportPlan, folder: FolderPlan, stack: ExitStack) -> Staging:
-    staging = Staging(folder.out, _key(plan, folder), force=plan.recipe.force)
-    stack.callback(staging.close)
-    return staging
+def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:
+    stagings: list[Staging] = []
+    try:
+        for folder in plan.folders:
+            stagings.append(Staging(folder.out, _key(plan, folder), force=plan.recipe.force))
+            stack.callback(stagings[-1].close)
+    except RefusalError:
+        # Another run is at one of them: what an earlier run of this plan left stays, what is new goes.
+        for staging in stagings:
+            if not staging.resumed:
+                staging.discard()
+        raise
+    return stagings
 
 
 def _key(plan: ExportPlan, folder: FolderPlan) -> str:
@@ -125,70 +129,43 @@ def _key(plan: ExportPlan, folder: FolderPlan) -> str:
         (role, path.name, path.stat().st_size, path.stat().st_mtime_ns) for role, path in sorted(input_files(plan))
     ]
     artifacts = [
-        (artifact.label, [(file.name, file.nbytes, hashlib.sha256(file.header).hexdigest()) for file in artifact.files])
+        (
+            artifact.label,
+            [(file.name, file.nbytes, hashlib.sha256(file.header).hexdigest()) for file in artifact.files],
+            {name: hashlib.sha256(content).hexdigest() for name, content in artifact.documents.items()},
+        )
         for artifact in folder.artifacts
     ]
+    tokens = [sets.sha256 if sets else None for sets in (plan.tokens.evaluation, plan.tokens.calibration)]
+    how = [plan.execution.device.partition(":")[0], plan.recipe.compute_dtype, tokens]
     versions = {package: version(package) for package in ("exporter", "torch", "llama-cpp-python")}
-    text = json.dumps([inputs, artifacts, versions, plan.execution.device.partition(":")[0]])
+    text = json.dumps([inputs, artifacts, versions, how])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _tour(
-    plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter
-) -> tuple[dict[Path, str], list[dict[str, str]], str]:
-    """Merge and write every tensor.
-
-    Returns:
-        The hash of every input file; for each folder the hashes of the files whose writer took them; the device.
-    """
-    with ExitStack() as stack:
-        hasher = InputHasher()
-        stack.callback(hasher.close)
+def _tour(plan: ExportPlan, stagings: Sequence[Staging], reporter: Reporter) -> tuple[dict[Path, str], Toured]:
+    """Read, merge and write everything; returns the hash of every input file, and what the tour brought back."""
+    with closing(InputHasher()) as hasher:
         # The first shard is hashed while torch is imported, which keeps one core busy for seconds.
         hasher.reach(plan.model.tensors[0].source.file)
-        from exporter.checkpoint import TensorReader
-        from exporter.merge import make_merger, resolve_device
-        from exporter.tour.stream import Progress, Rider, Stream
+        from exporter.tour.drive import run_tour
 
-        device = resolve_device(plan.execution.device)
-        riders: list[Rider] = []
-        for folder, staging in zip(plan.folders, stagings, strict=True):
-            for artifact in folder.artifacts:
-                writer = folder.backend.open(artifact, staging.files, resume=staging.resumed)
-                stack.callback(writer.close)
-                sources = {tensor.source: tensor for tensor in artifact.tensors}
-                riders.append(Rider(artifact.label, sources, writer, staging))
-        merger = make_merger(device, stack.enter_context(TensorReader()))
-        reporter.touring(plan, device, resumed=any(staging.resumed for staging in stagings))
-        stream = Stream(
-            plan.model,
-            riders,
-            merger,
-            threads=plan.threads,
-            block_bytes=plan.execution.block_bytes,
-            progress=Progress(read=reporter.read, reached=hasher.reach),
-        )
-        stack.callback(stream.close)
-        stream.offer(plan.model.tensors)
-        stream.finish()
-        digests: list[dict[str, str]] = [{} for _ in stagings]
-        for rider in riders:
-            if isinstance(rider.writer, HashingWriter):
-                digests[stagings.index(rider.staging)] |= rider.writer.digests()
-        reporter.toured()
-        return hasher.finish(path for _, path in input_files(plan)), digests, device
+        toured = run_tour(plan, stagings, hasher, reporter)
+        return hasher.finish(path for _, path in input_files(plan)), toured
 
 
 def _finish_files(
-    plan: ExportPlan, folder: FolderPlan, staging: Staging, known: Mapping[str, str]
+    plan: ExportPlan, folder: FolderPlan, staging: Staging, written: Mapping[str, Written]
 ) -> dict[str, tuple[int, str]]:
     """Add the small files, then hash what has not been yet, as it is on the disk."""
     names: list[str] = []
+    known: dict[str, str] = {}
     for artifact in folder.artifacts:
         for name, content in artifact.documents.items():
             write_durably(staging.files / name, content)
         for name, path in artifact.copies.items():
             copy_durably(path, staging.files / name)
-        names += [file.name for file in artifact.files] + list(artifact.documents) + list(artifact.copies)
+        known |= written[artifact.label].digests
+        names += artifact.names(written[artifact.label].made)
     rest = hash_all(staging.files, [name for name in dict.fromkeys(names) if name not in known], plan.threads)
     return rest | {name: ((staging.files / name).stat().st_size, digest) for name, digest in known.items()}

@@ -14,6 +14,7 @@ import psutil
 from exporter.adapter import Adapter
 from exporter.backends.base import Backend, OutputPlan
 from exporter.backends.registry import load_backend
+from exporter.calibration import TokenSets, make_token_sets
 from exporter.checkpoint import Checkpoint
 from exporter.errors import (
     MissingFileError,
@@ -23,7 +24,7 @@ from exporter.errors import (
     OverlappingPathsError,
     RecipeError,
 )
-from exporter.estimate import merge_memory, reference_memory, seconds
+from exporter.estimate import merge_memory, seconds, tour_memory
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Execution, Output, Recipe
 from exporter.sources import Source, resolve_adapter, resolve_base
@@ -64,8 +65,9 @@ class ExportPlan:
         model: the merged model.
         folders: the output folders.
         threads: worker threads.
+        tokens: evaluation and calibration windows.
         merge_bytes: estimated peak memory of merging and writing.
-        reference_bytes: estimated memory of the reference, 0 without verification.
+        walk_bytes: estimated peak memory of the walk, 0 if nothing needs activations.
         seconds: rough duration on this machine.
     """
 
@@ -76,14 +78,20 @@ class ExportPlan:
     model: MergedModel
     folders: tuple[FolderPlan, ...]
     threads: int
+    tokens: TokenSets
     merge_bytes: int
-    reference_bytes: int
+    walk_bytes: int
     seconds: float
 
     @property
     def artifacts(self) -> tuple[OutputPlan, ...]:
         """All artifacts of all folders."""
         return tuple(artifact for folder in self.folders for artifact in folder.artifacts)
+
+    @property
+    def walks(self) -> bool:
+        """Whether something needs activations, so that the tour walks through the layers."""
+        return self.walk_bytes > 0
 
     @property
     def disk_bytes(self) -> int:
@@ -109,10 +117,18 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     adapters = tuple(Adapter.open(source.folder) for source in adapter_sources)
     name = recipe.name or "-".join(source.name for source in (base_source, *adapter_sources))
     model = plan_merge(base, adapters, name)
-    folders = tuple(_plan_folder(output, model) for output in recipe.outputs)
+    folders = tuple(_plan_folder(output, model, verified=recipe.verify) for output in recipe.outputs)
     threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
     _check_verification(recipe, artifacts)
+    tokens = make_token_sets(
+        recipe.calibration,
+        recipe.evaluation,
+        model.tokenizer,
+        evaluate=recipe.verify,
+        calibrate=any(artifact.needs != "nothing" for artifact in artifacts),
+    )
+    walks = tokens.evaluation is not None or any(artifact.needs in ("moments", "hessians") for artifact in artifacts)
     plan = ExportPlan(
         recipe=recipe,
         execution=execution,
@@ -121,20 +137,19 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         model=model,
         folders=folders,
         threads=threads,
+        tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
-        reference_bytes=reference_memory(model, recipe.evaluation.tokens, recipe.evaluation.n_ctx)
-        if recipe.verify
-        else 0,
-        seconds=seconds(model, artifacts, threads, recipe),
+        walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
+        seconds=seconds(model, artifacts, threads, tokens),
     )
     _check_resources(plan)
     return plan
 
 
-def _plan_folder(output: Output, model: MergedModel) -> FolderPlan:
+def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> FolderPlan:
     backend = load_backend(output.format)
     quants = output.quant or (backend.default_quant(model),)
-    artifacts = tuple(backend.plan(model, quant, output.options) for quant in quants)
+    artifacts = tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants)
     entries = Counter(file.name for artifact in artifacts for file in artifact.files)
     clash = next((name for name, count in entries.items() if count > 1), None)
     if clash:
@@ -230,12 +245,12 @@ def _check_resources(plan: ExportPlan) -> None:
                 remedy="Free some disk, or choose another --out.",
             )
     memory = psutil.virtual_memory().available
-    if plan.reference_bytes > memory:
+    if plan.walk_bytes > memory:
         raise NotEnoughMemoryError(
-            "verification",
+            "the walk through the layers",
             found=f"{memory / 1e9:.1f} GB of memory available",
-            expected=f"{plan.reference_bytes / 1e9:.1f} GB for the float32 reference",
-            remedy="Run on a machine with more memory, or export with --no-verify.",
+            expected=f"{plan.walk_bytes / 1e9:.1f} GB",
+            remedy="Run on a machine with more memory, with fewer tokens, or with --compute-dtype bfloat16.",
         )
 
 
@@ -269,11 +284,29 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
             "untied": plan.model.untied,
         },
         "outputs": [_describe_folder(folder, plan) for folder in plan.folders],
+        "tokens": _describe_tokens(plan.tokens),
         "disk_bytes": plan.disk_bytes,
-        "memory_bytes": {"merge": plan.merge_bytes, "reference": plan.reference_bytes},
+        "memory_bytes": {"merge": plan.merge_bytes, "walk": plan.walk_bytes},
         "seconds": round(plan.seconds, 1),
         "threads": plan.threads,
         "device": plan.execution.device,
+    }
+
+
+def _describe_tokens(tokens: TokenSets) -> dict[str, Any]:
+    evaluation, calibration = tokens.evaluation, tokens.calibration
+    return {
+        "evaluation": {"source": evaluation.source, "windows": len(evaluation.ids), "n_ctx": evaluation.n_ctx}
+        if evaluation
+        else None,
+        "calibration": {
+            "source": calibration.source,
+            "windows": len(calibration.ids),
+            "window": calibration.window,
+            "seed": calibration.seed,
+        }
+        if calibration
+        else None,
     }
 
 
@@ -288,7 +321,8 @@ def _describe_folder(folder: FolderPlan, plan: ExportPlan) -> dict[str, Any]:
                 "bytes": artifact.nbytes,
                 "files": [{"name": file.name, "bytes": file.nbytes} for file in artifact.files]
                 + [{"name": name, "bytes": len(content)} for name, content in artifact.documents.items()]
-                + [{"name": name, "bytes": path.stat().st_size} for name, path in artifact.copies.items()],
+                + [{"name": name, "bytes": path.stat().st_size} for name, path in artifact.copies.items()]
+                + [{"name": name, "bytes": nbytes} for name, nbytes in artifact.made.items()],
                 "types": type_shares(artifact),
                 "fallbacks": [
                     {"tensor": tensor.name, "wanted": tensor.fallback_from, "type": tensor.type}

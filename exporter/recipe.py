@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -76,6 +76,7 @@ class Recipe(_Frozen):
         name: name of the merged model; by default made from the names of base and adapters.
         verify: whether to score the outputs and let the gate decide.
         evaluation: what is scored.
+        compute_dtype: what the walk through the layers computes in: statistics and the reference come from it.
         force: replace output folders that exist.
     """
 
@@ -85,6 +86,7 @@ class Recipe(_Frozen):
     name: str | None = None
     verify: bool = True
     evaluation: Evaluation = Evaluation()
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     force: bool = False
 
     @field_validator("name")

@@ -93,8 +93,8 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
                 f"  [yellow]note[/] {escape(artifact.label)}: {escape(note)}", highlight=False, soft_wrap=True
             )
     memory = f"memory {size(plan.merge_bytes)} to merge"
-    if plan.reference_bytes:
-        memory += f", {size(plan.reference_bytes)} for the float32 reference"
+    if plan.walk_bytes:
+        memory += f", {size(plan.walk_bytes)} to walk through the layers"
     console.print(
         f"  {memory} · disk {size(plan.disk_bytes)} · about {duration(plan.seconds)} on {plan.threads} threads",
         highlight=False,
@@ -120,7 +120,7 @@ def _files_table(plan: ExportPlan) -> Table:
                     judge if first else "",
                 )
             rest = [len(content) for content in artifact.documents.values()]
-            rest += [path.stat().st_size for path in artifact.copies.values()]
+            rest += [path.stat().st_size for path in artifact.copies.values()] + list(artifact.made.values())
             if rest:
                 table.add_row(f"[dim]{len(rest)} more: configuration, tokenizer[/]", size(sum(rest)), "", "")
     return table
@@ -142,6 +142,8 @@ class Screen(Reporter):
         self._task: TaskID | None = None
         self._started = 0.0
         self._total = 0
+        self._layers = self._input = 0
+        self._by_layer = False
         self._what = ""
 
     def planned(self, plan: ExportPlan) -> None:
@@ -152,32 +154,39 @@ class Screen(Reporter):
     def touring(self, plan: ExportPlan, device: str, *, resumed: bool) -> None:
         """See `Reporter`."""
         how = "going on with an earlier run" if resumed else f"merging on {device}"
-        self._begin(how, plan.input_bytes, DownloadColumn(), TransferSpeedColumn())
+        self._layers, self._input, self._by_layer = 0, plan.input_bytes, plan.walks
+        if plan.walks:
+            self._begin(f"{how}, layer by layer", 0, MofNCompleteColumn(), TextColumn("layers"))
+        else:
+            self._begin(how, plan.input_bytes, DownloadColumn(), TransferSpeedColumn())
 
     def read(self, nbytes: int) -> None:
-        """See `Reporter`."""
-        self._advance(nbytes)
+        """See `Reporter`. Where layers are counted, bytes are not."""
+        if not self._by_layer:
+            self._advance(nbytes)
 
     def toured(self) -> None:
         """See `Reporter`."""
         seconds = time.monotonic() - self._started
-        self._end(f"{size(self._total)} in {seconds:.1f} s, {size(self._total / max(seconds, 1e-9))}/s")
+        layers = f"{self._layers} layers, " if self._layers else ""
+        self._end(f"{layers}{size(self._input)} in {seconds:.1f} s, {size(self._input / max(seconds, 1e-9))}/s")
 
     def walking(self, windows: Windows) -> None:
         """See `Reporter`."""
         self._begin(f"walking reference, {len(windows.ids)} windows", 0, MofNCompleteColumn(), TextColumn("layers"))
+        self._layers = 0
 
     def layer(self, done: int, layers: int) -> None:
         """See `Reporter`."""
+        self._layers = layers
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, total=layers)
-        if done == layers:
-            self._end(f"{layers} layers in {time.monotonic() - self._started:.1f} s")
 
     def scoring(self, what: str, windows: Windows) -> None:
         """See `Reporter`."""
         if self._what:
-            self.scored()
+            self._end(self._outcome())
+        self._layers = 0
         self._begin(f"scoring {what}", len(windows.ids), MofNCompleteColumn(), TextColumn("windows"))
 
     def window(self, count: int) -> None:
@@ -186,12 +195,16 @@ class Screen(Reporter):
 
     def scored(self) -> None:
         """See `Reporter`."""
-        self._end(f"{self._total} windows in {time.monotonic() - self._started:.1f} s")
+        self._end(self._outcome())
 
     def finished(self, result: ExportResult) -> None:
         """See `Reporter`."""
         if not self._quiet:
             show_verdicts(self._console, result)
+
+    def _outcome(self) -> str:
+        count = f"{self._layers} layers" if self._layers else f"{self._total} windows"
+        return f"{count} in {time.monotonic() - self._started:.1f} s"
 
     def _begin(self, what: str, total: int, *figures: ProgressColumn) -> None:
         """Start a bar; `figures` stand between it and the time left."""

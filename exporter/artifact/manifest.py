@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from exporter.adapter import Adapter
-from exporter.backends.base import OutputPlan
+from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import Windows
 from exporter.checkpoint import INDEX_NAME
 from exporter.plan import ExportPlan, FolderPlan, type_shares
@@ -47,7 +48,7 @@ def build_manifest(
     folder: FolderPlan,
     inputs: Mapping[Path, str],
     outputs: Mapping[str, tuple[int, str]],
-    windows: Windows | None,
+    findings: Mapping[str, Sequence[Finding]],
     verdicts: Mapping[str, Verification],
     device: str,
 ) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def build_manifest(
         folder: the folder that the manifest describes.
         inputs: hash of every input file.
         outputs: size and hash of every file of the folder, by name.
-        windows: what was scored, or None without verification.
+        findings: what became of the matrices that were solved for, by artifact label.
         verdicts: by artifact label.
         device: where the merge was computed (`cpu` or `cuda`).
     """
@@ -77,8 +78,12 @@ def build_manifest(
             "tokenizer_from": plan.model.tokenizer.origin,
         },
         "versions": {package: version(package) for package in _PACKAGES},
-        "evaluation": _evaluation(windows),
-        "artifacts": [_artifact(artifact, outputs, verdicts.get(artifact.label)) for artifact in folder.artifacts],
+        "evaluation": _evaluation(plan.tokens.evaluation),
+        "calibration": _calibration(plan.tokens.calibration),
+        "artifacts": [
+            _artifact(artifact, outputs, findings.get(artifact.label, ()), verdicts.get(artifact.label))
+            for artifact in folder.artifacts
+        ],
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(outputs.items())},
     }
 
@@ -148,9 +153,12 @@ def _evaluation(windows: Windows | None) -> dict[str, Any] | None:
 
 
 def _artifact(
-    artifact: OutputPlan, outputs: Mapping[str, tuple[int, str]], verdict: Verification | None
+    artifact: OutputPlan,
+    outputs: Mapping[str, tuple[int, str]],
+    findings: Sequence[Finding],
+    verdict: Verification | None,
 ) -> dict[str, Any]:
-    names = [file.name for file in artifact.files] + list(artifact.documents) + list(artifact.copies)
+    names = artifact.names(name for name in artifact.made if name in outputs)
     return {
         "format": artifact.format,
         "quant": artifact.quant,
@@ -165,7 +173,22 @@ def _artifact(
             | ({"wanted": tensor.fallback_from} if tensor.fallback_from else {})
             for tensor in artifact.tensors
         ],
+        "quantization": _quantization(findings),
         "verification": verification_json(verdict),
+    }
+
+
+def _quantization(findings: Sequence[Finding]) -> dict[str, Any] | None:
+    """What became of the matrices that were solved for, those that were only rounded first of all; None if none was."""
+    if not findings:
+        return None
+    return {
+        "matrices": len(findings),
+        "rounded": [finding.name for finding in findings if finding.rounded],
+        "damped_more": {finding.name: finding.damp for finding in findings if finding.attempts > 1},
+        "dead_columns": sum(finding.dead for finding in findings),
+        "losses": {finding.name: finding.loss for finding in findings},
+        "tokens": {finding.name: finding.tokens for finding in findings},
     }
 
 
@@ -185,6 +208,7 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "delta_log": figures.delta_log,
         "delta_stderr": figures.delta_stderr,
         "same_top": figures.same_top,
+        "kl_divergence": asdict(figures.divergence) if figures.divergence else None,
         "gate": {"max_delta": verdict.gate.max_delta, "min_same_top": verdict.gate.min_same_top},
         "broken": list(verdict.broken),
     }

@@ -27,6 +27,7 @@ class Staging:
 
     Attributes:
         out: the folder that publishing creates.
+        key: identifies what it is for.
         files: where the artifact's files are written.
         scratch: for what a run needs to go on after a kill, and no artifact; it goes with the staging folder.
         resumed: whether an earlier run's work was found and fits the plan.
@@ -34,6 +35,7 @@ class Staging:
 
     def __init__(self, out: Path, key: str, *, force: bool = False) -> None:
         self.out = out
+        self.key = key
         self._folder = out.parent / f".{out.name}.staging"
         self.files = self._folder / "files"
         self.scratch = self._folder / "scratch"
@@ -106,6 +108,10 @@ class Staging:
         self._journal.write("\n" + "\n".join(json.dumps(entry) for entry in entries) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
+
+    def clear_scratch(self) -> None:
+        """Forget what a run would go on from, but for the files themselves."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def publish(self) -> Path:
         """Sync everything and rename the files to the output folder."""

@@ -6,10 +6,10 @@ heavy imports belong inside `open`. Plans are data, so they can be printed, comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     import torch
 
     from exporter.backends.gptq.hessian import Moments
+    from exporter.calibration import CalibrationWindows
     from exporter.model import MergedModel
+
+
+# Merged weights alone; second moments of the inputs of some matrices; Hessians to solve for them; calibration tokens.
+Needs = Literal["nothing", "moments", "hessians", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,10 @@ class OutputPlan:
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
         notes: degradations and choices that the reader should know of.
+        needs: what it must be given beside the merged weights.
+        calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
+        sequential: solve for the matrices of a layer one input after the other, each with those before it solved.
+        made: files that are made at the end, once every tensor is written: name to bytes, which may be an estimate.
     """
 
     format: str
@@ -103,6 +112,10 @@ class OutputPlan:
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    needs: Needs = "nothing"
+    calibrated: frozenset[str] = field(default=frozenset(), repr=False)
+    sequential: bool = False
+    made: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -113,12 +126,54 @@ class OutputPlan:
     def nbytes(self) -> int:
         """Bytes of everything it writes."""
         copied = sum(path.stat().st_size for path in self.copies.values())
-        return sum(file.nbytes for file in self.files) + sum(map(len, self.documents.values())) + copied
+        written = sum(file.nbytes for file in self.files) + sum(self.made.values())
+        return written + sum(map(len, self.documents.values())) + copied
+
+    def names(self, made: Iterable[str] = ()) -> list[str]:
+        """All of its files, with those that were made at the end."""
+        return [file.name for file in self.files] + list(self.documents) + list(self.copies) + list(made)
 
     @property
     def fallbacks(self) -> tuple[TensorPlan, ...]:
         """The tensors whose shape forced another type than the rules asked for."""
         return tuple(tensor for tensor in self.tensors if tensor.fallback_from)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one matrix that was solved for.
+
+    Attributes:
+        name: the merged tensor's name.
+        tokens: inputs that its Hessian was taken from.
+        loss: mean over its elements of the squared error, weighted with the damped Hessian.
+        damp: the damping that succeeded, as a fraction of the Hessian's mean diagonal.
+        attempts: factorizations of the Hessian that were tried; more than one if the damping had to be raised.
+        dead: input columns that were always zero.
+        rounded: whether it was rounded to nearest, because calibration saw too few inputs.
+    """
+
+    name: str
+    tokens: int
+    loss: float
+    damp: float
+    attempts: int
+    dead: int
+    rounded: bool
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What became of matrices that share one input.
+
+    Attributes:
+        weights: by the merged tensor's name, the values that a server will compute with: float32, shape
+            (out_features, in_features).
+        findings: one a matrix.
+    """
+
+    weights: dict[str, torch.Tensor]
+    findings: tuple[Finding, ...]
 
 
 class Writer(Protocol):
@@ -158,16 +213,28 @@ class ObservingWriter(Writer, Protocol):
 class SolvingWriter(Writer, Protocol):
     """A writer of an artifact whose matrices are solved for from Hessians."""
 
-    def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, torch.Tensor]:
+    def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> Solution:
         """Quantize and store the matrices that share one input.
 
         Args:
             weights: merged matrices by the merged tensor's name, float32, shape (out_features, in_features); they must
                 not be changed.
             moments: what was seen at their common input.
+        """
+
+
+@runtime_checkable
+class FinishingWriter(Writer, Protocol):
+    """A writer that makes some of its files once every tensor is written."""
+
+    def finish(self, calibration: CalibrationWindows | None) -> tuple[str, ...]:
+        """Make them.
+
+        Args:
+            calibration: the calibration tokens, if the artifact needs any.
 
         Returns:
-            By the same names, the values that a server will compute with: float32, of the same shapes.
+            Their names, relative to the output folder.
         """
 
 
@@ -186,21 +253,27 @@ class Backend(Protocol):
         name: what `--format` calls it.
         summary: one line for `exporter formats`.
         quants: the quantization types it knows, in the order to list them.
-        needs: what it must be given beside the merged weights: nothing, second moments, Hessians.
+        needs: the most that one of its types must be given beside the merged weights.
         packages: distributions that must be installed for it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     quants: ClassVar[tuple[str, ...]]
-    needs: ClassVar[str]
+    needs: ClassVar[Needs]
     packages: ClassVar[tuple[str, ...]]
 
     def default_quant(self, model: MergedModel) -> str:
         """The type used when none is asked for."""
 
-    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any]) -> OutputPlan:
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
         """Describe the artifact, or refuse.
+
+        Args:
+            model: the merged model.
+            quant: the quantization type, as it was asked for.
+            options: the backend's own options.
+            verified: whether the artifact will be verified, so that the trained model is walked in any case.
 
         Raises:
             RefusalError: the model cannot be written in this format or type.

@@ -60,8 +60,18 @@ class OffsetWriter:
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
-        data = self._encode(tensor, block)
-        expected = tensor.row_bytes * block.shape[0]
+        self._put(tensor, first_row, block.shape[0], self._encode(tensor, block))
+
+    def store(self, tensor: TensorPlan, data: memoryview) -> None:
+        """Store all rows of a tensor as they are.
+
+        Raises:
+            WriteError: the data is not of its size, or the disk is full.
+        """
+        self._put(tensor, 0, tensor.rows, data)
+
+    def _put(self, tensor: TensorPlan, first_row: int, rows: int, data: bytes | bytearray | memoryview) -> None:
+        expected = tensor.row_bytes * rows
         if len(data) != expected:
             raise WriteError(
                 tensor.name,
@@ -76,7 +86,7 @@ class OffsetWriter:
             raise WriteError(
                 tensor.file, found=str(error), expected="room to write", remedy="Free some disk and run again."
             ) from None
-        self._hashes[tensor.file].wrote(tensor, block.shape[0])
+        self._hashes[tensor.file].wrote(tensor, rows)
 
     def sync(self) -> None:
         """See `Writer`. What is on the disk and hashed gives its memory back, or it would push the inputs out of it."""

@@ -14,6 +14,9 @@ from exporter.calibration import Windows
 from exporter.errors import RecipeError, RuntimeScoreError
 
 OnWindow = Callable[[int], None]
+# Takes a window's number and the logits of its scored positions: a float32 torch tensor, shape (scored, vocabulary),
+# which is valid until it returns.
+OnLogits = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,16 @@ class Runtime(Protocol):
 
     name: str
 
-    def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TokenScores:
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TokenScores:
         """Score an artifact.
 
         Args:
             artifact: a file or a model folder.
             windows: what to score.
             on_window: called with 1 after each window.
+            on_logits: called with all logits of each window, by a runtime that has them.
 
         Raises:
             RuntimeScoreError: the runtime cannot load or run it.

@@ -11,7 +11,9 @@ import psutil
 
 from exporter.calibration import Windows
 from exporter.errors import RuntimeScoreError
-from exporter.runtimes.base import OnWindow, TokenScores, check_vocabulary, score_logits
+from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, check_vocabulary, score_logits
+
+_Listeners = tuple[OnWindow, OnLogits | None]
 
 
 class LlamaCpp:
@@ -25,7 +27,9 @@ class LlamaCpp:
 
         return f"llama-cpp-python {version('llama-cpp-python')}"
 
-    def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TokenScores:
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TokenScores:
         """See `Runtime`."""
         import llama_cpp
 
@@ -33,12 +37,12 @@ class LlamaCpp:
         log, lines = _capture_log(llama_cpp)
         llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
         try:
-            return self._load_and_score(llama_cpp, artifact, windows, on_window, lines)
+            return self._load_and_score(llama_cpp, artifact, windows, (on_window, on_logits), lines)
         finally:
             _restore_log(llama_cpp)
 
     def _load_and_score(
-        self, llama_cpp: Any, artifact: Path, windows: Windows, on_window: OnWindow, lines: list[str]
+        self, llama_cpp: Any, artifact: Path, windows: Windows, listeners: _Listeners, lines: list[str]
     ) -> TokenScores:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(artifact).encode(), llama_cpp.llama_model_default_params())
@@ -49,7 +53,7 @@ class LlamaCpp:
             if not context:
                 raise _failed(artifact, "make a context for", lines)
             try:
-                return self._score(llama_cpp, model, context, windows, on_window, artifact, lines)
+                return self._score(llama_cpp, model, context, windows, listeners, artifact, lines)
             finally:
                 llama_cpp.llama_free(context)
         finally:
@@ -68,7 +72,7 @@ class LlamaCpp:
         model: Any,
         context: Any,
         windows: Windows,
-        on_window: OnWindow,
+        listeners: _Listeners,
         artifact: Path,
         lines: list[str],
     ) -> TokenScores:
@@ -78,18 +82,21 @@ class LlamaCpp:
         check_vocabulary(artifact, windows, size)
         batch = llama_cpp.llama_batch_init(windows.n_ctx, 0, 1)
         log_probabilities, top_tokens = [], []
+        on_window, on_logits = listeners
         try:
-            for window in windows.ids:
+            for number, window in enumerate(windows.ids):
                 _fill(batch, window, windows.first_scored)
                 llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
                 if status := llama_cpp.llama_decode(context, batch):
                     raise _failed(artifact, f"decode (status {status})", lines)
                 # One row for every position whose logits were asked for, in order.
-                logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(windows.scored, size))
-                targets = torch.tensor(window[windows.first_scored + 1 :])
-                right, top = score_logits(torch.from_numpy(logits), targets)
+                raw = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(windows.scored, size))
+                logits, targets = torch.from_numpy(raw), torch.tensor(window[windows.first_scored + 1 :])
+                right, top = score_logits(logits, targets)
                 log_probabilities.append(right)
                 top_tokens.append(top)
+                if on_logits is not None:
+                    on_logits(number, logits)
                 on_window(1)
         finally:
             llama_cpp.llama_batch_free(batch)

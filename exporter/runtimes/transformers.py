@@ -10,7 +10,7 @@ import psutil
 
 from exporter.calibration import Windows
 from exporter.errors import RuntimeScoreError
-from exporter.runtimes.base import OnWindow, TokenScores, score_logits
+from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, score_logits
 
 
 class Transformers:
@@ -27,11 +27,13 @@ class Transformers:
 
         return f"transformers {version('transformers')}, torch {version('torch')}"
 
-    def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TokenScores:
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TokenScores:
         """See `Runtime`."""
         model = load_model(artifact, "auto", self._device)
         try:
-            return score_model(model, windows, on_window)
+            return score_model(model, windows, on_window, on_logits)
         except (RuntimeError, IndexError) as error:
             raise RuntimeScoreError(
                 artifact.name,
@@ -77,24 +79,27 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
     return model.to(device).eval()
 
 
-def score_model(model: Any, windows: Windows, on_window: OnWindow) -> TokenScores:
+def score_model(model: Any, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None) -> TokenScores:
     """Score windows with a causal language model, taking the head's product only where predictions are scored.
 
     Args:
         model: a transformers model: `model.model` and `model.lm_head` are used.
         windows: what to score.
         on_window: called with 1 after each window.
+        on_logits: called with all logits of each window.
     """
     import torch
 
     log_probabilities, top_tokens = [], []
     with torch.inference_mode():
-        for window in windows.ids:
+        for number, window in enumerate(windows.ids):
             ids = torch.tensor([window], device=model.device)
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[0, windows.first_scored : -1]).float()
             right, top = score_logits(logits, ids[0, windows.first_scored + 1 :])
             log_probabilities.append(right)
             top_tokens.append(top)
+            if on_logits is not None:
+                on_logits(number, logits)
             on_window(1)
     return TokenScores(np.stack(log_probabilities), np.stack(top_tokens))

@@ -176,23 +176,16 @@ def _offer(
 ) -> None:
     """Merge one block, and hand it to the target and to every rider that takes it."""
     rows = target.values.view(tensor.source.rows, -1)[block.first : block.first + block.count] if target else None
-    # Without updates the base's values are the merged ones.
-    shared = target is not None and (target.merged or not tensor.updates)
-    if rows is not None and not shared:
-        rows.copy_(_checked(merger, replace(tensor, updates=()), block, ()))
-    if not takers and not shared:
-        return
-    merged = _checked(merger, tensor, block, factors)
-    if rows is not None and shared:
+    wants_base = target is not None and not target.merged
+    if wants_base and not takers:
+        tensor, factors = replace(tensor, updates=()), ()
+    merged = merger.block(tensor, block, factors, base=rows if wants_base else None)
+    # Wherever the base is not finite, the sum is not either.
+    check_finite(tensor, merged)
+    if rows is not None and not wants_base:
         rows.copy_(merged)
     for rider in takers:
         rider.writer.write(rider.tensors[tensor.name], block.first, merged)
-
-
-def _checked(merger: Merger, tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    merged = merger.block(tensor, block, factors)
-    check_finite(tensor, merged)
-    return merged
 
 
 class _Commits:

@@ -8,80 +8,25 @@ the Hessians, and once more through the weights that were solved, whose outputs 
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from exporter.artifact.staging import sync_folder, write_durably
-from exporter.backends.base import ObservingWriter, SolvingWriter
+from exporter.backends.base import ObservingWriter
 from exporter.backends.gptq.hessian import Moments
 from exporter.errors import BackendError, MissingTensorError
-from exporter.merge import Merger, RowBlock
-from exporter.model import EMBEDDING, MergedModel, MergedTensor
-from exporter.tour.activations import SecondMoments, shared_inputs, watching
-from exporter.tour.sizes import BATCH_TOKENS
+from exporter.merge import DTYPES
+from exporter.model import EMBEDDING, HEAD, MergedModel, MergedTensor
+from exporter.tour.activations import SecondMoments, watching
+from exporter.tour.passengers import Passengers, Settings, Solver, Walked
+from exporter.tour.progress import Findings, load_moments, load_progress, save_moments, save_progress
+from exporter.tour.rows import gather_rows, release_free_memory
+from exporter.tour.sizes import BATCH_TOKENS, shared_inputs
 from exporter.tour.skeleton import Arguments, Skeleton
 from exporter.tour.states import Group, States
 from exporter.tour.stream import Rider, Stream, Target
-
-
-@dataclass(frozen=True)
-class Solver:
-    """One artifact whose matrices are solved for from Hessians.
-
-    Attributes:
-        label: its name.
-        sources: the merged tensors that are solved for.
-        writer: takes weights and Hessians, and gives back what it stored.
-    """
-
-    label: str
-    sources: frozenset[str]
-    writer: SolvingWriter
-
-
-@dataclass(frozen=True)
-class Passengers:
-    """What rides along.
-
-    Attributes:
-        riders: artifacts that take tensors as they come.
-        observers: artifacts that take tensors once their second moments are known.
-        solvers: artifacts whose matrices are solved for.
-    """
-
-    riders: Sequence[Rider] = ()
-    observers: Sequence[Rider] = ()
-    solvers: Sequence[Solver] = ()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to walk.
-
-    Attributes:
-        device: where layers compute.
-        dtype: what they compute in; statistics are float32 or better all the same.
-        threads: threads of a layer's forward on the CPU.
-        keep_bytes: hidden states up to this size stay in memory.
-        scratch: folder for what a killed run goes on from, and for larger hidden states; None for neither.
-        on_layer: called after each layer with the number of layers that are done, and of all.
-    """
-
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    threads: int = 1
-    keep_bytes: int = 4 << 30
-    scratch: Path | None = None
-    on_layer: Callable[[int, int], None] = lambda _done, _layers: None
 
 
 class Walk:
@@ -113,7 +58,7 @@ class Walk:
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         watched = calibration if passengers.observers else None
         self._trained = [group for group in (evaluation, watched) if group is not None]
-        self._calibration = calibration
+        self._evaluation, self._calibration = evaluation, calibration
         if calibration is None and (passengers.observers or passengers.solvers):
             raise BackendError("the tour", found="no calibration tokens", expected="some", remedy="This is a defect.")
         options = (settings.device, settings.dtype)
@@ -122,17 +67,15 @@ class Walk:
         self._arguments: dict[int, list[Arguments]] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._hidden = int(model.config["hidden_size"])
+        self._findings = Findings()
         if settings.scratch is not None:
             settings.scratch.mkdir(exist_ok=True)
         self._states = {
             journey: [self._new_states(journey, group) for group in groups] for journey, groups in self._journeys()
         }
 
-    def run(self) -> list[States]:
+    def run(self) -> Walked:
         """Walk.
-
-        Returns:
-            Hidden states after the last layer, before the norm, of each of the trained model's groups.
 
         Raises:
             RuntimeScoreError: the tensors are not the ones that the model's code has.
@@ -157,14 +100,10 @@ class Walk:
                     self._commit(index + 1)
                     release_free_memory()
                 self._settings.on_layer(index + 1, len(layers))
-            self._offer([tensor for tensor in outside if tensor.name != EMBEDDING], self._passengers.riders)
+            self._buffers.clear()
+            norm, head = self._offer_rest([tensor for tensor in outside if tensor.name != EMBEDDING])
             self._stream.finish()
-        return self._states["trained"]
-
-    @property
-    def norm_name(self) -> str:
-        """Name of the final norm's weight."""
-        return self._beside.norm_name
+        return Walked(self._states["trained"], norm, head, self._findings.by_label)
 
     def normalize(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The model's final norm."""
@@ -174,17 +113,19 @@ class Walk:
 
     def _layer(self, index: int, tensors: list[MergedTensor]) -> None:
         moments: dict[str, SecondMoments] = {}
+        riders = self._passengers.riders
         if self._trained:
-            slot = self._fill(self._beside, index, tensors, merged=False, riders=self._passengers.riders)
+            slot = self._fill(self._beside, index, tensors, merged=False, riders=riders)
+            riders = ()
             self._beside.install(index, slot)
             moments = self._pass_trained(index, tensors)
             self._beside.strip(index)
-        else:
-            self._offer(tensors, self._passengers.riders)
         if self._passengers.observers:
             self._observe(index, tensors, moments)
-        if self._passengers.solvers:
-            slot = self._fill(self._merged, index, tensors, merged=True, riders=())
+        if not self._passengers.solvers:
+            self._offer(tensors, riders)
+        else:
+            slot = self._fill(self._merged, index, tensors, merged=True, riders=riders)
             for solver in self._passengers.solvers:
                 self._solve(index, solver, slot)
             self._merged.strip(index)
@@ -225,8 +166,7 @@ class Walk:
 
     def _observe(self, index: int, tensors: list[MergedTensor], moments: Mapping[str, SecondMoments]) -> None:
         if self._settings.scratch is not None:
-            content = {name: torch.cat([one.sums, torch.tensor([float(one.tokens)])]) for name, one in moments.items()}
-            save_file(content, self._settings.scratch / f"moments-{index}.safetensors")
+            save_moments(self._settings.scratch, index, moments)
         self._tell(moments)
         self._offer(tensors, self._passengers.observers)
 
@@ -246,15 +186,17 @@ class Walk:
         (states,) = self._states[solver.label]
         modules = self._merged.modules(index)
         groups = shared_inputs(name for name in modules if name in solver.sources)
-        hessians = {group: Moments(slot[group[0]].shape[-1], self._settings.device) for group in groups}
-        with watching(modules, {group[0]: hessian.add for group, hessian in hessians.items()}):
-            self._forward(self._merged, index, states, keep=False)
-        self.set_threads()
-        for group in groups:
-            # Taken out of the dictionary so that its memory goes before the next one is factorized.
-            hessian = hessians.pop(group)
-            solved = solver.writer.solve({name: slot[name] for name in group}, hessian)
-            self._install(index, solved)
+        for batch in [[group] for group in groups] if solver.sequential else [groups]:
+            hessians = {group: Moments(slot[group[0]].shape[-1], self._settings.device) for group in batch}
+            with watching(modules, {group[0]: hessian.add for group, hessian in hessians.items()}):
+                self._forward(self._merged, index, states, keep=False)
+            self.set_threads()
+            for group in batch:
+                # Taken out of the dictionary so that its memory goes before the next one is factorized.
+                hessian = hessians.pop(group)
+                solved = solver.writer.solve({name: slot[name] for name in group}, hessian)
+                self._findings.add(solver.label, solved.findings)
+                self._install(index, solved.weights)
         self._forward(self._merged, index, states, keep=True)
 
     def _install(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
@@ -328,37 +270,62 @@ class Walk:
                 places = torch.from_numpy(np.searchsorted(used, states.group.ids[windows]))
                 states.write(windows, rows[places].to(self._settings.dtype))
 
+    def _offer_rest(self, tensors: list[MergedTensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Offer what comes after the layers; norm and head are kept if there is something to score with them."""
+        targets: dict[str, Target] = {}
+        norm = head = None
+        if self._evaluation is not None:
+            norm = self._target(self._tensors.get(self._beside.norm_name), self._beside.norm_name, targets, exact=True)
+            tensor = self._model.head
+            head = self._target(tensor, HEAD, targets, exact=tensor is not None and bool(tensor.updates))
+        self._offer(tensors, self._passengers.riders, targets)
+        if EMBEDDING in targets:
+            # A tied head: the embedding came first, and was not kept since.
+            self._offer([self._tensors[EMBEDDING]], (), targets)
+        return norm, head
+
+    def _target(
+        self, tensor: MergedTensor | None, name: str, targets: dict[str, Target], *, exact: bool
+    ) -> torch.Tensor:
+        """Memory for a whole merged tensor; `name` is what to miss if there is none."""
+        if tensor is None:
+            raise MissingTensorError(name, found="no such tensor", expected="one", remedy="Fetch the base again.")
+        dtype = torch.float32 if exact else DTYPES[tensor.source.dtype]
+        values = torch.empty(tensor.shape, dtype=dtype, device=self._settings.device)
+        targets[tensor.name] = Target(values, merged=True)
+        return values
+
     # --- going on after a kill -------------------------------------------------------------------------------------
 
     def _commit(self, layers: int) -> None:
         """Make everything up to a layer durable, so that a killed run goes on after it."""
-        scratch = self._settings.scratch
-        if scratch is None:
+        if self._settings.scratch is None:
             return
         self._stream.finish()
         for solver in self._passengers.solvers:
             solver.writer.sync()
-        for number, states in enumerate(self._all_states()):
-            states.save(scratch / f"states-{number}-{layers % 2}")
-        write_durably(scratch / "progress.new", json.dumps({"layers": layers}).encode())
-        os.replace(scratch / "progress.new", scratch / "progress")
-        sync_folder(scratch)
+        save_progress(self._settings.scratch, self._key, layers, self._all_states(), self._findings)
 
     def _resume(self) -> int:
         """Layers that an earlier run finished; its hidden states and statistics are read back."""
         scratch = self._settings.scratch
         if scratch is None:
             return 0
-        try:
-            layers = int(json.loads((scratch / "progress").read_bytes())["layers"])
-            for number, states in enumerate(self._all_states()):
-                states.load(scratch / f"states-{number}-{layers % 2}")
-            if self._passengers.observers:
-                for index in range(layers):
-                    self._tell(_read_moments(scratch / f"moments-{index}.safetensors"))
-        except (OSError, ValueError, KeyError):
-            return 0
+        layers = load_progress(scratch, self._key, self._all_states(), self._findings)
+        if self._passengers.observers:
+            moments = load_moments(scratch, layers)
+            if moments is None:
+                self._findings.by_label.clear()
+                return 0
+            for some in moments:
+                self._tell(some)
         return layers
+
+    @property
+    def _key(self) -> str:
+        """Journeys and their windows belong to the key: saved states are theirs."""
+        journeys = [(journey, states.group.name) for journey, found in self._states.items() for states in found]
+        return f"{self._settings.key} {journeys}"
 
     def _all_states(self) -> list[States]:
         return [states for journey in self._states.values() for states in journey]
@@ -368,28 +335,3 @@ class Walk:
             for states in found:
                 if journey != "trained":
                     states.close()
-
-
-def release_free_memory() -> None:
-    """Give what was freed back to the system. glibc keeps freed activations of tens of megabytes in its arenas, a few
-    more with every layer: 20 MB a layer on a model of 0.5 B parameters."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _read_moments(file: Path) -> dict[str, SecondMoments]:
-    moments = {}
-    for name, values in load_file(file).items():
-        moments[name] = one = SecondMoments(values.numel() - 1, int(values[-1]))
-        one.sums = values[:-1].clone()
-    return moments
-
-
-def gather_rows(merger: Merger, tensor: MergedTensor, rows: Sequence[int]) -> torch.Tensor:
-    """Some merged rows of a tensor: float32 on the CPU, shape (len(rows), columns)."""
-    factors = merger.factors(tensor)
-    found = torch.empty(len(rows), tensor.source.columns)
-    for place, row in enumerate(rows):
-        found[place] = merger.block(tensor, RowBlock(row, 1), factors)[0]
-    return found

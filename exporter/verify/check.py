@@ -1,34 +1,37 @@
-"""Scores staged artifacts against the reference, each in its own runtime, and judges them."""
+"""Scores artifacts against the reference, each in its own runtime, and judges them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exporter.calibration import Windows
-from exporter.errors import BackendError, RuntimeScoreError
+from exporter.errors import RuntimeScoreError
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.reporter import Reporter
-from exporter.runtimes.base import load_runtime
+from exporter.runtimes.base import Runtime, load_runtime
 from exporter.verify.gate import Verification, gate_for, judge
-from exporter.verify.metrics import compare
+from exporter.verify.metrics import Comparison, compare
+
+if TYPE_CHECKING:
+    from exporter.verify.reference import Reference
 
 
 def verify_artifacts(
     plan: ExportPlan,
     staged: Sequence[tuple[FolderPlan, Path]],
-    windows: Windows,
+    reference: Reference,
     device: str,
     reporter: Reporter,
 ) -> list[dict[str, Verification]]:
-    """Score the reference once, then every artifact, and judge each.
+    """Score every artifact and judge it.
 
     Args:
         plan: the run's plan.
         staged: every output folder with the place where its files are now.
-        windows: what to score.
+        reference: the trained model.
         device: where transformers computes.
         reporter: told about every window and verdict.
 
@@ -36,32 +39,44 @@ def verify_artifacts(
         For each output folder, the verification of each artifact by label.
 
     Raises:
-        RuntimeScoreError: a runtime cannot load or run the reference or an artifact.
-        BackendError: a backend names no runtime for its artifacts.
+        RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    # Not at the top: torch, which this needs, is imported while the first shard is hashed.
-    from exporter.verify.reference import reference_of
-
-    reference = reference_of(plan.model, windows, device, plan.threads, reporter).scores
     found: list[dict[str, Verification]] = []
     for folder, files in staged:
         verdicts: dict[str, Verification] = {}
         for artifact in folder.artifacts:
-            if not artifact.runtimes:
-                raise BackendError(
-                    artifact.label, found="no runtime", expected="one that can score it", remedy="Use --no-verify."
-                )
             runtime = load_runtime(artifact.runtimes[0], device)
-            reporter.scoring(f"{artifact.label} in {runtime.name}", windows)
-            scores = runtime.score(files if artifact.entry == "." else files / artifact.entry, windows, reporter.window)
-            if not np.isfinite(scores.log_probabilities).all():
-                raise RuntimeScoreError(
-                    f"{artifact.label} in {runtime.name}", found="log-probabilities that are not finite",
-                    expected="numbers", remedy="Choose a type with a wider range, such as bf16.",
-                )  # fmt: skip
-            comparison = compare(scores, reference)
+            entry = files if artifact.entry == "." else files / artifact.entry
+            comparison = compare_in(runtime, entry, artifact.label, reference, reporter)
             gate = gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate)
             verdicts[artifact.label] = judge(runtime.version(), comparison, gate)
         found.append(verdicts)
     reporter.scored()
     return found
+
+
+def compare_in(runtime: Runtime, entry: Path, label: str, reference: Reference, reporter: Reporter) -> Comparison:
+    """Score one artifact in one runtime.
+
+    Args:
+        runtime: what serves it.
+        entry: what the runtime loads.
+        label: the artifact's name, for messages.
+        reference: the trained model.
+        reporter: told about every window.
+
+    Raises:
+        RuntimeScoreError: the runtime cannot load or run it, or its scores are not numbers.
+    """
+    # Not at the top: torch, which this needs, is imported while the first shard is hashed.
+    from exporter.verify.divergence import Divergence
+
+    divergence = Divergence(reference)
+    reporter.scoring(f"{label} in {runtime.name}", reference.windows)
+    scores = runtime.score(entry, reference.windows, reporter.window, divergence.take)
+    if not np.isfinite(scores.log_probabilities).all():
+        raise RuntimeScoreError(
+            f"{label} in {runtime.name}", found="log-probabilities that are not finite",
+            expected="numbers", remedy="Choose a type with a wider range, such as bf16.",
+        )  # fmt: skip
+    return compare(scores, reference.scores, divergence.values)

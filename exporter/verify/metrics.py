@@ -13,6 +13,25 @@ from exporter.runtimes.base import TokenScores
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far an artifact's predictions are from the reference's, KL(reference ‖ artifact) in nats.
+
+    Attributes:
+        mean: over all positions.
+        stderr: standard error of the mean.
+        median: half of the positions are closer.
+        p99: 99 % of the positions are closer.
+        largest: the farthest position.
+    """
+
+    mean: float
+    stderr: float
+    median: float
+    p99: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """An artifact against the reference, on the same tokens.
 
@@ -25,6 +44,7 @@ class Comparison:
         delta_log: difference of the mean negative log-probabilities.
         delta_stderr: standard error of `delta_log` by the differences token by token.
         same_top: share of predictions whose likeliest token is the same.
+        divergence: of the whole predictions; None from a runtime that does not give them.
     """
 
     tokens_scored: int
@@ -35,13 +55,36 @@ class Comparison:
     delta_log: float
     delta_stderr: float
     same_top: float
+    divergence: Spread | None = None
 
 
-def compare(artifact: TokenScores, reference: TokenScores) -> Comparison:
+def spread(values: npt.NDArray[np.float64]) -> Spread | None:
+    """Summarize divergences by position; None if there are none (NaN everywhere).
+
+    Raises:
+        ValueError: some are there and some are not.
+    """
+    if np.isnan(values).all():
+        return None
+    if not np.isfinite(values).all():
+        raise ValueError("a divergence is not finite")
+    flat = values.ravel()
+    median, p99 = np.quantile(flat, (0.5, 0.99))
+    return Spread(float(flat.mean()), _stderr(flat), float(median), float(p99), float(flat.max()))
+
+
+def compare(
+    artifact: TokenScores, reference: TokenScores, divergences: npt.NDArray[np.float64] | None = None
+) -> Comparison:
     """Compare two runs over the same windows.
 
     The standard error of the difference is the paired one, sd(d) / sqrt(N) over the per-token differences d: the two
     models stumble over the same tokens, so it is far smaller than the error of either perplexity.
+
+    Args:
+        artifact: its scores.
+        reference: the trained model's.
+        divergences: KL(reference ‖ artifact) by position, if they are known.
 
     Raises:
         ValueError: the shapes differ, or a score is not finite.
@@ -62,6 +105,7 @@ def compare(artifact: TokenScores, reference: TokenScores) -> Comparison:
         delta_log=float(difference.mean()),
         delta_stderr=_stderr(difference),
         same_top=float((artifact.top_tokens == reference.top_tokens).mean()),
+        divergence=None if divergences is None else spread(divergences),
     )
 
 

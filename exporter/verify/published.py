@@ -11,19 +11,21 @@ from pydantic import BaseModel, Field, model_validator
 from exporter.adapter import Adapter
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.artifact.staging import sha256
-from exporter.calibration import make_windows
+from exporter.calibration import Windows, make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
-from exporter.model import plan_merge
+from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
 from exporter.sources import resolve_adapter, resolve_base
+from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
-from exporter.verify.metrics import compare
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from exporter.verify.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,31 @@ def verify_published(
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
     model = plan_merge(checkpoint, opened, manifest.name)
     windows = make_windows(evaluation, model.tokenizer)
-    from exporter.verify.reference import reference_of
-
-    reference = reference_of(model, windows, device, Execution().workers, reporter).scores
+    reference = _reference(model, windows, device, reporter)
     verdicts, sizes = {}, {}
     for artifact in manifest.artifacts:
         label = f"{artifact.format} {artifact.quant}"
         serving = load_runtime(runtime or next(iter(artifact.runtimes), "none"), device)
-        reporter.scoring(f"{label} in {serving.name}", windows)
         entry = folder if artifact.entry == "." else folder / artifact.entry
-        comparison = compare(serving.score(entry, windows, reporter.window), reference)
+        comparison = compare_in(serving, entry, label, reference, reporter)
         gate = gate_for(label, artifact.quant, evaluation.gate)
         verdicts[label], sizes[label] = judge(serving.version(), comparison, gate), artifact.bytes
     reporter.scored()
     return PublishedResult(folder, sizes, verdicts)
+
+
+def _reference(model: MergedModel, windows: Windows, device: str, reporter: Reporter) -> Reference:
+    """Walk for the reference alone, and tell the reporter."""
+    from exporter.verify.reference import score_reference
+
+    reporter.walking(windows)
+
+    def on_layer(done: int, layers: int) -> None:
+        reporter.layer(done, layers)
+        if done == layers:
+            reporter.scoring("reference", windows)
+
+    return score_reference(model, windows, device, reporter.window, threads=Execution().workers, on_layer=on_layer)
 
 
 class _File(BaseModel):

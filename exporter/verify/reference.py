@@ -16,15 +16,14 @@ import torch
 
 from exporter.calibration import Windows
 from exporter.checkpoint import TensorReader
-from exporter.errors import MissingTensorError
-from exporter.merge import DTYPES, make_merger
-from exporter.model import HEAD, MergedModel, MergedTensor
-from exporter.reporter import Reporter
+from exporter.merge import make_merger
+from exporter.model import MergedModel
 from exporter.runtimes.base import OnWindow, TokenScores, score_logits
+from exporter.tour.passengers import Passengers, Settings, Walked
 from exporter.tour.sizes import HEAD_ROWS, LOGIT_ROWS
-from exporter.tour.states import Group, States
-from exporter.tour.stream import Progress, Stream, Target
-from exporter.tour.walk import Passengers, Settings, Walk
+from exporter.tour.states import Group
+from exporter.tour.stream import Progress, Stream
+from exporter.tour.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -80,32 +79,26 @@ class Reference:
                 yield rows, self._head.logits(self._hidden[window, rows])
 
 
-def finish_reference(
-    model: MergedModel, stream: Stream, walk: Walk, states: States, windows: Windows, device: str, on_window: OnWindow
-) -> Reference:
-    """Norm, head and scores, once every layer has been walked."""
-    hidden = states.group
-    scored = torch.empty(hidden.windows, windows.scored, states.hidden, device=device)
-    norm = next((tensor for tensor in model.tensors if tensor.name == walk.norm_name), None)
-    weight = _read(stream, norm, walk.norm_name, torch.float32, device)
-    for number in range(hidden.windows):
+def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str, on_window: OnWindow) -> Reference:
+    """Norm, head and scores, once every layer has been walked.
+
+    Args:
+        walk: gives the model's own norm.
+        walked: what it brought back; the evaluation windows are the first of its groups, and are closed.
+        windows: the evaluation windows.
+        device: where the head computes.
+        on_window: called with 1 after each window is scored.
+    """
+    if walked.norm is None or walked.head is None:
+        raise ValueError("the walk had no evaluation windows")
+    states = walked.states[0]
+    scored = torch.empty(states.group.windows, windows.scored, states.hidden, device=device)
+    for number in range(states.group.windows):
         last = states.read(slice(number, number + 1)).to(device)
-        scored[number] = walk.normalize(last, weight)[0, windows.first_scored : -1].float()
+        scored[number] = walk.normalize(last, walked.norm)[0, windows.first_scored : -1].float()
     states.close()
-    tensor = model.head
-    dtype = torch.float32 if tensor is None or tensor.updates else DTYPES[tensor.source.dtype]
-    head = Head(_read(stream, tensor, HEAD, dtype, device))
     walk.set_threads()
-    return Reference(windows, scored, head, on_window)
-
-
-def _read(stream: Stream, tensor: MergedTensor | None, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """The merged values of a whole tensor; `name` is what to miss if there is none."""
-    if tensor is None:
-        raise MissingTensorError(name, found="no such tensor", expected="one", remedy="Fetch the base again.")
-    values = torch.empty(tensor.shape, dtype=dtype, device=device)
-    stream.offer([tensor], (), {tensor.name: Target(values, merged=True)})
-    return values
+    return Reference(windows, scored, Head(walked.head), on_window)
 
 
 def evaluation_group(windows: Windows) -> Group:
@@ -146,21 +139,4 @@ def score_reference(
         walk = Walk(
             model, stream, Passengers(), evaluation=evaluation_group(windows), calibration=None, settings=settings
         )
-        (states,) = walk.run()
-        return finish_reference(model, stream, walk, states, windows, device, on_window)
-
-
-def reference_of(model: MergedModel, windows: Windows, device: str, threads: int, reporter: Reporter) -> Reference:
-    """Walk and score, and tell a reporter.
-
-    Raises:
-        RuntimeScoreError, NonFiniteTensorError: see `score_reference`.
-    """
-    reporter.walking(windows)
-
-    def on_layer(done: int, layers: int) -> None:
-        reporter.layer(done, layers)
-        if done == layers:
-            reporter.scoring("reference", windows)
-
-    return score_reference(model, windows, device, reporter.window, threads=threads, on_layer=on_layer)
+        return finish_reference(walk, walk.run(), windows, device, on_window)

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from exporter.artifact.staging import Staging
-from exporter.backends.base import TensorPlan
+from exporter.backends.base import Finding, Solution, TensorPlan
 from exporter.backends.gptq.hessian import Moments
 from exporter.checkpoint import TensorReader
 from exporter.merge import make_merger
 from exporter.model import MergedModel
+from exporter.tour.passengers import Passengers, Settings, Solver
 from exporter.tour.states import Group, States
 from exporter.tour.stream import Progress, Rider, Stream
-from exporter.tour.walk import Passengers, Settings, Solver, Walk
+from exporter.tour.walk import Walk
 from exporter.verify.reference import score_reference
 from tests.merged import load_peft, merged_model, random_windows
 from tests.models import make_tokenizer
@@ -105,11 +106,11 @@ class Coarse(Observing):
         self.hessians: dict[str, torch.Tensor] = {}
         self.solved: dict[str, torch.Tensor] = {}
 
-    def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> dict[str, torch.Tensor]:
+    def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> Solution:
         found = {name: (weight * 8).round() / 8 for name, weight in weights.items()}
         self.hessians |= dict.fromkeys(weights, moments.matrix())
         self.solved |= found
-        return found
+        return Solution(found, tuple(Finding(name, moments.tokens, 0.0, 0.0, 1, 0, False) for name in found))
 
 
 def projections(model: MergedModel) -> list[str]:
@@ -167,7 +168,9 @@ def test_solved_layers_feed_the_next_ones(sources: tuple[Path, Path]) -> None:
     writer = Coarse()
     passengers = Passengers(solvers=[Solver("coarse", frozenset(projections(model)), writer)])
     with walking(model, passengers) as walk:
-        trained = walk.run()
+        walked = walk.run()
+    trained = walked.states
+    assert [finding.name for finding in walked.findings["coarse"]] == list(writer.solved)
     whole = load_peft(*sources).base_model.merge_and_unload()
     # The reference does not see what was solved.
     expected = hidden_after_layers(whole, IDS[:2])
@@ -191,7 +194,7 @@ def test_a_walk_that_was_killed_goes_on_with_the_same_states(sources: tuple[Path
 
     def run(rider: Rider, **settings: Any) -> list[States]:
         with walking(model, Passengers(observers=[rider]), **settings) as walk:
-            return walk.run()
+            return walk.run().states
 
     whole = run(observer(model, Staging(staging.out.with_name("other"), "key")))
 
@@ -220,9 +223,9 @@ def test_a_walk_that_was_killed_goes_on_with_the_same_states(sources: tuple[Path
 def test_large_states_are_kept_in_a_file(sources: tuple[Path, Path], staging: Staging) -> None:
     model = merged_model(*sources)
     with walking(model, Passengers()) as walk:
-        in_memory = walk.run()
+        in_memory = walk.run().states
     with walking(model, Passengers(), scratch=staging.scratch, keep_bytes=0) as walk:
-        in_file = walk.run()
+        in_file = walk.run().states
         assert (staging.scratch / "hidden trained evaluation").stat().st_size == in_file[0].nbytes
     everything = slice(0, 2)
     assert torch.equal(in_memory[0].read(everything), in_file[0].read(everything))

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import FilePlan, OutputPlan, TensorPlan, Writer
+from exporter.backends.base import FilePlan, Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, quantize_rows
 from exporter.backends.gguf.header import TensorInfo, Value, pack_header, pad
 from exporter.backends.gguf.imatrix import Floats, Imatrix
@@ -46,7 +46,7 @@ class GgufBackend:
     name: ClassVar[str] = "gguf"
     summary: ClassVar[str] = "one file for llama.cpp, Ollama and LM Studio"
     quants: ClassVar[tuple[str, ...]] = tuple(FILE_TYPES)
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[Needs] = "moments"
     packages: ClassVar[tuple[str, ...]] = ("gguf", "llama-cpp-python")
 
     def default_quant(self, model: MergedModel) -> str:
@@ -54,10 +54,11 @@ class GgufBackend:
         del model
         return "Q4_K_M"
 
-    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any]) -> OutputPlan:
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
         """See `Backend`.
 
-        The option `imatrix` is `none` (the default), `auto`, or the path of a file that llama-imatrix wrote.
+        The option `imatrix` is `auto` (measured on the tour), `none`, or the path of a file that llama-imatrix wrote.
+        Without it, types that need an importance matrix get a measured one, and so do K-quants that are verified.
 
         Raises:
             RecipeError: an unknown option, or a type that needs an importance matrix and gets none.
@@ -71,23 +72,27 @@ class GgufBackend:
             raise RecipeError(
                 f"gguf options {unknown}", found="options", expected="imatrix alone", remedy="Leave them out."
             )
-        return plan_file(model, quant, imatrix_source(options.get("imatrix", "none")))
+        wanted = options.get("imatrix", _default_imatrix(quant, verified=verified))
+        return plan_file(model, quant, imatrix_source(wanted))
 
     def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
-        """See `Backend`. A plan whose importance matrix is yet to be measured is opened with `open_file`.
+        """See `Backend`."""
+        imatrix = plan.imatrix if isinstance(plan, GgufPlan) else None
+        if imatrix is not None and imatrix.entries is None and isinstance(plan, GgufPlan):
+            from exporter.backends.gguf.writer import MeasuringWriter
 
-        Raises:
-            BackendError: it is such a plan.
-        """
-        entries = plan.imatrix.entries if isinstance(plan, GgufPlan) and plan.imatrix else {}
-        if entries is None:
-            raise BackendError(
-                plan.entry,
-                found="an importance matrix that is yet to be measured",
-                expected="one that is known",
-                remedy="Give the file of one (--imatrix FILE).",
-            )
+            return MeasuringWriter(plan, imatrix, folder, resume=resume)
+        entries = imatrix.entries if imatrix and imatrix.entries else {}
         return open_file(plan, folder, {name: entry.mean() for name, entry in entries.items()}, resume=resume)
+
+
+def _default_imatrix(quant: str, *, verified: bool) -> str:
+    """Verification has the trained model walked anyway; a few more tokens make every K-quant better."""
+    file_type = FILE_TYPES.get(quant.upper())
+    if file_type is None:
+        return "none"
+    k_quant = file_type.default.startswith("Q") and file_type.default.endswith("_K")
+    return "auto" if file_type.needs_imatrix or (k_quant and verified) else "none"
 
 
 def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix | None) -> GgufPlan:
@@ -112,6 +117,7 @@ def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix 
     header = _header(model, family, file_type, tensors, imatrix.metadata() if imatrix else {})
     end = pad(tensors[-1].offset + tensors[-1].nbytes) if tensors else 0
     placed = tuple(_shifted(tensor, len(header)) for tensor in tensors)
+    measured = imatrix is not None and imatrix.entries is None
     return GgufPlan(
         format=GgufBackend.name,
         quant=file_type.name,
@@ -122,6 +128,11 @@ def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix 
         runtimes=("llamacpp",),
         notes=(*_notes(placed, file_type, model), *imatrix_notes(source, imatrix, placed, file_type)),
         imatrix=imatrix,
+        needs="moments" if measured else "nothing",
+        calibrated=frozenset(tensor.source for tensor in placed if tensor.name in imatrix.shapes)
+        if imatrix and measured
+        else frozenset(),
+        made={imatrix.file: imatrix.nbytes} if imatrix and measured else {},
     )
 
 
@@ -131,9 +142,8 @@ def open_file(plan: OutputPlan, folder: Path, importance: Mapping[str, Floats], 
     Args:
         plan: the plan.
         folder: where its file goes.
-        importance: by GGUF tensor name, float32 [columns] (experts one after the other). A tensor's is looked up when
-            its first rows are written, so the mapping may still be filling. What the plan's importance matrix has an
-            entry for must be there by then.
+        importance: by GGUF tensor name, float32 [columns] (experts one after the other). What the plan's importance
+            matrix has an entry for must be there.
         resume: keep what is in the file.
     """
     from exporter.backends.files import OffsetWriter
@@ -148,7 +158,8 @@ def make_encoder(
     """The encoder of a GGUF file: (tensor, block, first_row=None) to stored bytes.
 
     Args:
-        importance: see `open_file`; tensors that are not in it are quantized without.
+        importance: by GGUF tensor name, float32 [columns] (experts one after the other); tensors that are not in it
+            are quantized without. Looked up when rows are written, so the mapping may still be filling.
         planned: tensors that may not be missing from it.
 
     Returns:

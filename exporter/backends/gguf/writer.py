@@ -1,0 +1,67 @@
+"""The writer of a GGUF file whose importance matrix is measured on the tour."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.artifact.staging import write_durably
+from exporter.backends.base import TensorPlan
+from exporter.backends.files import OffsetWriter
+from exporter.backends.gguf.backend import make_encoder
+from exporter.backends.gguf.imatrix import Floats, Importance
+from exporter.backends.gguf.imatrix_plan import GgufPlan, ImatrixPlan
+from exporter.calibration import CalibrationWindows
+from exporter.errors import BackendError
+
+
+class MeasuringWriter(OffsetWriter):
+    """Quantizes each matrix with the importance that it was told before, and saves the importance matrix at the end.
+
+    Args:
+        plan: the file's plan.
+        imatrix: the plan of its importance matrix.
+        folder: where its files go.
+        resume: keep what is in the file.
+
+    Raises:
+        WriteError: the disk is full or the file cannot be made.
+    """
+
+    def __init__(self, plan: GgufPlan, imatrix: ImatrixPlan, folder: Path, *, resume: bool) -> None:
+        self._imatrix, self._folder = imatrix, folder
+        self._entries: dict[str, Importance] = {}
+        self._importance: dict[str, Floats] = {}
+        super().__init__(plan, folder, make_encoder(self._importance, imatrix.shapes), resume=resume)
+
+    def observe(self, tensor: TensorPlan, sums: npt.NDArray[np.float64], tokens: int) -> None:
+        """See `ObservingWriter`."""
+        entry = Importance(sums[None].astype(np.float32), np.array([tokens], np.float32))
+        self._entries[tensor.name] = entry
+        self._importance[tensor.name] = entry.mean()
+
+    def finish(self, calibration: CalibrationWindows | None) -> tuple[str, ...]:
+        """See `FinishingWriter`: the importance matrix, as llama-imatrix would have written it.
+
+        Raises:
+            ImatrixError: a sum is not finite.
+            BackendError: a matrix of the plan was never observed.
+        """
+        if missing := sorted(self._imatrix.shapes.keys() - self._entries.keys()):
+            raise BackendError(
+                missing[0], found="no second moments", expected="those of every matrix",
+                remedy="This is a defect of the tour.",
+            )  # fmt: skip
+        planned = self._imatrix
+        if calibration is not None:
+            planned = replace(
+                planned,
+                datasets=(calibration.source,),
+                chunks=len(calibration.ids),
+                chunk_size=calibration.window,
+            )
+        write_durably(self._folder / planned.file, planned.content(self._entries))
+        return (planned.file,)

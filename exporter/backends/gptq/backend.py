@@ -1,0 +1,286 @@
+"""GPTQ for vLLM: a model folder whose linear layers are packed codes, solved for on the tour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
+from exporter.backends.gptq.options import QUANTS, GptqOptions, Scheme, quant_name
+from exporter.errors import RecipeError, UnservableError, UnsupportedModelError
+from exporter.model import MergedModel, MergedTensor
+from exporter.tour.sizes import SHARED_INPUT, shared_inputs
+from exporter.version import __version__
+
+# What vLLM 0.32 has kernels for (TYPE_MAP in model_executor/layers/quantization/auto_gptq.py); it refuses desc_act.
+SERVED_BITS = (4, 8)
+# What its Marlin kernel takes without padding (GPTQ_MARLIN_MIN_THREAD_K and _N in utils/marlin_utils.py).
+MARLIN_IN, MARLIN_OUT = 128, 64
+# Codes of 32 bits are packed whole, along inputs and along outputs.
+_WORD_BITS = 32
+
+_LINEAR = re.compile(r"^.+\.layers\.\d+\..*_proj\.weight$")
+# What vLLM calls the matrices that it makes one of.
+_FUSED = {SHARED_INPUT[0]: "qkv_proj", SHARED_INPUT[1]: "gate_up_proj"}
+
+
+@dataclass(frozen=True)
+class GptqPlan(OutputPlan):
+    """The plan of a GPTQ folder.
+
+    Attributes:
+        schemes: how each packed matrix is quantized, by the merged tensor's name.
+        checkpoint_format: `gptq` or `gptq_v2`.
+    """
+
+    schemes: Mapping[str, Scheme] = field(default_factory=dict, repr=False)
+    checkpoint_format: str = "gptq"
+
+
+class GptqBackend:
+    """Writes packed shards, index, configuration and tokenizer."""
+
+    name: ClassVar[str] = "gptq"
+    summary: ClassVar[str] = "a model folder of 2 to 8 bit weights for vLLM, solved for with calibration tokens"
+    quants: ClassVar[tuple[str, ...]] = QUANTS
+    needs: ClassVar[Needs] = "hessians"
+    packages: ClassVar[tuple[str, ...]] = ("safetensors", "transformers", "peft")
+
+    def default_quant(self, model: MergedModel) -> str:
+        """4 bits in groups of 128: what every server has its fastest kernels for."""
+        del model
+        return quant_name(4, 128)
+
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
+        """See `Backend`; the options are those of `GptqOptions`.
+
+        Raises:
+            UnknownQuantizationError: no such type.
+            RecipeError: an option is unknown or has a value that it cannot have; an override that matches nothing, or
+                that treats matrices differently that vLLM makes one of.
+            UnsupportedModelError: a matrix does not fill whole groups or words.
+            UnservableError: no server takes the result.
+        """
+        del verified
+        settings = GptqOptions.read(options)
+        scheme = settings.scheme(quant)
+        limit = parse_size(settings.max_shard_size)
+        schemes = _schemes(model, settings, scheme)
+        for tensor in model.tensors:
+            if tensor.name in schemes:
+                _check_shape(tensor, schemes[tensor.name])
+        refusals = _vllm_refusals(schemes.values(), settings)
+        name = quant_name(scheme.bits, scheme.group_size)
+        if refusals and not settings.force_unservable:
+            raise UnservableError(
+                f"gptq {name}",
+                found="; ".join(refusals),
+                expected="4 or 8 bits, sym, no desc_act: what vLLM serves",
+                remedy="Choose such a type, or write it anyway for transformers with --force-unservable.",
+            )
+        dtype = _float_dtype(model)
+        files, tensors = lay_out(_entries(model, schemes, dtype), limit)
+        quantization = _quantization_config(schemes, scheme, settings, model)
+        documents = documents_of(model, tensors, dtype, {"quantization_config": quantization})
+        # The older readers look for this one.
+        documents["quantize_config.json"] = json_document(quantization)
+        return GptqPlan(
+            format=self.name,
+            quant=name,
+            entry=".",
+            files=files,
+            tensors=tensors,
+            documents=documents,
+            copies=copies_of(model),
+            runtimes=("transformers",) if refusals else ("vllm", "transformers"),
+            notes=_notes(model, schemes, refusals),
+            needs="hessians",
+            calibrated=frozenset(schemes),
+            sequential=settings.true_sequential,
+            schemes=schemes,
+            checkpoint_format=settings.checkpoint_format,
+        )
+
+    def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
+        """See `Backend`."""
+        from exporter.backends.gptq.writer import GptqWriter
+
+        if not isinstance(plan, GptqPlan):
+            raise TypeError(f"{type(plan).__name__} is not a plan of this backend")
+        return GptqWriter(plan, folder, resume=resume)
+
+
+def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:
+    """How each matrix is quantized that is; embedding, head, norms and routers are not."""
+    linear = [tensor.name for tensor in model.tensors if _LINEAR.match(tensor.name) and len(tensor.shape) == 2]
+    if not linear:
+        raise UnsupportedModelError(
+            "model.layers", found="no linear layers", expected="q_proj and the like", remedy="Export to safetensors."
+        )
+    modules = [name.removesuffix(".weight") for name in linear]
+    for pattern in settings.overrides:
+        if not any(re.fullmatch(pattern, module) for module in modules):
+            raise RecipeError(
+                f"gptq option overrides: {pattern!r}",
+                found="a pattern that matches no module",
+                expected=f"one for whole names such as {modules[0]}",
+                remedy="Correct the pattern.",
+            )
+    chosen = {name: settings.scheme_of(module, scheme) for name, module in zip(linear, modules, strict=True)}
+    for group in shared_inputs(linear):
+        if len({chosen[name] for name in group}) > 1:
+            raise RecipeError(
+                f"gptq option overrides for {group[0].removesuffix('.weight')}",
+                found="settings that differ from those of " + ", ".join(name.split(".")[-2] for name in group[1:]),
+                expected="the same for all of them: vLLM makes one matrix of them",
+                remedy="Let the pattern match all of them.",
+            )
+    found = {name: one for name, one in chosen.items() if one is not None}
+    if not found:
+        raise RecipeError(
+            "gptq option overrides", found="every module kept in 16 bits", expected="some to quantize",
+            remedy="Export to safetensors.",
+        )  # fmt: skip
+    return found
+
+
+def _check_shape(tensor: MergedTensor, scheme: Scheme) -> None:
+    rows, columns = tensor.shape
+    word = _WORD_BITS if _WORD_BITS % scheme.bits else _WORD_BITS // scheme.bits
+    width = columns if scheme.group_size == -1 else scheme.group_size
+    if columns % width or columns % word or rows % word:
+        raise UnsupportedModelError(
+            tensor.name,
+            found=f"shape {list(tensor.shape)}",
+            expected=f"a multiple of {max(word, width)} columns and of {word} rows for {scheme.bits} bits",
+            remedy="Choose a smaller group size, or keep the module in 16 bits by an override.",
+        )
+
+
+def _vllm_refusals(schemes: Any, settings: GptqOptions) -> list[str]:
+    """Why vLLM would not load it."""
+    found: dict[str, None] = {}
+    for scheme in schemes:
+        if scheme.bits not in SERVED_BITS:
+            found[f"{scheme.bits} bits"] = None
+        if not scheme.sym:
+            found["zero points (sym is false)"] = None
+        if scheme.desc_act and scheme.group_size != -1:
+            found["desc_act"] = None
+    if settings.checkpoint_format != "gptq":
+        found[f"checkpoint format {settings.checkpoint_format}"] = None
+    return list(found)
+
+
+def _float_dtype(model: MergedModel) -> str:
+    """What stays in 16 bits: float16 where the base is, else bfloat16, whose range any base fits."""
+    sizes: dict[str, int] = {}
+    for tensor in model.tensors:
+        sizes[tensor.source.dtype] = sizes.get(tensor.source.dtype, 0) + tensor.elements
+    return "F16" if max(sizes, key=lambda dtype: sizes[dtype]) == "F16" else "BF16"
+
+
+def _entries(model: MergedModel, schemes: Mapping[str, Scheme], dtype: str) -> list[Entry]:
+    """What is stored, in the base's order: four tensors in the place of each quantized weight."""
+    entries = []
+    for tensor in in_base_order(model):
+        scheme = schemes.get(tensor.name)
+        if scheme is None:
+            entries.append(Entry(tensor.name, tensor.name, tensor.shape, dtype))
+            continue
+        rows, columns = tensor.shape
+        groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
+        module = tensor.name.removesuffix(".weight")
+        for part, shape, kind in (
+            ("qweight", (columns * scheme.bits // _WORD_BITS, rows), "I32"),
+            ("qzeros", (groups, rows * scheme.bits // _WORD_BITS), "I32"),
+            ("scales", (groups, rows), "F16"),
+            ("g_idx", (columns,), "I32"),
+        ):
+            entries.append(Entry(f"{module}.{part}", tensor.name, shape, kind))
+    return entries
+
+
+def _quantization_config(
+    schemes: Mapping[str, Scheme], scheme: Scheme, settings: GptqOptions, model: MergedModel
+) -> dict[str, Any]:
+    """As transformers, GPTQModel and vLLM read it."""
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "desc_act": scheme.desc_act,
+        "damp_percent": scheme.damp,
+        "true_sequential": settings.true_sequential,
+        "static_groups": False,
+        "lm_head": False,
+        "checkpoint_format": settings.checkpoint_format,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"exporter:{__version__}"]},
+    }
+    if dynamic := _dynamic(schemes, scheme, model):
+        config["dynamic"] = dynamic
+    return config
+
+
+def _dynamic(schemes: Mapping[str, Scheme], scheme: Scheme, model: MergedModel) -> dict[str, dict[str, Any]]:
+    """Rules for what differs, by exact names: those of the checkpoint, and what vLLM calls the ones that it fuses.
+
+    A pattern with `+:` changes settings and one with `-:` keeps modules in 16 bits (GPTQModel's `dynamic`); both
+    readers match it at the start of a name.
+    """
+    linear = [tensor.name for tensor in model.tensors if _LINEAR.match(tensor.name) and len(tensor.shape) == 2]
+    rules: dict[Scheme | None, list[str]] = {}
+    for group in shared_inputs(linear):
+        if schemes.get(group[0]) != scheme:
+            rules.setdefault(schemes.get(group[0]), []).extend(_names(group))
+    return {
+        ("-:" if other is None else "+:") + f"^(?:{'|'.join(map(re.escape, names))})$": {}
+        if other is None
+        else other.rule()
+        for other, names in rules.items()
+    }
+
+
+def _names(group: Sequence[str]) -> list[str]:
+    modules = [name.removesuffix(".weight") for name in group]
+    parent = modules[0].rpartition(".")[0]
+    leaves = tuple(module.rpartition(".")[2] for module in modules)
+    return modules + ([f"{parent}.{_FUSED[leaves]}"] if leaves in _FUSED else [])
+
+
+def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str]) -> tuple[str, ...]:
+    notes = []
+    tensors = [tensor for tensor in model.tensors if tensor.name in schemes]
+    if refusals:
+        notes.append(f"no server takes it ({'; '.join(refusals)}): transformers loads it through optimum and gptqmodel")
+    else:
+        unfit = [tensor for tensor in tensors if tensor.shape[0] % MARLIN_OUT or tensor.shape[1] % MARLIN_IN]
+        bits = sorted({scheme.bits for scheme in schemes.values()})
+        notes.append(
+            "vLLM serves it: on a GPU with its Marlin kernel"
+            + (f" ({len(unfit)} matrices are padded or slower: not multiples of 128 by 64)" if unfit else "")
+            + (", on the CPU too" if bits == [4] else "; vLLM on the CPU takes 4 bits only")
+        )
+    kept = sum(1 for tensor in model.tensors if len(tensor.shape) == 2 and tensor.name not in schemes)
+    packed = sum(tensor.elements for tensor in tensors)
+    notes.append(
+        f"{len(tensors)} matrices are packed, {packed / model.parameters:.0%} of the parameters; {kept} stay in 16 bits"
+    )
+    if model.untied:
+        notes.append("the adapter makes head and embedding differ: tie_word_embeddings is false and lm_head is written")
+    return tuple(notes)
+
+
+def planned_parts(plan: GptqPlan) -> dict[str, dict[str, TensorPlan]]:
+    """The four stored tensors of each packed matrix, by the merged tensor's name and then by part."""
+    parts: dict[str, dict[str, TensorPlan]] = {}
+    for tensor in plan.tensors:
+        if tensor.source in plan.schemes:
+            parts.setdefault(tensor.source, {})[tensor.name.rpartition(".")[2]] = tensor
+    return parts
