@@ -11,7 +11,7 @@ from typing import Any
 
 from exporter.adapter import Adapter
 from exporter.backends.base import Finding, OutputPlan
-from exporter.calibration import Windows
+from exporter.calibration import CalibrationWindows, Windows
 from exporter.checkpoint import INDEX_NAME
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.sources import Source
@@ -123,21 +123,43 @@ def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
     """The recipe with every default resolved; folders by name only."""
     recipe = plan.recipe
     options = next(output.options for output in recipe.outputs if output.out == folder.out)
-    calibration = recipe.evaluation.calibration
     return {
         "base": plan.base.hub_id or plan.base.name,
         "adapters": [source.hub_id or source.name for source in plan.adapters],
         "format": folder.backend.name,
         "quant": [artifact.quant for artifact in folder.artifacts],
-        "options": options,
+        "options": {key: _without_folder(value) for key, value in options.items()},
         "verify": recipe.verify,
+        "calibration": {
+            "text": recipe.calibration.name,
+            "tokens": recipe.calibration.tokens,
+            "window": recipe.calibration.window,
+            "seed": recipe.calibration.seed,
+        },
         "evaluation": {
-            "calibration": calibration.name if calibration else None,
             "tokens": recipe.evaluation.tokens,
             "n_ctx": recipe.evaluation.n_ctx,
             "gate": recipe.evaluation.gate,
         },
     }
+
+
+def _calibration(windows: CalibrationWindows | None) -> dict[str, Any] | None:
+    if windows is None:
+        return None
+    return {
+        "source": windows.source,
+        "windows": len(windows.ids),
+        "window": windows.window,
+        "tokens": windows.tokens,
+        "seed": windows.seed,
+        "sha256": windows.sha256,
+    }
+
+
+def _without_folder(value: Any) -> Any:
+    """A value of an option; of a path the name alone."""
+    return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
 
 
 def _evaluation(windows: Windows | None) -> dict[str, Any] | None:

@@ -266,7 +266,7 @@ class Backend(Protocol):
     def default_quant(self, model: MergedModel) -> str:
         """The type used when none is asked for."""
 
-    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
         """Describe the artifact, or refuse.
 
         Args:

@@ -44,7 +44,7 @@ class SafetensorsBackend:
         dtype = sizes.most_common(1)[0][0]
         return next(name for name, stored in DTYPES.items() if stored == dtype)
 
-    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
         """See `Backend`. Option `max_shard_size`: bytes, or a number with a unit such as `5GB`.
 
         Raises:

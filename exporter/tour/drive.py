@@ -1,4 +1,4 @@
-"""The tour of an export: one read of the base, and whoever needs its tensors, statistics or hidden states rides along."""
+"""The tour of an export: the base is read once, and all who need tensors, statistics or hidden states ride along."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
             progress=Progress(read=reporter.read, reached=hasher.reach),
         )
         stack.callback(stream.close)
-        reference, findings = None, {}
+        reference: Reference | None = None
+        findings: Mapping[str, Sequence[Finding]] = {}
         if plan.walks:
             walk = _walk(plan, stream, passengers, stagings, device, reporter)
             walked = walk.run()

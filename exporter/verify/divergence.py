@@ -15,7 +15,7 @@ class Divergence:
         reference: the trained model; its logits are computed again for each window, a few positions at a time.
 
     Attributes:
-        values: KL(reference ‖ artifact) = Σ p (ln p − ln q) over the vocabulary, in nats, float64, shape
+        values: KL(reference ‖ artifact) = sum p (ln p - ln q) over the vocabulary, in nats, float64, shape
             (windows, scored); NaN where no logits came.
     """
 

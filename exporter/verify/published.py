@@ -15,7 +15,7 @@ from exporter.calibration import Windows, make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
-from exporter.recipe import Evaluation, Execution
+from exporter.recipe import Calibration, Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
 from exporter.sources import resolve_adapter, resolve_base
@@ -62,12 +62,13 @@ def verify_published(
     folder: Path,
     base: str,
     adapters: tuple[str, ...],
+    calibration: Calibration,
     evaluation: Evaluation,
     runtime: str | None,
     device: str,
     reporter: Reporter,
 ) -> PublishedResult:
-    """Check hashes, then score every artifact against base and adapters.
+    """Check hashes, then score every artifact against base and adapters, on evaluation windows of `calibration`'s text.
 
     Raises:
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
@@ -79,7 +80,7 @@ def verify_published(
     checkpoint = Checkpoint.open(resolve_base(base).folder)
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
     model = plan_merge(checkpoint, opened, manifest.name)
-    windows = make_windows(evaluation, model.tokenizer)
+    windows = make_windows(calibration, evaluation, model.tokenizer)
     reference = _reference(model, windows, device, reporter)
     verdicts, sizes = {}, {}
     for artifact in manifest.artifacts:

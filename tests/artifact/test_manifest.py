@@ -23,7 +23,8 @@ from tests.folders import copy, edit_json, unpack
 from tests.merged import tensor_types
 
 ROOT = Path(__file__).resolve().parents[2]
-EVALUATION: dict[str, Any] = {"calibration": Path(__file__), "tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
+TEXT = {"text": Path(__file__)}
+EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def folders(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
     """Published folders: each format verified, unverified, and rejected."""
     parent = tmp_path_factory.mktemp("folders")
     base, one, two = inputs
-    verified: dict[str, Any] = {"verify": True, "evaluation": EVALUATION, "name": "model"}
+    verified: dict[str, Any] = {"verify": True, "calibration": TEXT, "evaluation": EVALUATION, "name": "model"}
     export_to(parent / "gguf", base, one, two, format="gguf", quant=("Q4_K_M", "F16"), **verified)
     export_to(parent / "hf", base, one, two, quant=("fp32",), **verified)
     export_to(parent / "gguf-unverified", base, format="gguf", quant=("Q8_0",))
@@ -247,11 +248,12 @@ def test_the_recipe_has_every_default_resolved(folders: dict[str, Path]) -> None
         "quant": ["bf16"],
         "options": {"max_shard_size": "100KB"},
         "verify": False,
-        "evaluation": {"calibration": None, "tokens": 4096, "n_ctx": 512, "gate": {}},
+        "calibration": {"text": None, "tokens": 16384, "window": 1024, "seed": 0},
+        "evaluation": {"tokens": 4096, "n_ctx": 512, "gate": {}},
     }
-    assert read(folders["gguf"])["recipe"]["evaluation"] == {
-        "calibration": "test_manifest.py", "tokens": 128, "n_ctx": 64, "gate": {"*": 100.0},
-    }  # fmt: skip
+    found = read(folders["gguf"])["recipe"]
+    assert found["calibration"]["text"] == "test_manifest.py"
+    assert found["evaluation"] == {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
 
 
 def test_tensors_are_those_of_the_files(folders: dict[str, Path]) -> None:

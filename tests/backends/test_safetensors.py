@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from exporter.backends.safetensors import parse_size
+from exporter.backends.folder import parse_size
 from exporter.checkpoint import INDEX_NAME, Checkpoint
 from exporter.errors import OutputExistsError, RecipeError, UnknownQuantizationError
 from tests.exports import export_to, refused

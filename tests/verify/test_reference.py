@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from exporter.errors import ExporterError, RuntimeScoreError
-from exporter.estimate import layer_bytes, reference_memory
+from exporter.calibration import TokenSets
+from exporter.estimate import layer_bytes, tour_memory
+from exporter.model import MergedModel
 from exporter.verify.reference import score_reference
 from tests.folders import copy, edit_json
 from tests.merged import drop_tensor, load_peft, merged_model, peft_log_probabilities, random_windows
@@ -110,8 +112,12 @@ def test_memory_is_one_layer_and_not_the_model(make_base: Callable[..., Path]) -
     assert len(layer_bytes(many)) == 8
     decoder = load_peft(make_base("qwen2", layers=2)).model.layers[0]
     assert layer_bytes(few)[0] == sum(4 * parameter.numel() for parameter in decoder.parameters())
-    assert reference_memory(few, 64, 32) == reference_memory(many, 64, 32)
-    assert reference_memory(few, 64, 32) < reference_memory(few, 6400, 32)
+
+    def memory(model: MergedModel, windows: int) -> int:
+        return tour_memory(model, (), TokenSets(random_windows(windows, 32, 384), None), "float32")
+
+    assert memory(few, 2) == memory(many, 2)
+    assert memory(few, 2) < memory(few, 200)
 
 
 def test_logits_are_those_of_the_whole_model(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:

@@ -54,7 +54,7 @@ class GgufBackend:
         del model
         return "Q4_K_M"
 
-    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
         """See `Backend`.
 
         The option `imatrix` is `auto` (measured on the tour), `none`, or the path of a file that llama-imatrix wrote.

@@ -55,7 +55,7 @@ class GptqBackend:
         del model
         return quant_name(4, 128)
 
-    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool) -> OutputPlan:
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
         """See `Backend`; the options are those of `GptqOptions`.
 
         Raises:

@@ -15,7 +15,7 @@ from exporter.backends.gptq.grid import Grid
 from exporter.backends.gptq.hessian import Moments
 from exporter.backends.gptq.options import Scheme
 from exporter.backends.gptq.packing import CheckpointFormat, pack
-from exporter.backends.gptq.solver import Factor, Quantized, dequantize, factorize, round_to_nearest, solve
+from exporter.backends.gptq.solver import Factor, Ordering, Quantized, dequantize, factorize, round_to_nearest, solve
 
 # Inputs below which a matrix is rounded. Fewer than the columns of a group say nothing about how its errors add up;
 # only an expert that the router hardly chose sees so few.
@@ -75,7 +75,7 @@ class GptqWriter(OffsetWriter):
 
 
 def _factor(moments: Moments, scheme: Scheme) -> Factor:
-    ordering = "desc_act" if scheme.desc_act else "groups"
+    ordering: Ordering = "desc_act" if scheme.desc_act else "groups"
     return factorize(moments.matrix(), scheme.group_size, ordering, scheme.damp)
 
 
