@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from exporter.errors import ExporterError, RefusalError
     from exporter.pipeline import ExportResult, export
     from exporter.plan import ExportPlan, make_plan
-    from exporter.recipe import Evaluation, Execution, Output, Recipe
+    from exporter.recipe import Calibration, Evaluation, Execution, Output, Recipe
 
 __all__ = [
+    "Calibration",
     "Evaluation",
     "Execution",
     "ExportPlan",
@@ -34,8 +35,8 @@ __all__ = [
 
 _HOMES = {
     "export": "pipeline", "ExportResult": "pipeline", "make_plan": "plan", "ExportPlan": "plan", "Recipe": "recipe",
-    "Output": "recipe", "Evaluation": "recipe", "Execution": "recipe", "ExporterError": "errors",
-    "RefusalError": "errors",
+    "Output": "recipe", "Calibration": "recipe", "Evaluation": "recipe", "Execution": "recipe",
+    "ExporterError": "errors", "RefusalError": "errors",
 }  # fmt: skip
 
 

@@ -1,16 +1,15 @@
-"""Evaluation text → token windows. The same ids go to every runtime."""
+"""Text → evaluation and calibration windows, apart from each other. The same ids go to every runtime."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from exporter.errors import MissingFileError, RecipeError, TokenizerError
-from exporter.recipe import Evaluation
+from exporter.errors import RecipeError, TokenizerError
+from exporter.recipe import Calibration, Evaluation
+from exporter.texts import read_text
 from exporter.tokenizer import TokenizerFiles
 
 EMBEDDED = "embedded"
@@ -27,7 +26,7 @@ class Windows:
     Attributes:
         ids: the windows, each a tuple of n_ctx token ids.
         n_ctx: tokens in a window.
-        source: file name of the text, or `embedded`.
+        source: file name of the text, the dataset's id, or `embedded`.
         sha256: hash of the ids as little-endian 32-bit integers.
     """
 
@@ -52,113 +51,133 @@ class Windows:
         return len(self.ids) * self.scored
 
 
-def make_windows(evaluation: Evaluation, tokenizer: TokenizerFiles) -> Windows:
-    """Read, tokenize and cut the evaluation text.
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """Token windows that activation statistics are taken from; none of their tokens is scored.
+
+    Attributes:
+        ids: the windows, each a tuple of `window` token ids, in the order of the text.
+        window: tokens in a window.
+        source: as of `Windows`.
+        seed: what decided which windows were taken.
+        sha256: hash of the ids as little-endian 32-bit integers.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    window: int
+    source: str
+    seed: int
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return len(self.ids) * self.window
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """Both token sets of a run, each None where nothing needs it."""
+
+    evaluation: Windows | None
+    calibration: CalibrationWindows | None
+
+
+def make_token_sets(
+    recipe_calibration: Calibration,
+    evaluation: Evaluation,
+    tokenizer: TokenizerFiles,
+    *,
+    evaluate: bool,
+    calibrate: bool,
+) -> TokenSets:
+    """Read and tokenize the text once, and cut it.
 
     Raises:
-        MissingFileError, RecipeError: the text cannot be read, or is shorter than one window.
+        MissingFileError, RecipeError: the text cannot be read, or is too short.
         TokenizerError: the tokenizer cannot be loaded.
     """
-    text = read_text(evaluation.calibration, tokenizer)
-    ids = tokenize(text, tokenizer)
-    wanted = max(1, evaluation.tokens // evaluation.n_ctx)
-    count = min(wanted, len(ids) // evaluation.n_ctx)
-    source = evaluation.calibration.name if evaluation.calibration else EMBEDDED
-    if count == 0:
+    if not evaluate and not calibrate:
+        return TokenSets(None, None)
+    needed = evaluation_tokens(evaluation) + (calibration_tokens(recipe_calibration) if calibrate else 0)
+    ids = tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
+    return cut_token_sets(ids, recipe_calibration, evaluation, evaluate=evaluate, calibrate=calibrate)
+
+
+def make_windows(recipe_calibration: Calibration, evaluation: Evaluation, tokenizer: TokenizerFiles) -> Windows:
+    """The evaluation windows alone: those that `make_token_sets` gives.
+
+    Raises:
+        MissingFileError, RecipeError, TokenizerError: likewise.
+    """
+    ids = tokenize(read_text(recipe_calibration, tokenizer, evaluation_tokens(evaluation)), tokenizer)
+    return _evaluation_windows(ids, evaluation, recipe_calibration.name or EMBEDDED)
+
+
+def cut_token_sets(
+    ids: Sequence[int], recipe_calibration: Calibration, evaluation: Evaluation, *, evaluate: bool, calibrate: bool
+) -> TokenSets:
+    """Cut a text's tokens: evaluation windows from its beginning, calibration windows from what follows.
+
+    Calibration windows begin where the evaluation windows end even if those are not wanted, so that an artifact is the
+    same with and without verification. Evaluation windows alone may be fewer than asked for, where the text is short.
+
+    Raises:
+        RecipeError: there are too few tokens.
+    """
+    source = recipe_calibration.name or EMBEDDED
+    calibration = _calibration_windows(ids, recipe_calibration, evaluation, source) if calibrate else None
+    return TokenSets(_evaluation_windows(ids, evaluation, source) if evaluate else None, calibration)
+
+
+def evaluation_tokens(evaluation: Evaluation) -> int:
+    """Tokens of the evaluation windows: whole windows, at least one."""
+    return max(1, evaluation.tokens // evaluation.n_ctx) * evaluation.n_ctx
+
+
+def calibration_tokens(recipe_calibration: Calibration) -> int:
+    """Tokens of the calibration windows: whole windows, at least one."""
+    return max(1, recipe_calibration.tokens // recipe_calibration.window) * recipe_calibration.window
+
+
+def _evaluation_windows(ids: Sequence[int], evaluation: Evaluation, source: str) -> Windows:
+    windows = _cut(ids[: evaluation_tokens(evaluation)], evaluation.n_ctx)
+    if not windows:
         raise RecipeError(
             f"evaluation text {source}",
             found=f"{len(ids)} tokens",
             expected=f"at least {evaluation.n_ctx}, one window",
             remedy="Give a longer text with --calibration.",
         )
-    windows = tuple(
-        tuple(ids[start : start + evaluation.n_ctx]) for start in range(0, count * evaluation.n_ctx, evaluation.n_ctx)
-    )
+    return Windows(windows, evaluation.n_ctx, source, _sha256(windows))
+
+
+def _calibration_windows(
+    ids: Sequence[int], recipe_calibration: Calibration, evaluation: Evaluation, source: str
+) -> CalibrationWindows:
+    scored, wanted = evaluation_tokens(evaluation), calibration_tokens(recipe_calibration)
+    if len(ids) < scored + wanted:
+        raise RecipeError(
+            f"calibration text {source}",
+            found=f"{len(ids)} tokens",
+            expected=f"at least {scored + wanted}: {scored} for evaluation and, after those, {wanted} for calibration",
+            remedy="Give a longer text with --calibration, or a smaller number with --calibration-tokens.",
+        )
+    windows = _cut(ids[scored:], recipe_calibration.window)
+    count = wanted // recipe_calibration.window
+    chosen = sorted(random.Random(recipe_calibration.seed).sample(range(len(windows)), count))
+    taken = tuple(windows[index] for index in chosen)
+    return CalibrationWindows(taken, recipe_calibration.window, source, recipe_calibration.seed, _sha256(taken))
+
+
+def _cut(ids: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Windows that follow each other; the remainder is dropped."""
+    return tuple(tuple(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size))
+
+
+def _sha256(windows: Sequence[Sequence[int]]) -> str:
     packed = b"".join(token.to_bytes(4, "little") for window in windows for token in window)
-    return Windows(windows, evaluation.n_ctx, source, hashlib.sha256(packed).hexdigest())
-
-
-def read_text(file: Path | None, tokenizer: TokenizerFiles) -> str:
-    """The whole evaluation text.
-
-    Args:
-        file: a text file; or JSON lines of `{"text": …}` or `{"messages": […]}`, the latter rendered by the chat
-            template; None for the embedded text.
-        tokenizer: gives the chat template.
-
-    Raises:
-        MissingFileError, RecipeError: the file is missing or not as described.
-    """
-    if file is None:
-        return embedded_text()
-    if not file.is_file():
-        raise MissingFileError(
-            str(file), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
-        )
-    try:
-        # Not in text mode, which would turn \r\n into \n: every runtime and llama-perplexity gets the text as it is.
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(str(file), found=str(error), expected="UTF-8 text", remedy="Convert the file.") from None
-    if file.suffix not in (".jsonl", ".json"):
-        return text
-    return "\n".join(_records(file, text, tokenizer))
-
-
-def embedded_text() -> str:
-    """The text that every Python installation carries: the topics of its built-in help, in a fixed mixed order."""
-    from pydoc_data.topics import topics
-
-    # By hash of the name rather than alphabetically, so that a few windows already cover unlike topics.
-    order = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    # Topics repeat each other's paragraphs; a paragraph that was seen before is too easily predicted.
-    paragraphs = dict.fromkeys(part for name in order for part in topics[name].strip().split("\n\n"))
-    return "\n\n".join(paragraphs)
-
-
-def _records(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file.name}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise RecipeError(
-                where, found=str(error), expected="one JSON object a line", remedy="Correct it."
-            ) from None
-        if isinstance(record, dict) and isinstance(record.get("text"), str):
-            yield record["text"]
-        elif isinstance(record, dict) and isinstance(record.get("messages"), list):
-            yield _render(record, tokenizer, where)
-        else:
-            raise RecipeError(
-                where, found=line[:80], expected='{"text": "…"} or {"messages": […]}', remedy="Correct the line."
-            )
-
-
-def _render(record: Mapping[str, Any], tokenizer: TokenizerFiles, where: str) -> str:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = tokenizer.chat_template
-    if template is None:
-        raise RecipeError(
-            where, found="a conversation", expected="a model with a chat template", remedy="Give plain text."
-        )
-    try:
-        rendered, _ = render_jinja_template(
-            conversations=[record["messages"]],
-            tools=record.get("tools"),
-            chat_template=template,
-            **tokenizer.special_tokens,
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise RecipeError(
-            where, found=f"a conversation that the template refuses ({error})", expected="one that it renders",
-            remedy="Correct the line.",
-        ) from None  # fmt: skip
-    return str(rendered[0])
+    return hashlib.sha256(packed).hexdigest()
 
 
 def tokenize(text: str, tokenizer: TokenizerFiles) -> list[int]:

@@ -35,9 +35,20 @@ Format = Annotated[str | None, typer.Option("--format", help="The backend: see `
 Quants = Annotated[list[str] | None, typer.Option("--quant", help="Quantization type; may be repeated.")]
 Out = Annotated[Path | None, typer.Option(help="The folder to create.")]
 Name = Annotated[str | None, typer.Option(help="Name of the merged model, for files and metadata.")]
-Calibration = Annotated[Path | None, typer.Option(help="Evaluation text: .txt or .jsonl. Default: the embedded text.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Text to calibrate on and to score: .txt, .jsonl, or a dataset of the hub as "
+        "OWNER/NAME[@REVISION][:SPLIT][#COLUMN]. Default: the embedded text.",
+    ),
+]
+CalibrationTokens = Annotated[int | None, typer.Option(help="Calibration tokens.", show_default="16384")]
+Window = Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="1024")]
+Seed = Annotated[int | None, typer.Option(help="Decides which calibration windows are taken.", show_default="0")]
 EvalTokens = Annotated[int | None, typer.Option(help="Evaluation tokens.", show_default="4096")]
-Window = Annotated[
+EvalWindow = Annotated[
     int | None,
     typer.Option(help="Tokens in an evaluation window, as llama-perplexity's --ctx-size.", show_default="512"),
 ]
@@ -76,9 +87,12 @@ def export_command(
     quant: Quants = None,
     out: Out = None,
     name: Name = None,
-    calibration: Calibration = None,
-    eval_tokens: EvalTokens = None,
+    calibration: Text = None,
+    calibration_tokens: CalibrationTokens = None,
     window: Window = None,
+    seed: Seed = None,
+    eval_tokens: EvalTokens = None,
+    eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
     force: Force = False,
@@ -121,9 +135,12 @@ def plan_command(
     quant: Quants = None,
     out: Out = None,
     name: Name = None,
-    calibration: Calibration = None,
-    eval_tokens: EvalTokens = None,
+    calibration: Text = None,
+    calibration_tokens: CalibrationTokens = None,
     window: Window = None,
+    seed: Seed = None,
+    eval_tokens: EvalTokens = None,
+    eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
     force: Force = False,
@@ -159,9 +176,9 @@ def verify_command(
     runtime: Annotated[
         str | None, typer.Option(help="llamacpp, transformers or vllm. Default: the format's own.")
     ] = None,
-    calibration: Calibration = None,
+    calibration: Text = None,
     eval_tokens: EvalTokens = None,
-    window: Window = None,
+    eval_window: EvalWindow = None,
     gate: Gates = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -174,11 +191,12 @@ def verify_command(
 
     def run() -> int:
         from exporter.merge import resolve_device
+        from exporter.recipe import Calibration
         from exporter.verify.published import verify_published
 
-        evaluation = _evaluation(calibration, eval_tokens, window, gate)
+        text, evaluation = Calibration(text=calibration), _evaluation(eval_tokens, eval_window, gate)
         resolve_device(_execution(device, None).device)
-        result = verify_published(artifact, base, tuple(adapter or ()), evaluation, runtime, device, screen)
+        result = verify_published(artifact, base, tuple(adapter or ()), text, evaluation, runtime, device, screen)
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
         result.show(console)
@@ -222,8 +240,8 @@ def formats_command(as_json: AsJson = False) -> None:
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments that make a recipe, out of a command's locals."""
     names = (
-        "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "eval_tokens", "window",
-        "gate", "no_verify", "force", "max_shard_size", "option",
+        "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
+        "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "force", "max_shard_size", "option",
     )  # fmt: skip
     return {name: values[name] for name in names}
 
@@ -236,9 +254,12 @@ def _recipe(
     quant: list[str] | None,
     out: Path | None,
     name: str | None,
-    calibration: Path | None,
-    eval_tokens: int | None,
+    calibration: str | None,
+    calibration_tokens: int | None,
     window: int | None,
+    seed: int | None,
+    eval_tokens: int | None,
+    eval_window: int | None,
     gate: list[str] | None,
     no_verify: bool,
     force: bool,
@@ -254,20 +275,10 @@ def _recipe(
 
     if recipe_file is not None:
         given = (
-            base,
-            adapter,
-            format_,
-            quant,
-            out,
-            name,
-            calibration,
-            eval_tokens,
-            window,
-            gate,
-            max_shard_size,
-            option,
-        )
-        if any(given):
+            base, adapter, format_, quant, out, name, calibration, calibration_tokens, window, seed, eval_tokens,
+            eval_window, gate, max_shard_size, option,
+        )  # fmt: skip
+        if any(value is not None and value != [] for value in given):
             raise RecipeError(
                 str(recipe_file),
                 found="a recipe and options beside it",
@@ -290,27 +301,24 @@ def _recipe(
             "name": name,
             "verify": not no_verify,
             "force": force,
-            "evaluation": _evaluation_values(calibration, eval_tokens, window, gate),
+            "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
+            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])),
         }
     )
 
 
-def _evaluation_values(
-    calibration: Path | None, eval_tokens: int | None, window: int | None, gate: list[str] | None
-) -> dict[str, Any]:
-    values = {"calibration": calibration, "tokens": eval_tokens, "n_ctx": window, "gate": _gates(gate or [])}
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that were given; the recipe knows the defaults of the others."""
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _evaluation(
-    calibration: Path | None, eval_tokens: int | None, window: int | None, gate: list[str] | None
-) -> Evaluation:
+def _evaluation(eval_tokens: int | None, eval_window: int | None, gate: list[str] | None) -> Evaluation:
     from pydantic import ValidationError
 
     from exporter.recipe import Evaluation
 
     try:
-        return Evaluation.model_validate(_evaluation_values(calibration, eval_tokens, window, gate))
+        return Evaluation.model_validate(_given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])))
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(

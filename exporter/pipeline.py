@@ -14,7 +14,7 @@ from typing import Any
 from exporter.artifact.manifest import MANIFEST_NAME, build_manifest, dump, input_files
 from exporter.artifact.staging import Staging, copy_durably, write_durably
 from exporter.backends.base import HashingWriter
-from exporter.calibration import make_windows
+from exporter.calibration import make_token_sets
 from exporter.errors import RefusalError
 from exporter.hashing import InputHasher, hash_all
 from exporter.plan import ExportPlan, FolderPlan, make_plan
@@ -76,7 +76,10 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
     execution, reporter = execution or Execution(), reporter or Reporter()
     plan = make_plan(recipe, execution)
     reporter.planned(plan)
-    windows = make_windows(recipe.evaluation, plan.model.tokenizer) if recipe.verify else None
+    tokens = make_token_sets(
+        recipe.calibration, recipe.evaluation, plan.model.tokenizer, evaluate=recipe.verify, calibrate=False
+    )
+    windows = tokens.evaluation
     with ExitStack() as stack:
         stagings: list[Staging] = []
         try:
@@ -103,7 +106,7 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
         verdicts = verify_artifacts(plan, staged, windows, device, reporter) if windows else [{} for _ in staged]
         results = []
         for folder, staging, files, verdict in zip(plan.folders, stagings, outputs, verdicts, strict=True):
-            manifest = build_manifest(plan, folder, inputs, files, windows, verdict, device.partition(":")[0])
+            manifest = build_manifest(plan, folder, inputs, files, tokens, verdict, device.partition(":")[0])
             write_durably(staging.files / MANIFEST_NAME, dump(manifest))
             published = all(verification.passed for verification in verdict.values())
             path = staging.publish() if published else staging.reject()

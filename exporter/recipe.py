@@ -22,6 +22,19 @@ def _as_tuple(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
+# OWNER/NAME[@REVISION][:SPLIT][#COLUMN]; what ends like a text file is never one.
+_DATASET = re.compile(
+    r"(?!.*\.(?:txt|jsonl|json)$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?(?::[\w.-]+)?(?:#\w+)?"
+)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
@@ -50,17 +63,48 @@ class Output(_Frozen):
         return value
 
 
+class Calibration(_Frozen):
+    """The text that both token sets come from, and the calibration tokens.
+
+    Attributes:
+        text: a .txt or .jsonl file; or a dataset of the hub, as `OWNER/NAME[@REVISION][:SPLIT][#COLUMN]`; None for the
+            embedded text.
+        tokens: calibration tokens; whole windows of `window` are used, at least one.
+        window: tokens in a calibration window.
+        seed: decides which windows of the text are taken.
+    """
+
+    text: Path | str | None = None
+    tokens: int = Field(default=16384, ge=64)
+    window: int = Field(default=1024, ge=16, le=32768)
+    seed: int = 0
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset's id, if `text` is one: it looks like one, and no such file exists."""
+        text = self.text
+        return text if isinstance(text, str) and _DATASET.fullmatch(text) and not _is_file(Path(text)) else None
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the text, if it is not a dataset and not embedded."""
+        return None if self.text is None or self.dataset else Path(self.text)
+
+    @property
+    def name(self) -> str | None:
+        """The dataset's id, or the file's name without any folder."""
+        return self.dataset or (self.file.name if self.file else None)
+
+
 class Evaluation(_Frozen):
     """What verification scores.
 
     Attributes:
-        calibration: a .txt or .jsonl file, or None for the embedded text.
         tokens: evaluation tokens; whole windows of `n_ctx` are used, at least one.
         n_ctx: window in tokens, as llama-perplexity's `--ctx-size`.
         gate: largest relative change of perplexity by quantization type, in place of the built-in limits.
     """
 
-    calibration: Path | None = None
     tokens: int = Field(default=4096, ge=64)
     n_ctx: int = Field(default=512, ge=16, le=32768)
     gate: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
@@ -75,6 +119,7 @@ class Recipe(_Frozen):
         outputs: at least one.
         name: name of the merged model; by default made from the names of base and adapters.
         verify: whether to score the outputs and let the gate decide.
+        calibration: the text, and what is calibrated on.
         evaluation: what is scored.
         force: replace output folders that exist.
     """
@@ -84,6 +129,7 @@ class Recipe(_Frozen):
     outputs: tuple[Output, ...] = Field(min_length=1)
     name: str | None = None
     verify: bool = True
+    calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     force: bool = False
 
@@ -150,10 +196,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make paths relative to the recipe's folder; a base or adapter that is not a folder there stays a hub id."""
+    """Make paths relative to the recipe's folder; what is not there stays a hub id."""
 
     def source(value: Any) -> Any:
         return str(folder / value) if isinstance(value, str) and (folder / value).is_dir() else value
+
+    def text(value: str) -> str:
+        looks_like_a_file = _is_file(folder / value) or Path(value).suffix in TEXT_SUFFIXES
+        return str(folder / value) if looks_like_a_file else value
 
     anchored = dict(values)
     anchored["base"] = source(values.get("base"))
@@ -166,9 +216,9 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             else entry
             for entry in values["outputs"]
         ]
-    evaluation = values.get("evaluation")
-    if isinstance(evaluation, dict) and isinstance(evaluation.get("calibration"), str):
-        anchored["evaluation"] = evaluation | {"calibration": str(folder / evaluation["calibration"])}
+    calibration = values.get("calibration")
+    if isinstance(calibration, dict) and isinstance(calibration.get("text"), str):
+        anchored["calibration"] = calibration | {"text": text(calibration["text"])}
     return anchored
 
 

@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace, outputs: list[dict[str, Any]], text: Path
         "adapters": [str(adapter.absolute()) for adapter in arguments.adapter],
         "outputs": outputs,
         "force": True,
-        "evaluation": {"calibration": str(text.absolute()), "tokens": arguments.tokens, "gate": {"*": 1e9}},
+        "calibration": {"text": str(text.absolute())},
+        "evaluation": {"tokens": arguments.tokens, "gate": {"*": 1e9}},
     }
     file = arguments.work / "quality.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -120,7 +120,16 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "no threads": (["export", "--base", "b", "--format", "gguf", "--out", "o", "--threads", "0"], "threads"),
     "tokens that are none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--eval-tokens", "x"], "tokens"),
     "too few tokens": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--eval-tokens", "3"], "tokens"),
-    "window too small": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--window", "3"], "n_ctx"),
+    "window too small": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--eval-window", "3"], "n_ctx"),
+    "calibration window too small": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--window", "3"],
+        "calibration.window",
+    ),
+    "too few calibration tokens": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--calibration-tokens", "63"],
+        "calibration.tokens",
+    ),
+    "seed that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--seed", "x"], "--seed"),
     "limit that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0=big"], "--gate"),
     "limit that is NaN": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "nan"], "--gate"),
     "limit below zero": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "-1"], "--gate"),
@@ -134,11 +143,16 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "recipe and options": (["export", "recipe.yaml", "--base", "b"], "recipe.yaml"),
     "recipe and tokens": (["export", "recipe.yaml", "--eval-tokens", "512"], "recipe.yaml"),
     "recipe and window": (["plan", "recipe.yaml", "--window", "64"], "recipe.yaml"),
+    "recipe and evaluation window": (["plan", "recipe.yaml", "--eval-window", "64"], "recipe.yaml"),
+    "recipe and text": (["plan", "recipe.yaml", "--calibration", "text.txt"], "recipe.yaml"),
+    "recipe and calibration tokens": (["export", "recipe.yaml", "--calibration-tokens", "512"], "recipe.yaml"),
+    "recipe and a seed of zero": (["export", "recipe.yaml", "--seed", "0"], "recipe.yaml"),
     "recipe that is none": (["plan", "text.yaml"], "text.yaml"),
     "nothing to verify": (["verify", "nothing", "--base", "b"], "nothing"),
     "folder without a manifest": (["verify", ".", "--base", "b"], "export.json"),
     "verify with too few tokens": (["verify", ".", "--base", "b", "--eval-tokens", "3"], "tokens"),
-    "verify with a small window": (["verify", ".", "--base", "b", "--window", "3"], "n_ctx"),
+    "verify with a small window": (["verify", ".", "--base", "b", "--eval-window", "3"], "n_ctx"),
+    "verify with calibration tokens": (["verify", ".", "--base", "b", "--calibration-tokens", "64"], "tokens"),
     "verify without a base": (["verify", "."], "--base"),
 }
 
@@ -190,14 +204,14 @@ def test_folder_whose_name_looks_like_markup(workplace: Path, make_base: Make) -
 )
 def test_verify_with_what_is_not_there(workplace: Path, inputs: Arguments, option: tuple[str, str]) -> None:
     assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
-    result = invoke("verify", "out", *inputs, "--eval-tokens", "64", "--window", "64", *option)
+    result = invoke("verify", "out", *inputs, "--eval-tokens", "64", "--eval-window", "64", *option)
     assert result.exit_code == 2, result.output
     assert option[1] in result.stderr
 
 
 def test_verify_notices_a_changed_file(workplace: Path, inputs: Arguments) -> None:
     assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
-    scored = ("--eval-tokens", "64", "--window", "64", "--gate", "1")
+    scored = ("--eval-tokens", "64", "--eval-window", "64", "--gate", "1")
     assert invoke("verify", "out", *inputs, *scored).exit_code == 0
     file = workplace / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -296,7 +310,7 @@ def test_path_on_stdout_and_the_rest_on_stderr(workplace: Path, inputs: Argument
 
 
 def test_verdict_on_stderr(workplace: Path, inputs: Arguments) -> None:
-    scored = ("--eval-tokens", "128", "--window", "64", "--gate", "0.5")
+    scored = ("--eval-tokens", "128", "--eval-window", "64", "--gate", "0.5")
     result = invoke("export", *inputs, "--format", "safetensors", "--out", "out", *scored)
     assert result.exit_code == 0
     for part in ("perplexity", "safetensors bf16", "passed", "published"):

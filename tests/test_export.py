@@ -70,7 +70,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(
 ) -> None:
     base = make_base()
     arguments = ["export", "--base", str(base), "--adapter", str(make_adapter(base)), "--format", "gguf"]
-    arguments += ["--quant", "Q4_0", "--out", str(tmp_path / "out"), "--window", "128", "--eval-tokens", "256"]
+    arguments += ["--quant", "Q4_0", "--out", str(tmp_path / "out"), "--eval-window", "128", "--eval-tokens", "256"]
     outcome = CliRunner().invoke(app, [*arguments, "--gate", "0"])
     assert outcome.exit_code == 3
     assert not (tmp_path / "out").exists()

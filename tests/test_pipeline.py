@@ -153,7 +153,7 @@ def test_failed_gate(base: Path, adapter: Path, tmp_path: Path) -> None:
     rejected.mkdir()
     (rejected / "of an earlier run").write_text("x")
     arguments = ("--base", base, "--adapter", adapter, "--format", "safetensors", "--out", out, "--json")
-    result = invoke("export", *arguments, "--gate", "0", "--eval-tokens", "128", "--window", "64")
+    result = invoke("export", *arguments, "--gate", "0", "--eval-tokens", "128", "--eval-window", "64")
     assert result.exit_code == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected"}
     manifest = json.loads((rejected / "export.json").read_text())

@@ -103,9 +103,9 @@ def test_calibration_inside_an_output_that_is_replaced(base: Path, tmp_path: Pat
     out = tmp_path / "out"
     out.mkdir()
     (out / "text.txt").write_text("Evaluation text. " * 400)
-    evaluation = {"calibration": out / "text.txt", "n_ctx": 64, "tokens": 64}
+    values = {"calibration": {"text": out / "text.txt"}, "evaluation": {"n_ctx": 64, "tokens": 64}}
     with pytest.raises(OverlappingPathsError):
-        make_plan(recipe(base, [], out, force=True, verify=True, evaluation=evaluation), Execution())
+        make_plan(recipe(base, [], out, force=True, verify=True, **values), Execution())
 
 
 def test_rejected_folder_that_is_an_input(base: Path, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_limit_of_a_type_that_is_not_made(base: Path, tmp_path: Path, key: str) 
 
 
 def test_calibration_that_is_missing(base: Path, tmp_path: Path) -> None:
-    evaluation = {"calibration": tmp_path / "nothing.txt"}
-    assert "nothing.txt" in refused(MissingFileError, tmp_path / "out", base, verify=True, evaluation=evaluation).thing
+    text = {"text": tmp_path / "nothing.txt"}
+    assert "nothing.txt" in refused(MissingFileError, tmp_path / "out", base, verify=True, calibration=text).thing
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])

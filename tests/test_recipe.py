@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from exporter.errors import MissingFileError, RecipeError, RefusalError
-from exporter.recipe import Evaluation, Execution, Output, Recipe
+from exporter.recipe import Calibration, Evaluation, Execution, Output, Recipe
 
 OUTPUT = {"format": "gguf", "out": "served"}
 MINIMAL: dict[str, Any] = {"base": "org/base", "outputs": [OUTPUT]}
@@ -25,7 +25,8 @@ def test_defaults_are_the_documented_ones() -> None:
     assert recipe.outputs[0].quant == ()
     assert recipe.verify
     assert not recipe.force
-    assert recipe.evaluation == Evaluation(calibration=None, tokens=4096, n_ctx=512, gate={})
+    assert recipe.evaluation == Evaluation(tokens=4096, n_ctx=512, gate={})
+    assert recipe.calibration == Calibration(text=None, tokens=16384, window=1024, seed=0)
 
 
 def test_one_name_stands_for_a_list_of_one() -> None:
@@ -67,7 +68,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "window too small": ({"evaluation": {"n_ctx": 15}}, "evaluation.n_ctx"),
     "window too large": ({"evaluation": {"n_ctx": 32769}}, "evaluation.n_ctx"),
     "window is text": ({"evaluation": {"n_ctx": "wide"}}, "evaluation.n_ctx"),
-    "calibration is a number": ({"evaluation": {"calibration": 3}}, "evaluation.calibration"),
+    "text of the evaluation": ({"evaluation": {"calibration": "text.txt"}}, "evaluation.calibration"),
+    "calibration is a file": ({"calibration": "text.txt"}, "calibration"),
+    "text is a number": ({"calibration": {"text": 3}}, "calibration.text"),
+    "too few calibration tokens": ({"calibration": {"tokens": 63}}, "calibration.tokens"),
+    "calibration window too small": ({"calibration": {"window": 15}}, "calibration.window"),
+    "calibration window too large": ({"calibration": {"window": 32769}}, "calibration.window"),
+    "seed is text": ({"calibration": {"seed": "x"}}, "calibration.seed"),
+    "unknown key of the calibration": ({"calibration": {"n_ctx": 64}}, "calibration.n_ctx"),
     "gate is a number": ({"evaluation": {"gate": 0.1}}, "evaluation.gate"),
     "limit is text": ({"evaluation": {"gate": {"Q8_0": "small"}}}, "evaluation.gate.Q8_0"),
     "limit is negative": ({"evaluation": {"gate": {"Q8_0": -0.1}}}, "evaluation.gate"),
@@ -127,7 +135,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     (folder / "recipe.yaml").write_text(
         "base: base\nadapters: [lora, org/hub-lora@v1]\n"
         f"outputs: [{{format: gguf, out: ../served}}, {{format: safetensors, out: {tmp_path}/absolute}}]\n"
-        "evaluation: {calibration: text.txt}\n"
+        "calibration: {text: text.txt}\n"
     )
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load(Path("recipes/recipe.yaml"))
@@ -135,8 +143,34 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(recipe.adapters[0]).resolve() == folder / "lora"
     assert recipe.adapters[1] == "org/hub-lora@v1"
     assert [output.out.resolve() for output in recipe.outputs] == [tmp_path / "served", tmp_path / "absolute"]
-    assert recipe.evaluation.calibration is not None
-    assert recipe.evaluation.calibration.resolve() == folder / "text.txt"
+    assert recipe.calibration.file is not None
+    assert recipe.calibration.file.resolve() == folder / "text.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "there", "kind"),
+    [
+        ("text.txt", False, "anchored"), ("sub/text.jsonl", False, "anchored"), ("org/name", True, "anchored"),
+        ("org/name", False, "dataset"), ("org/na-me.v1@refs/pr/1:test#body", False, "dataset"),
+        ("plain", False, "file"), ("plain", True, "anchored"), ("a/b/c", False, "file"), ("./a", False, "file"),
+        ("org/name.json", False, "anchored"), ("org/name:", False, "file"), ("a" * 300 + "/b", False, "dataset"),
+    ],
+)  # fmt: skip
+def test_a_text_is_a_file_or_a_dataset(tmp_path: Path, text: str, there: bool, kind: str) -> None:
+    folder = tmp_path / "recipes"
+    (folder / "org").mkdir(parents=True)
+    if there:
+        (folder / text).write_text("text")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(MINIMAL | {"calibration": {"text": text}}))
+    found = Recipe.load(folder / "recipe.yaml").calibration
+    assert found.text == (str(folder / text) if kind == "anchored" else text)
+    assert found.dataset == (text if kind == "dataset" else None)
+    assert found.file == (None if kind == "dataset" else folder / text if kind == "anchored" else Path(text))
+    assert found.name == (text if kind == "dataset" else Path(text).name)
+
+
+def test_a_path_is_never_a_dataset() -> None:
+    assert Calibration(text=Path("org/name")).dataset is None
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -145,7 +179,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(["base", "adapters", "outputs", "name", "verify", "evaluation", "force", "other"])
+KEYS = st.sampled_from(["base", "adapters", "outputs", "name", "verify", "calibration", "evaluation", "force", "other"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

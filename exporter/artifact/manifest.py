@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.adapter import Adapter
 from exporter.backends.base import OutputPlan
-from exporter.calibration import Windows
+from exporter.calibration import CalibrationWindows, TokenSets, Windows
 from exporter.checkpoint import INDEX_NAME
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.sources import Source
@@ -47,7 +47,7 @@ def build_manifest(
     folder: FolderPlan,
     inputs: Mapping[Path, str],
     outputs: Mapping[str, tuple[int, str]],
-    windows: Windows | None,
+    tokens: TokenSets,
     verdicts: Mapping[str, Verification],
     device: str,
 ) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def build_manifest(
         folder: the folder that the manifest describes.
         inputs: hash of every input file.
         outputs: size and hash of every file of the folder, by name.
-        windows: what was scored, or None without verification.
+        tokens: what was scored, and what was calibrated on.
         verdicts: by artifact label.
         device: where the merge was computed (`cpu` or `cuda`).
     """
@@ -77,7 +77,8 @@ def build_manifest(
             "tokenizer_from": plan.model.tokenizer.origin,
         },
         "versions": {package: version(package) for package in _PACKAGES},
-        "evaluation": _evaluation(windows),
+        "calibration": _calibration(tokens.calibration),
+        "evaluation": _evaluation(tokens.evaluation),
         "artifacts": [_artifact(artifact, outputs, verdicts.get(artifact.label)) for artifact in folder.artifacts],
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(outputs.items())},
     }
@@ -118,7 +119,6 @@ def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
     """The recipe with every default resolved; folders by name only."""
     recipe = plan.recipe
     options = next(output.options for output in recipe.outputs if output.out == folder.out)
-    calibration = recipe.evaluation.calibration
     return {
         "base": plan.base.hub_id or plan.base.name,
         "adapters": [source.hub_id or source.name for source in plan.adapters],
@@ -126,12 +126,30 @@ def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
         "quant": [artifact.quant for artifact in folder.artifacts],
         "options": options,
         "verify": recipe.verify,
+        "calibration": {
+            "text": recipe.calibration.name,
+            "tokens": recipe.calibration.tokens,
+            "window": recipe.calibration.window,
+            "seed": recipe.calibration.seed,
+        },
         "evaluation": {
-            "calibration": calibration.name if calibration else None,
             "tokens": recipe.evaluation.tokens,
             "n_ctx": recipe.evaluation.n_ctx,
             "gate": recipe.evaluation.gate,
         },
+    }
+
+
+def _calibration(windows: CalibrationWindows | None) -> dict[str, Any] | None:
+    if windows is None:
+        return None
+    return {
+        "source": windows.source,
+        "windows": len(windows.ids),
+        "window": windows.window,
+        "tokens": windows.tokens,
+        "seed": windows.seed,
+        "sha256": windows.sha256,
     }
 
 

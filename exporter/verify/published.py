@@ -15,7 +15,7 @@ from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import plan_merge
-from exporter.recipe import Evaluation, Execution
+from exporter.recipe import Calibration, Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
 from exporter.sources import resolve_adapter, resolve_base
@@ -60,12 +60,13 @@ def verify_published(
     folder: Path,
     base: str,
     adapters: tuple[str, ...],
+    calibration: Calibration,
     evaluation: Evaluation,
     runtime: str | None,
     device: str,
     reporter: Reporter,
 ) -> PublishedResult:
-    """Check hashes, then score every artifact against base and adapters.
+    """Check hashes, then score every artifact against base and adapters, on evaluation windows of `calibration`'s text.
 
     Raises:
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
@@ -77,7 +78,7 @@ def verify_published(
     checkpoint = Checkpoint.open(resolve_base(base).folder)
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
     model = plan_merge(checkpoint, opened, manifest.name)
-    windows = make_windows(evaluation, model.tokenizer)
+    windows = make_windows(calibration, evaluation, model.tokenizer)
     from exporter.verify.reference import reference_of
 
     reference = reference_of(model, windows, device, Execution().workers, reporter).scores

@@ -23,7 +23,8 @@ from tests.folders import copy, edit_json, unpack
 from tests.merged import tensor_types
 
 ROOT = Path(__file__).resolve().parents[2]
-EVALUATION: dict[str, Any] = {"calibration": Path(__file__), "tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
+TEXT: dict[str, Any] = {"text": Path(__file__)}
+EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def folders(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
     """Published folders: each format verified, unverified, and rejected."""
     parent = tmp_path_factory.mktemp("folders")
     base, one, two = inputs
-    verified: dict[str, Any] = {"verify": True, "evaluation": EVALUATION, "name": "model"}
+    verified: dict[str, Any] = {"verify": True, "calibration": TEXT, "evaluation": EVALUATION, "name": "model"}
     export_to(parent / "gguf", base, one, two, format="gguf", quant=("Q4_K_M", "F16"), **verified)
     export_to(parent / "hf", base, one, two, quant=("fp32",), **verified)
     export_to(parent / "gguf-unverified", base, format="gguf", quant=("Q8_0",))
@@ -153,6 +154,11 @@ def _with(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
         _with("/home/someone/base", "inputs", 0, "name"),
         _with(2, "schema_version"),
         _with(None, "evaluation"),
+        _without("calibration"),
+        _with({"source": "embedded"}, "calibration"),
+        _with("some/where/text.txt", "recipe", "calibration", "text"),
+        _with("/etc/text", "recipe", "calibration", "text"),
+        _with("a/b/c", "evaluation", "source"),
         _with("base", "inputs", 1, "role"),
     ],
 )
@@ -163,6 +169,15 @@ def test_the_schema_refuses_what_is_wrong(
     change(manifest)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(schema).validate(manifest)
+
+
+@pytest.mark.parametrize("text", ["org/name", "org/na-me@refs/pr/1:validation#body", "embedded", "a text.txt"])
+def test_the_schema_takes_calibration_windows(schema: dict[str, Any], folders: dict[str, Path], text: str) -> None:
+    manifest = read(folders["gguf"])
+    windows = {"source": text, "windows": 3, "window": 64, "tokens": 192, "seed": 7, "sha256": "0" * 64}
+    _with(windows, "calibration")(manifest)
+    _with(text, "recipe", "calibration", "text")(manifest)
+    jsonschema.Draft202012Validator(schema).validate(manifest)
 
 
 # --- what it says --------------------------------------------------------------------------------------------------
@@ -247,11 +262,12 @@ def test_the_recipe_has_every_default_resolved(folders: dict[str, Path]) -> None
         "quant": ["bf16"],
         "options": {"max_shard_size": "100KB"},
         "verify": False,
-        "evaluation": {"calibration": None, "tokens": 4096, "n_ctx": 512, "gate": {}},
+        "calibration": {"text": None, "tokens": 16384, "window": 1024, "seed": 0},
+        "evaluation": {"tokens": 4096, "n_ctx": 512, "gate": {}},
     }
-    assert read(folders["gguf"])["recipe"]["evaluation"] == {
-        "calibration": "test_manifest.py", "tokens": 128, "n_ctx": 64, "gate": {"*": 100.0},
-    }  # fmt: skip
+    found = read(folders["gguf"])["recipe"]
+    assert found["calibration"]["text"] == "test_manifest.py"
+    assert found["evaluation"] == {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
 
 
 def test_tensors_are_those_of_the_files(folders: dict[str, Path]) -> None:

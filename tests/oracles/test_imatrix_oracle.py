@@ -18,7 +18,7 @@ from exporter.backends.base import TensorPlan
 from exporter.backends.gguf.backend import make_encoder, plan_file
 from exporter.backends.gguf.imatrix import Imatrix, ImatrixError, Importance, imatrix_bytes, read_imatrix
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, row_bytes
-from exporter.calibration import embedded_text
+from exporter.embedded import embedded_text
 from tests.backends.gguf.direct import write_gguf
 from tests.merged import merged_model, metadata_of, tensor_bytes, tensor_types
 from tests.oracles import tools

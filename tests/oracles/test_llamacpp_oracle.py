@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from exporter.backends.gguf.types import BLOCK_SIZES, FILE_TYPES
-from exporter.calibration import embedded_text, make_windows, tokenize
-from exporter.recipe import Evaluation
+from exporter.calibration import make_windows, tokenize
+from exporter.embedded import embedded_text
+from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes.llamacpp import LlamaCpp
 from exporter.verify.metrics import Comparison, compare
 from tests.exports import export_to
@@ -190,8 +191,8 @@ def test_a_model_that_the_adapter_unties_is_what_llama_cpp_makes_of_our_checkpoi
 
 
 def our_perplexity(file: Path, base: Path, text: Path, n_ctx: int, windows: int) -> Comparison:
-    evaluation = Evaluation(calibration=text, tokens=windows * n_ctx, n_ctx=n_ctx)
-    found = make_windows(evaluation, merged_model(base).tokenizer)
+    evaluation = Evaluation(tokens=windows * n_ctx, n_ctx=n_ctx)
+    found = make_windows(Calibration(text=text), evaluation, merged_model(base).tokenizer)
     assert len(found.ids) == windows
     scores = LlamaCpp().score(file, found, lambda _: None)
     return compare(scores, scores)

@@ -18,7 +18,7 @@ import pytest
 
 from exporter.calibration import Windows, make_windows
 from exporter.errors import RecipeError, RuntimeScoreError
-from exporter.recipe import Evaluation
+from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes import vllm
 from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.transformers import Transformers
@@ -478,7 +478,7 @@ needs_vllm = pytest.mark.skipif(not available(), reason="no environment with vLL
 
 
 def demo_windows(folder: Path, n_ctx: int) -> Windows:
-    return make_windows(Evaluation(tokens=4 * n_ctx, n_ctx=n_ctx), TokenizerFiles.choose(folder, ()))
+    return make_windows(Calibration(), Evaluation(tokens=4 * n_ctx, n_ctx=n_ctx), TokenizerFiles.choose(folder, ()))
 
 
 @pytest.mark.serve

@@ -13,7 +13,7 @@ import torch
 from exporter import Execution, export
 from exporter.calibration import Windows, make_windows
 from exporter.errors import ExporterError
-from exporter.recipe import Evaluation
+from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
 from exporter.runtimes.llamacpp import LlamaCpp
 from exporter.runtimes.transformers import Transformers
@@ -24,7 +24,8 @@ from tests.folders import copy, edit_json, edit_tensors, listing
 from tests.merged import merged_model
 
 # A short text, so that tokenizing it takes no time: this file.
-EVALUATION: dict[str, Any] = {"calibration": Path(__file__), "tokens": 128, "n_ctx": 64}
+TEXT: dict[str, Any] = {"text": Path(__file__)}
+EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64}
 
 
 class Recorder(Reporter):
@@ -46,7 +47,7 @@ def test_each_artifact_is_scored_in_its_own_runtime_against_one_reference(
 ) -> None:
     base = make_base("qwen3")
     adapter = make_adapter(base)
-    values = {"verify": True, "evaluation": EVALUATION, "name": "model"}
+    values = {"verify": True, "calibration": TEXT, "evaluation": EVALUATION, "name": "model"}
     gguf = recipe(base, (adapter,), tmp_path / "gguf", format="gguf", quant=("F32", "F16"), **values)
     hf = recipe(base, (adapter,), tmp_path / "hf", quant=("fp32",), **values).outputs[0]
     recorder = Recorder()
@@ -57,7 +58,7 @@ def test_each_artifact_is_scored_in_its_own_runtime_against_one_reference(
     assert recorder.windows == 4 * 2
     assert result.passed
     model = merged_model(base, adapter)
-    windows = make_windows(Evaluation(**EVALUATION), model.tokenizer)
+    windows = make_windows(Calibration(**TEXT), Evaluation(**EVALUATION), model.tokenizer)
     reference = score_reference(model, windows, "cpu", lambda _: None).scores
     for folder, label, scores in (
         (
@@ -77,7 +78,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Pat
     base = make_base("qwen2", hidden=256, intermediate=512, head_dim=64)
     result = export_to(
         tmp_path / "out", base, format="gguf", quant=("Q2_K", "F32"), name="model", verify=True,
-        evaluation=EVALUATION | {"gate": {"Q2_K": 0.0}},
+        calibration=TEXT, evaluation=EVALUATION | {"gate": {"Q2_K": 0.0}},
     )  # fmt: skip
     folder = result.folders[0]
     assert not result.passed
@@ -107,6 +108,7 @@ def test_a_model_whose_scores_are_not_finite_is_an_error_with_a_name(
 
     edit_tensors(base / "model.safetensors", blow_up)
     with suppress(ExporterError):
-        result = export_to(tmp_path / "out", base, format=format_, quant=(quant,), verify=True, evaluation=EVALUATION)
+        values: dict[str, Any] = {"calibration": TEXT, "evaluation": EVALUATION}
+        result = export_to(tmp_path / "out", base, format=format_, quant=(quant,), verify=True, **values)
         assert not result.passed
     assert not (tmp_path / "out").exists()

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from exporter.errors import ArtifactError, ExporterError, RecipeError, RuntimeScoreError
-from exporter.recipe import Evaluation
+from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
 from exporter.verify.published import PublishedResult, verify_published
 from tests.exports import export_to
 from tests.folders import copy, hashes
 
 # A short text, so that tokenizing it takes no time: this file.
-EVALUATION = Evaluation(calibration=Path(__file__), tokens=128, n_ctx=64)
+TEXT = Calibration(text=Path(__file__))
+EVALUATION = Evaluation(tokens=128, n_ctx=64)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,7 @@ def good(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for format_, quant in (("gguf", ("F32", "F16")), ("safetensors", ("fp32",))):
         result = export_to(
             parent / format_, *inputs, format=format_, quant=quant, name="model",
-            verify=True, evaluation=EVALUATION.model_dump(),
+            verify=True, calibration=TEXT.model_dump(), evaluation=EVALUATION.model_dump(),
         )  # fmt: skip
         assert result.passed
     return {"gguf": parent / "gguf", "safetensors": parent / "safetensors"}
@@ -44,7 +45,7 @@ def verify(
     folder: Path, base: Path, *adapters: Path, runtime: str | None = None, evaluation: Evaluation = EVALUATION
 ) -> PublishedResult:
     names = tuple(map(str, adapters))
-    return verify_published(folder, str(base), names, evaluation, runtime, "cpu", Reporter())
+    return verify_published(folder, str(base), names, TEXT, evaluation, runtime, "cpu", Reporter())
 
 
 @pytest.mark.parametrize("format_", ["gguf", "safetensors"])

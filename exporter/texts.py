@@ -1,0 +1,143 @@
+"""Where token windows come from: a file, a dataset of the hub, or the embedded text, as one string."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from exporter.embedded import BEGINNING_CHARACTERS, embedded_beginning, embedded_text
+from exporter.errors import MissingFileError, RecipeError
+from exporter.recipe import Calibration
+from exporter.tokenizer import TokenizerFiles
+
+# Twice what a token of a Qwen is in English: a text of so many characters a token has the tokens.
+_CHARACTERS_A_TOKEN = 8
+
+
+def read_text(calibration: Calibration, tokenizer: TokenizerFiles, tokens: int) -> str:
+    """The text that `calibration` names.
+
+    Args:
+        calibration: names a text file, or one of JSON lines of `{"text": …}` or `{"messages": […]}`, the latter
+            rendered by the chat template; or a dataset of the hub with such records; or the embedded text.
+        tokenizer: gives the chat template.
+        tokens: how many will be needed. A file is read whole; of a dataset and of the embedded text only a beginning
+            that has them.
+
+    Raises:
+        MissingFileError, RecipeError: the file or dataset is missing or not as described.
+    """
+    characters = tokens * _CHARACTERS_A_TOKEN
+    if calibration.dataset:
+        return _read_dataset(calibration.dataset, tokenizer, characters)
+    if calibration.file:
+        return _read_file(calibration.file, tokenizer)
+    return embedded_beginning() if characters <= BEGINNING_CHARACTERS else embedded_text()
+
+
+def _read_file(file: Path, tokenizer: TokenizerFiles) -> str:
+    if not file.is_file():
+        raise MissingFileError(
+            str(file), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
+        )
+    try:
+        # Not in text mode, which would turn \r\n into \n: every runtime and llama-perplexity gets the text as it is.
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(file), found=str(error), expected="UTF-8 text", remedy="Convert the file.") from None
+    if file.suffix not in (".jsonl", ".json"):
+        return text
+    return "\n".join(_lines(file, text, tokenizer))
+
+
+def _lines(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file.name}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RecipeError(
+                where, found=str(error), expected="one JSON object a line", remedy="Correct it."
+            ) from None
+        yield _record_text(record, tokenizer, where)
+
+
+def _read_dataset(dataset: str, tokenizer: TokenizerFiles, characters: int) -> str:
+    """The first records that have so many characters together, all if the dataset is shorter."""
+    texts, length = [], 0
+    column = dataset.partition("#")[2] or None
+    for number, record in enumerate(_dataset_records(dataset), 1):
+        texts.append(_record_text(record, tokenizer, f"{dataset}, record {number}", column))
+        length += len(texts[-1])
+        if length >= characters:
+            break
+    return "\n".join(texts)
+
+
+def _dataset_records(dataset: str) -> Iterator[Any]:
+    """The records of `OWNER/NAME[@REVISION][:SPLIT][#COLUMN]`, of split `train` by default, fetched as they are needed.
+
+    Raises:
+        RecipeError: `datasets` is not installed, or it cannot load the dataset.
+    """
+    try:
+        datasets = import_module("datasets")
+    except ImportError:
+        raise RecipeError(
+            f"dataset {dataset}",
+            found="no package datasets",
+            expected="it, to read from the hub",
+            remedy="pip install 'exporter[datasets]', or give a .txt or .jsonl file with --calibration.",
+        ) from None
+    name, _, split = dataset.partition("#")[0].partition(":")
+    name, _, revision = name.partition("@")
+    try:
+        yield from datasets.load_dataset(name, revision=revision or None, split=split or "train", streaming=True)
+    except Exception as error:  # of many classes, from the network to the dataset's own files
+        raise RecipeError(
+            f"dataset {dataset}",
+            found=f"{type(error).__name__}: {error}"[:200],
+            expected="a dataset of the hub that can be read",
+            remedy="Check the id, the split and the network, or give a .txt or .jsonl file with --calibration.",
+        ) from None
+
+
+def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str | None = None) -> str:
+    """A record's text, or its conversation as the chat template renders it."""
+    if isinstance(record, Mapping):
+        if isinstance(text := record.get(column or "text"), str):
+            return text
+        if isinstance(messages := record.get(column or "messages"), list):
+            return _render(messages, record.get("tools"), tokenizer, where)
+    raise RecipeError(
+        where,
+        found=json.dumps(record, ensure_ascii=False, default=str)[:80],
+        expected=f"text or messages in {column}" if column else '{"text": "…"} or {"messages": […]}',
+        remedy="Correct it; of a dataset, another column can be named as OWNER/NAME#COLUMN.",
+    )
+
+
+def _render(messages: list[Any], tools: Any, tokenizer: TokenizerFiles, where: str) -> str:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.chat_template
+    if template is None:
+        raise RecipeError(
+            where, found="a conversation", expected="a model with a chat template", remedy="Give plain text."
+        )
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=template, **tokenizer.special_tokens
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise RecipeError(
+            where, found=f"a conversation that the template refuses ({error})", expected="one that it renders",
+            remedy="Correct the messages.",
+        ) from None  # fmt: skip
+    return str(rendered[0])
