@@ -118,7 +118,7 @@ def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str
         where,
         found=json.dumps(record, ensure_ascii=False, default=str)[:80],
         expected=f"text or messages in {column}" if column else '{"text": "…"} or {"messages": […]}',
-        remedy="Correct it, or name a dataset's column as in OWNER/NAME#COLUMN.",
+        remedy="Correct it; of a dataset, another column can be named as OWNER/NAME#COLUMN.",
     )
 
 

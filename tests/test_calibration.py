@@ -1,27 +1,24 @@
-"""Evaluation text → windows: against transformers' tokenizer and template, by llama-perplexity's protocol."""
+"""Text → evaluation and calibration windows: against transformers' tokenizer, by llama-perplexity's protocol."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from exporter.calibration import Windows, embedded_text, make_windows, read_text, tokenize
-from exporter.errors import MissingFileError, RecipeError, TokenizerError
-from exporter.recipe import Evaluation
+from exporter.calibration import TokenSets, Windows, cut_token_sets, make_token_sets, make_windows, tokenize
+from exporter.embedded import embedded_text
+from exporter.errors import RecipeError, TokenizerError
+from exporter.recipe import Calibration, Evaluation
 from exporter.tokenizer import TokenizerFiles
-from tests.folders import copy, edit_json
-
-CHAT: list[dict[str, Any]] = [
-    {"role": "user", "content": "What's a class?"},
-    {"role": "assistant", "content": "A thing that makes things.\nLike this."},
-]
+from tests.folders import copy
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def files(folder: Path) -> TokenizerFiles:
 
 
 def windows(files: TokenizerFiles, file: Path | None, tokens: int = 10_000, n_ctx: int = 64) -> Windows:
-    return make_windows(Evaluation(calibration=file, tokens=tokens, n_ctx=n_ctx), files)
+    return make_windows(Calibration(text=file), Evaluation(tokens=tokens, n_ctx=n_ctx), files)
 
 
 def ids_of(folder: Path, text: str) -> list[int]:
@@ -103,6 +100,107 @@ def test_as_many_tokens_as_one_window_are_enough(files: TokenizerFiles, tmp_path
         windows(files, tmp_path / "short.txt")
 
 
+# --- both sets -----------------------------------------------------------------------------------------------------
+
+EVALUATION = Evaluation(tokens=128, n_ctx=64)
+
+
+def sets(files: TokenizerFiles, file: Path | None, *, evaluate: bool = True, **values: int) -> TokenSets:
+    """Both sets of a text, 2 evaluation windows of 64 and calibration windows of 32 unless said otherwise."""
+    calibration = Calibration.model_validate({"text": file, "tokens": 96, "window": 32} | values)
+    return make_token_sets(calibration, EVALUATION, files, evaluate=evaluate, calibrate=True)
+
+
+@given(
+    length=st.integers(0, 4000), tokens=st.integers(64, 1500), window=st.integers(16, 200), seed=st.integers(),
+    scored=st.integers(64, 1500), n_ctx=st.integers(16, 200), evaluate=st.booleans(),
+)  # fmt: skip
+def test_no_position_of_the_text_is_in_both_sets(
+    length: int, tokens: int, window: int, seed: int, scored: int, n_ctx: int, evaluate: bool
+) -> None:
+    calibration = Calibration(tokens=tokens, window=window, seed=seed)
+    evaluation = Evaluation(tokens=scored, n_ctx=n_ctx)
+    needed = max(1, scored // n_ctx) * n_ctx + max(1, tokens // window) * window
+    # Every token is its own position.
+    cut = partial(cut_token_sets, range(length), calibration, evaluation, evaluate=evaluate, calibrate=True)
+    if length < needed:
+        with pytest.raises(RecipeError) as caught:
+            cut()
+        assert caught.value.found == f"{length} tokens"
+        assert str(needed) in caught.value.expected
+        return
+    found = cut()
+    assert found.calibration is not None
+    assert (found.evaluation is not None) is evaluate
+    taken = [position for ids in found.calibration.ids for position in ids]
+    assert found.calibration.tokens == len(taken) == max(1, tokens // window) * window
+    assert all(ids == tuple(range(ids[0], ids[0] + window)) for ids in found.calibration.ids)
+    # In the order of the text, each once, and none of what is scored with or without verification.
+    assert taken == sorted(set(taken))
+    assert min(taken) >= max(1, scored // n_ctx) * n_ctx
+    if found.evaluation is not None:
+        assert {position for ids in found.evaluation.ids for position in ids}.isdisjoint(taken)
+
+
+def test_windows_are_those_of_the_text_after_the_evaluation(files: TokenizerFiles, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text := embedded_text()[:3000], encoding="utf-8")
+    ids = tokenize(text, files)
+    found = sets(files, tmp_path / "text.txt")
+    assert found.evaluation == make_windows(Calibration(text=tmp_path / "text.txt"), EVALUATION, files)
+    assert found.calibration is not None
+    whole = [tuple(ids[start : start + 32]) for start in range(128, len(ids) - 31, 32)]
+    assert set(found.calibration.ids) < set(whole)
+    assert found.calibration.tokens == 96
+    assert (found.calibration.window, found.calibration.source, found.calibration.seed) == (32, "text.txt", 0)
+    flat = [token for window in found.calibration.ids for token in window]
+    assert found.calibration.sha256 == hashlib.sha256(struct.pack(f"<{len(flat)}i", *flat)).hexdigest()
+
+
+def test_calibration_windows_do_not_depend_on_verification(files: TokenizerFiles) -> None:
+    assert sets(files, None, evaluate=False) == TokenSets(None, sets(files, None).calibration)
+
+
+def test_the_seed_decides_which_windows_are_taken(files: TokenizerFiles) -> None:
+    one, two = sets(files, None), sets(files, None, seed=1)
+    assert one.evaluation == two.evaluation
+    assert one.calibration is not None
+    assert two.calibration is not None
+    assert one.calibration.sha256 != two.calibration.sha256
+    assert one == sets(files, None)
+
+
+def test_evaluation_alone_is_the_same_as_with_calibration(files: TokenizerFiles) -> None:
+    """Of the embedded text only the beginning is read then."""
+    evaluation, calibration = Evaluation(tokens=8000, n_ctx=100), Calibration()
+    alone = make_token_sets(calibration, evaluation, files, evaluate=True, calibrate=False)
+    both = make_token_sets(calibration, evaluation, files, evaluate=True, calibrate=True)
+    assert alone == TokenSets(both.evaluation, None)
+    assert both.evaluation is not None
+    assert len(both.evaluation.ids) == 80
+
+
+def test_nothing_is_read_where_nothing_is_needed(tmp_path: Path) -> None:
+    calibration, files = Calibration(text=tmp_path / "none.txt"), TokenizerFiles({}, "base")
+    assert make_token_sets(calibration, EVALUATION, files, evaluate=False, calibrate=False) == TokenSets(None, None)
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_as_many_tokens_as_both_sets_take_are_enough(files: TokenizerFiles, tmp_path: Path, evaluate: bool) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("<|im_end|>" * (128 + 96), encoding="utf-8")
+    found = sets(files, file, evaluate=evaluate).calibration
+    assert found is not None
+    assert len(found.ids) == 3
+    file.write_text("<|im_end|>" * (128 + 96 - 1), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        sets(files, file, evaluate=evaluate)
+    assert "text.txt" in caught.value.thing
+    assert caught.value.found == "223 tokens"
+    for number in ("224", "128", "96"):
+        assert number in caught.value.expected
+    assert "--calibration-tokens" in caught.value.remedy
+
+
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
@@ -130,141 +228,3 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(folder: Path, damage: Call
     damage(folder / "tokenizer.json")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         tokenize("text", TokenizerFiles.choose(folder, ()))
-
-
-# --- texts ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_embedded_text_is_fixed_long_and_without_repetition() -> None:
-    from pydoc_data.topics import topics
-
-    text = embedded_text()
-    assert text == embedded_text()
-    assert len(text) > 200_000
-    paragraphs = text.split("\n\n")
-    assert len(set(paragraphs)) == len(paragraphs)
-    assert set(paragraphs) == {part for topic in topics.values() for part in topic.strip().split("\n\n")}
-
-
-def test_the_default_is_the_embedded_text(files: TokenizerFiles) -> None:
-    assert windows(files, None).source == "embedded"
-    assert read_text(None, files) == embedded_text()
-
-
-def test_a_text_is_taken_to_the_byte(files: TokenizerFiles, tmp_path: Path) -> None:
-    """As llama-perplexity takes it: a carriage return is a token of its own."""
-    raw = "one\r\ntwo\rthree\n\ttab é\n".encode()
-    (tmp_path / "text.txt").write_bytes(raw)
-    assert read_text(tmp_path / "text.txt", files).encode() == raw
-
-
-def write_lines(file: Path, *records: Any) -> Path:
-    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return file
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-def test_lines_of_text(files: TokenizerFiles, tmp_path: Path, name: str) -> None:
-    file = write_lines(tmp_path / name, {"text": "one\ntwo"}, {"text": "é", "label": 3})
-    file.write_text("\n" + file.read_text(encoding="utf-8") + "\n  \n", encoding="utf-8")
-    assert read_text(file, files) == "one\ntwo\né"
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
-def test_a_line_ends_at_a_newline_and_nowhere_else(files: TokenizerFiles, tmp_path: Path, character: str) -> None:
-    """JSON allows these within a string as they are, and Python's splitlines takes them for line ends."""
-    file = write_lines(tmp_path / "data.jsonl", {"text": f"one{character}two"}, {"text": "three"})
-    assert read_text(file, files) == f"one{character}two\nthree"
-
-
-def test_messages_are_rendered_by_the_template(folder: Path, files: TokenizerFiles, tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "chats.jsonl", {"messages": CHAT}, {"text": "plain"}, {"messages": CHAT[:1]})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    expected = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in (CHAT, CHAT[:1])]
-    assert read_text(file, files) == "\n".join([expected[0], "plain", expected[1]])
-    found = windows(files, write_lines(tmp_path / "many.jsonl", *[{"messages": CHAT}] * 20))
-    assert tokenizer.convert_tokens_to_ids("<|im_start|>") in found.ids[0]
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}",
-        "{% for m in messages %}{% generation %}{{ m.content | trim }}{% endgeneration %}\n{% endfor %}",
-        "{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}",
-        "{{ bos_token if bos_token else '' }}{% for m in messages %}\n    {{ m['content'] }}\n{% endfor %}",
-    ],
-    ids=["eos-token", "generation", "tools", "bos-token"],
-)
-def test_a_template_sees_what_transformers_shows_it(folder: Path, tmp_path: Path, template: str) -> None:
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
-    file = write_lines(tmp_path / "chats.jsonl", {"messages": CHAT, "tools": tools})
-    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, tools=tools, tokenize=False)
-    assert read_text(file, TokenizerFiles.choose(folder, ())) == expected
-
-
-def test_the_adapter_s_template_goes_before_the_base_s(folder: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}!", encoding="utf-8")
-    file = write_lines(tmp_path / "chats.jsonl", {"messages": CHAT})
-    assert read_text(file, TokenizerFiles.choose(folder, (adapter,))) == "What's a class?!"
-
-
-# --- refusals ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["not json", "[1, 2]", '"text"', "{}", '{"text": 3}', '{"messages": "hi"}', '{"prompt": "x"}', '{"text": "x"'],
-)
-def test_a_line_that_is_none_is_refused_by_its_number(files: TokenizerFiles, tmp_path: Path, line: str) -> None:
-    (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        read_text(tmp_path / "data.jsonl", files)
-    assert caught.value.thing == "data.jsonl:3"
-
-
-@pytest.mark.parametrize(
-    "messages", [[], ["hi"], [{"role": "user"}], [{"content": "no role"}], [None], [{"role": "x", "content": None}]]
-)
-def test_messages_that_the_template_refuses_are_refused_by_their_line(
-    folder: Path, tmp_path: Path, messages: list[Any]
-) -> None:
-    template = (
-        "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}"
-        "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('role') }}{% endif %}"
-        "{{ m['role'] + m['content'] }}{% endfor %}"
-    )
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    file = write_lines(tmp_path / "chats.jsonl", {"text": "fine"}, {"messages": messages})
-    with pytest.raises(RecipeError) as caught:
-        read_text(file, TokenizerFiles.choose(folder, ()))
-    assert caught.value.thing == "chats.jsonl:2"
-
-
-def test_messages_without_a_template_are_refused(folder: Path, tmp_path: Path) -> None:
-    (folder / "chat_template.jinja").unlink()
-    edit_json(folder / "tokenizer_config.json", chat_template=None)
-    file = write_lines(tmp_path / "chats.jsonl", {"messages": CHAT})
-    with pytest.raises(RecipeError, match="chat template"):
-        read_text(file, TokenizerFiles.choose(folder, ()))
-
-
-def test_a_template_that_is_not_one_is_refused(folder: Path, tmp_path: Path) -> None:
-    (folder / "chat_template.jinja").write_text("{% for %}", encoding="utf-8")
-    file = write_lines(tmp_path / "chats.jsonl", {"messages": CHAT})
-    with pytest.raises(RecipeError, match=r"chats\.jsonl:1"):
-        read_text(file, TokenizerFiles.choose(folder, ()))
-
-
-def test_no_file_is_refused(files: TokenizerFiles, tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="--calibration"):
-        read_text(tmp_path / "none.txt", files)
-
-
-def test_text_that_is_not_utf8_is_refused(files: TokenizerFiles, tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(RecipeError, match="UTF-8"):
-        read_text(tmp_path / "latin.txt", files)

@@ -147,15 +147,39 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert recipe.calibration.file.resolve() == folder / "text.txt"
 
 
+@pytest.mark.parametrize(
+    ("text", "there", "kind"),
+    [
+        ("text.txt", False, "anchored"), ("sub/text.jsonl", False, "anchored"), ("org/name", True, "anchored"),
+        ("org/name", False, "dataset"), ("org/na-me.v1@refs/pr/1:test#body", False, "dataset"),
+        ("plain", False, "file"), ("plain", True, "anchored"), ("a/b/c", False, "file"), ("./a", False, "file"),
+        ("org/name.json", False, "anchored"), ("org/name:", False, "file"), ("a" * 300 + "/b", False, "dataset"),
+    ],
+)  # fmt: skip
+def test_a_text_is_a_file_or_a_dataset(tmp_path: Path, text: str, there: bool, kind: str) -> None:
+    folder = tmp_path / "recipes"
+    (folder / "org").mkdir(parents=True)
+    if there:
+        (folder / text).write_text("text")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(MINIMAL | {"calibration": {"text": text}}))
+    found = Recipe.load(folder / "recipe.yaml").calibration
+    assert found.text == (str(folder / text) if kind == "anchored" else text)
+    assert found.dataset == (text if kind == "dataset" else None)
+    assert found.file == (None if kind == "dataset" else folder / text if kind == "anchored" else Path(text))
+    assert found.name == (text if kind == "dataset" else Path(text).name)
+
+
+def test_a_path_is_never_a_dataset() -> None:
+    assert Calibration(text=Path("org/name")).dataset is None
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(
-    ["base", "adapters", "outputs", "name", "verify", "calibration", "evaluation", "force", "other"]
-)
+KEYS = st.sampled_from(["base", "adapters", "outputs", "name", "verify", "calibration", "evaluation", "force", "other"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

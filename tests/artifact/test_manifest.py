@@ -23,7 +23,7 @@ from tests.folders import copy, edit_json, unpack
 from tests.merged import tensor_types
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = {"text": Path(__file__)}
+TEXT: dict[str, Any] = {"text": Path(__file__)}
 EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
 
 
@@ -154,6 +154,11 @@ def _with(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
         _with("/home/someone/base", "inputs", 0, "name"),
         _with(2, "schema_version"),
         _with(None, "evaluation"),
+        _without("calibration"),
+        _with({"source": "embedded"}, "calibration"),
+        _with("some/where/text.txt", "recipe", "calibration", "text"),
+        _with("/etc/text", "recipe", "calibration", "text"),
+        _with("a/b/c", "evaluation", "source"),
         _with("base", "inputs", 1, "role"),
     ],
 )
@@ -164,6 +169,15 @@ def test_the_schema_refuses_what_is_wrong(
     change(manifest)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(schema).validate(manifest)
+
+
+@pytest.mark.parametrize("text", ["org/name", "org/na-me@refs/pr/1:validation#body", "embedded", "a text.txt"])
+def test_the_schema_takes_calibration_windows(schema: dict[str, Any], folders: dict[str, Path], text: str) -> None:
+    manifest = read(folders["gguf"])
+    windows = {"source": text, "windows": 3, "window": 64, "tokens": 192, "seed": 7, "sha256": "0" * 64}
+    _with(windows, "calibration")(manifest)
+    _with(text, "recipe", "calibration", "text")(manifest)
+    jsonschema.Draft202012Validator(schema).validate(manifest)
 
 
 # --- what it says --------------------------------------------------------------------------------------------------

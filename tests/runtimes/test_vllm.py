@@ -478,9 +478,7 @@ needs_vllm = pytest.mark.skipif(not available(), reason="no environment with vLL
 
 
 def demo_windows(folder: Path, n_ctx: int) -> Windows:
-    return make_windows(
-        Calibration(), Evaluation(tokens=4 * n_ctx, n_ctx=n_ctx), TokenizerFiles.choose(folder, ())
-    )
+    return make_windows(Calibration(), Evaluation(tokens=4 * n_ctx, n_ctx=n_ctx), TokenizerFiles.choose(folder, ()))
 
 
 @pytest.mark.serve

@@ -24,7 +24,7 @@ from tests.folders import copy, edit_json, edit_tensors, listing
 from tests.merged import merged_model
 
 # A short text, so that tokenizing it takes no time: this file.
-TEXT = {"text": Path(__file__)}
+TEXT: dict[str, Any] = {"text": Path(__file__)}
 EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64}
 
 
@@ -108,7 +108,7 @@ def test_a_model_whose_scores_are_not_finite_is_an_error_with_a_name(
 
     edit_tensors(base / "model.safetensors", blow_up)
     with suppress(ExporterError):
-        values = {"calibration": TEXT, "evaluation": EVALUATION}
+        values: dict[str, Any] = {"calibration": TEXT, "evaluation": EVALUATION}
         result = export_to(tmp_path / "out", base, format=format_, quant=(quant,), verify=True, **values)
         assert not result.passed
     assert not (tmp_path / "out").exists()
