@@ -29,6 +29,30 @@ class TokenScores:
     top_tokens: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class TopK:
+    """The likeliest tokens of every scored position, likeliest first.
+
+    Attributes:
+        ids: token ids, int64, shape (windows, scored, k).
+        log_probabilities: their natural log-probabilities, float64, same shape.
+    """
+
+    ids: npt.NDArray[np.int64]
+    log_probabilities: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TopKScores(TokenScores):
+    """Token scores with the head of each distribution, as much as a server gives.
+
+    Attributes:
+        top: the k likeliest tokens; `top_tokens` is its first column.
+    """
+
+    top: TopK
+
+
 class Runtime(Protocol):
     """Loads an artifact as its server would and scores windows with it."""
 
