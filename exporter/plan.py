@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from exporter.errors import (
 from exporter.estimate import merge_memory, reference_memory, seconds
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Execution, Output, Recipe
+from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
 
 # export.json and the like, beside the planned files.
@@ -67,6 +69,7 @@ class ExportPlan:
         merge_bytes: estimated peak memory of merging and writing.
         reference_bytes: estimated memory of the reference, 0 without verification.
         seconds: rough duration on this machine.
+        runtimes: what will score each artifact, by its label; empty without verification.
     """
 
     recipe: Recipe
@@ -79,6 +82,7 @@ class ExportPlan:
     merge_bytes: int
     reference_bytes: int
     seconds: float
+    runtimes: Mapping[str, str]
 
     @property
     def artifacts(self) -> tuple[OutputPlan, ...]:
@@ -112,7 +116,8 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     folders = tuple(_plan_folder(output, model) for output in recipe.outputs)
     threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
-    _check_verification(recipe, artifacts)
+    runtimes = _check_verification(recipe, execution, artifacts)
+    servers = sum(runtimes.get(artifact.label) == "vllm" and execution.endpoint is None for artifact in artifacts)
     plan = ExportPlan(
         recipe=recipe,
         execution=execution,
@@ -125,7 +130,8 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         reference_bytes=reference_memory(model, recipe.evaluation.tokens, recipe.evaluation.n_ctx)
         if recipe.verify
         else 0,
-        seconds=seconds(model, artifacts, threads, recipe),
+        seconds=seconds(model, artifacts, threads, recipe, servers),
+        runtimes=runtimes,
     )
     _check_resources(plan)
     return plan
@@ -192,10 +198,14 @@ def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
                     )
 
 
-def _check_verification(recipe: Recipe, artifacts: list[OutputPlan]) -> None:
-    """Something must be able to score each artifact, and each limit must be one of an artifact that is made."""
+def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[OutputPlan]) -> dict[str, str]:
+    """Something must be able to score each artifact, and each limit must be one of an artifact that is made.
+
+    Returns:
+        The runtime that will score each artifact, by label.
+    """
     if not recipe.verify:
-        return
+        return {}
     for artifact in artifacts:
         if not artifact.runtimes:
             raise RecipeError(
@@ -209,6 +219,12 @@ def _check_verification(recipe: Recipe, artifacts: list[OutputPlan]) -> None:
             expected="* or one of " + " ".join(dict.fromkeys(artifact.quant for artifact in artifacts)),
             remedy="Correct the name of the type.",
         )
+    chosen = {
+        artifact.label: choose_runtime(artifact.runtimes, endpoint=execution.endpoint, wanted=execution.runtime)
+        for artifact in artifacts
+    }
+    check_endpoint(execution.endpoint, list(chosen.values()))
+    return chosen
 
 
 def _check_resources(plan: ExportPlan) -> None:
@@ -295,7 +311,7 @@ def _describe_folder(folder: FolderPlan, plan: ExportPlan) -> dict[str, Any]:
                     for tensor in artifact.fallbacks
                 ],
                 "notes": list(artifact.notes),
-                "verified_by": artifact.runtimes[0] if plan.recipe.verify and artifact.runtimes else None,
+                "verified_by": plan.runtimes.get(artifact.label),
             }
             for artifact in folder.artifacts
         ],

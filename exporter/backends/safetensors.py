@@ -85,7 +85,7 @@ class SafetensorsBackend:
             tensors=tuple(tensors),
             documents=documents,
             copies=copies | dict(model.tokenizer.files),
-            runtimes=("transformers",),
+            runtimes=("vllm", "transformers"),
             notes=_notes(model, stored),
         )
 

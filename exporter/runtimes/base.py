@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,8 @@ from exporter.calibration import Windows
 from exporter.errors import RecipeError, RuntimeScoreError
 
 OnWindow = Callable[[int], None]
+
+RUNTIMES = ("llamacpp", "transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,76 @@ def check_vocabulary(artifact: Path, windows: Windows, size: int) -> None:
         )
 
 
-def load_runtime(name: str, device: str = "cpu") -> Runtime:
-    """A runtime by name; `device` is where it computes, if it has a choice.
+def choose_runtime(names: Sequence[str], *, endpoint: str | None, wanted: str | None = None) -> str:
+    """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
+
+    vLLM can be had if an environment has it or a server is running; the others come with this package. Cheap enough
+    for a plan: nothing is loaded or asked.
+
+    Args:
+        names: runtimes that serve the artifact, the preferred one first.
+        endpoint: address of a running vLLM server, or None.
+        wanted: the runtime that was asked for, or None.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
+    """
+    if not names:
+        raise RecipeError(
+            "artifact", found="no runtime that can score it", expected="one", remedy="Name one with --runtime."
+        )
+    if wanted is not None and wanted not in names:
+        raise RecipeError(
+            f"--runtime {wanted}",
+            found="a runtime that this artifact is not for",
+            expected=" or ".join(names),
+            remedy="Choose one of them, or leave --runtime out.",
+        )
+    if unknown := [name for name in names if name not in RUNTIMES]:
+        raise _unknown(unknown[0])
+    if "vllm" not in names:
+        return wanted or names[0]
+    from exporter.runtimes.vllm import available, serve_python
+
+    chosen = wanted or next((name for name in names if name != "vllm" or endpoint or available()), "vllm")
+    if chosen == "vllm" and endpoint is None:
+        try:
+            serve_python()
+        except RuntimeScoreError as error:
+            # Known before anything is written, so it is a refusal.
+            raise RecipeError(error.thing, found=error.found, expected=error.expected, remedy=error.remedy) from None
+    return chosen
+
+
+def check_endpoint(endpoint: str | None, chosen: Sequence[str]) -> None:
+    """An endpoint must be of use: what is at it is vLLM.
+
+    Args:
+        endpoint: address of a running vLLM server, or None.
+        chosen: the runtimes of all artifacts.
+
+    Raises:
+        RecipeError: it is given, and no artifact is scored by vLLM.
+    """
+    if endpoint is not None and "vllm" not in chosen:
+        raise RecipeError(
+            f"--endpoint {endpoint}",
+            found="no artifact that vLLM scores" + (f", only {', '.join(dict.fromkeys(chosen))}" if chosen else ""),
+            expected="one that is scored by the server at it",
+            remedy="Leave --endpoint out, or see --runtime.",
+        )
+
+
+def load_runtime(name: str, device: str = "cpu", endpoint: str | None = None) -> Runtime:
+    """A runtime by name.
+
+    Args:
+        name: one of `RUNTIMES`.
+        device: where it computes, if it has a choice.
+        endpoint: address of a running server, for vllm; None starts one.
+
+    Raises:
+        RecipeError: there is none of that name, or the endpoint is not an address.
     """
     if name == "llamacpp":
         from exporter.runtimes.llamacpp import LlamaCpp
@@ -122,7 +189,10 @@ def load_runtime(name: str, device: str = "cpu") -> Runtime:
     if name == "vllm":
         from exporter.runtimes.vllm import Vllm
 
-        return Vllm()
-    raise RecipeError(
-        f"runtime {name!r}", found="unknown", expected="llamacpp, transformers or vllm", remedy="Choose one."
-    )
+        return Vllm(endpoint)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> RecipeError:
+    known = " or ".join((", ".join(RUNTIMES[:-1]), RUNTIMES[-1]))
+    return RecipeError(f"runtime {name!r}", found="unknown", expected=known, remedy="Choose one.")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from exporter.calibration import Windows
 from exporter.errors import RecipeError, RuntimeScoreError
+from exporter.recipe import ENDPOINT
 from exporter.runtimes.base import OnWindow, TopKScores, check_vocabulary
 from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.vllm_api import Api, RequestError, score_windows, served_model
@@ -80,7 +81,7 @@ class Vllm:
     name = "vllm"
 
     def __init__(self, endpoint: str | None = None, k: int = TOP, start_seconds: float = START_SECONDS) -> None:
-        if endpoint is not None and not re.match(r"https?://[^/]", endpoint):
+        if endpoint is not None and not re.match(ENDPOINT, endpoint):
             raise RecipeError(
                 f"endpoint {endpoint!r}",
                 found="no http address",

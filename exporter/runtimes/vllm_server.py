@@ -79,6 +79,8 @@ def serve_arguments(artifact: Path, model: str, port: int, config: ModelConfig, 
         "max-num-batched-tokens": max(IN_FLIGHT, min(tokens, BATCHED_TOKENS)),
         # Twice what the windows need, for they come in blocks; the default is most of the memory there is.
         "kv-cache-memory-bytes": max(1 << 28, 2 * tokens * config.cache_bytes),
+        # With the cache's size given, only what must be free at the start: this process may hold much of a GPU itself.
+        "gpu-memory-utilization": 0.01,
         # Sampling defaults of the model's generation_config.json have no say in scores.
         "generation-config": "vllm",
     }

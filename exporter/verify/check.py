@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from exporter.calibration import Windows
-from exporter.errors import BackendError, RuntimeScoreError
+from exporter.errors import RuntimeScoreError
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.reporter import Reporter
 from exporter.runtimes.base import load_runtime
@@ -37,7 +37,6 @@ def verify_artifacts(
 
     Raises:
         RuntimeScoreError: a runtime cannot load or run the reference or an artifact.
-        BackendError: a backend names no runtime for its artifacts.
     """
     # Not at the top: torch, which this needs, is imported while the first shard is hashed.
     from exporter.verify.reference import reference_of
@@ -47,11 +46,7 @@ def verify_artifacts(
     for folder, files in staged:
         verdicts: dict[str, Verification] = {}
         for artifact in folder.artifacts:
-            if not artifact.runtimes:
-                raise BackendError(
-                    artifact.label, found="no runtime", expected="one that can score it", remedy="Use --no-verify."
-                )
-            runtime = load_runtime(artifact.runtimes[0], device)
+            runtime = load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint)
             reporter.scoring(f"{artifact.label} in {runtime.name}", windows)
             scores = runtime.score(files if artifact.entry == "." else files / artifact.entry, windows, reporter.window)
             if not np.isfinite(scores.log_probabilities).all():
