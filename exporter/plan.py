@@ -220,7 +220,12 @@ def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[Ou
             remedy="Correct the name of the type.",
         )
     chosen = {
-        artifact.label: choose_runtime(artifact.runtimes, endpoint=execution.endpoint, wanted=execution.runtime)
+        artifact.label: choose_runtime(
+            artifact.runtimes,
+            endpoint=execution.endpoint,
+            wanted=execution.runtime,
+            packages=artifact.runtime_packages,
+        )
         for artifact in artifacts
     }
     check_endpoint(execution.endpoint, list(chosen.values()))

@@ -91,6 +91,7 @@ class OutputPlan:
         documents: small files known by now: name to content.
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
+        runtime_packages: packages that one of these needs for it beyond its own, by the runtime's name.
         notes: degradations and choices that the reader should know of.
     """
 
@@ -102,6 +103,7 @@ class OutputPlan:
     documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
+    runtime_packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,7 +108,13 @@ def check_vocabulary(artifact: Path, windows: Windows, size: int) -> None:
         )
 
 
-def choose_runtime(names: Sequence[str], *, endpoint: str | None, wanted: str | None = None) -> str:
+def choose_runtime(
+    names: Sequence[str],
+    *,
+    endpoint: str | None,
+    wanted: str | None = None,
+    packages: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
 
     vLLM can be had if an environment has it or a server is running; the others come with this package. Cheap enough
@@ -117,6 +124,7 @@ def choose_runtime(names: Sequence[str], *, endpoint: str | None, wanted: str | 
         names: runtimes that serve the artifact, the preferred one first.
         endpoint: address of a running vLLM server, or None.
         wanted: the runtime that was asked for, or None.
+        packages: what a runtime needs installed for this artifact, beyond its own packages, by its name.
 
     Raises:
         RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
@@ -134,18 +142,40 @@ def choose_runtime(names: Sequence[str], *, endpoint: str | None, wanted: str | 
         )
     if unknown := [name for name in names if name not in RUNTIMES]:
         raise _unknown(unknown[0])
-    if "vllm" not in names:
-        return wanted or names[0]
-    from exporter.runtimes.vllm import available, serve_python
+    refusals = []
+    for name in (wanted,) if wanted else names:
+        refusal = _lacking(name, endpoint, (packages or {}).get(name, ()))
+        if refusal is None:
+            return name
+        refusals.append(refusal)
+    raise refusals[0]
 
-    chosen = wanted or next((name for name in names if name != "vllm" or endpoint or available()), "vllm")
-    if chosen == "vllm" and endpoint is None:
+
+def _lacking(name: str, endpoint: str | None, packages: Sequence[str]) -> RecipeError | None:
+    """Why a runtime cannot be had here, if it cannot.
+
+    Raises:
+        RecipeError: an environment of vLLM was named and is not there, which must not be passed over in silence.
+    """
+    if name == "vllm" and endpoint is None:
+        from exporter.runtimes.vllm import available, serve_python
+
         try:
             serve_python()
         except RuntimeScoreError as error:
             # Known before anything is written, so it is a refusal.
-            raise RecipeError(error.thing, found=error.found, expected=error.expected, remedy=error.remedy) from None
-    return chosen
+            refusal = RecipeError(error.thing, found=error.found, expected=error.expected, remedy=error.remedy)
+            if available():
+                raise refusal from None
+            return refusal
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        return RecipeError(
+            f"runtime {name}",
+            found=f"no {' and no '.join(missing)}",
+            expected="what it needs for this format",
+            remedy=f"Run `pip install {' '.join(missing)}`, or choose another --runtime.",
+        )
+    return None
 
 
 def check_endpoint(endpoint: str | None, chosen: Sequence[str]) -> None:

@@ -75,6 +75,14 @@ def test_what_does_not_serve_the_artifact_is_refused(names: tuple[str, ...], wan
         choose_runtime(names, endpoint=None, wanted=wanted)
 
 
+def test_a_runtime_that_lacks_a_package_for_this_artifact_is_passed_over_or_refused(environment: Path) -> None:
+    lacking = {"transformers": ("json", "no_such_package")}
+    assert choose_runtime(FOLDER, endpoint=None, packages=lacking) == "vllm"
+    assert choose_runtime(FOLDER[::-1], endpoint=None, packages=lacking) == "vllm"
+    with pytest.raises(RecipeError, match="pip install no_such_package"):
+        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packages=lacking)
+
+
 def test_an_endpoint_without_use_is_refused() -> None:
     check_endpoint(None, ["llamacpp"])
     check_endpoint(ADDRESS, ["llamacpp", "vllm"])
