@@ -42,7 +42,7 @@ EVALUATION := $(if $(CALIBRATION),--calibration $(CALIBRATION))
 OPTIONS := $(SOURCE) --format $(FORMAT) $(foreach quant,$(QUANT),--quant $(quant)) $(EVALUATION) --device $(DEVICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve-env export plan verify demo test check test-all format lint types bench gpu-check clean
+.PHONY: help setup gptqmodel serve-env export plan verify demo test check test-all format lint types bench gpu-check clean
 
 help:  ## Show this list.
 	@echo "make TARGET [FORMAT=gguf|safetensors] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
@@ -63,6 +63,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 	@echo "$(VENV) is ready: $$($(BIN)/exporter --version)"
+
+gptqmodel: $(READY)  ## Add GPTQModel, another GPTQ quantizer, and what transformers needs to load GPTQ (1 minute).
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gptqmodel]'
+	@echo "$(VENV) has $$($(BIN)/pip list --format freeze 2>/dev/null | grep '^[Gg][Pp][Tt][Qq]')"
 
 serve-env: $(SERVE_READY)  ## Make the environment of vLLM, which scores what it will serve (4 minutes, 3.5 GB).
 

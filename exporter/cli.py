@@ -61,6 +61,13 @@ MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest 
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one a core.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option(help="llamacpp, transformers or vllm: what scores. Default: the format's first that can be had here."),
+]
+Endpoint = Annotated[
+    str | None, typer.Option(help="Address of a running vLLM server to score with, such as http://localhost:8000.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -100,6 +107,8 @@ def export_command(
     option: Options = None,
     device: Device = "auto",
     threads: Threads = None,
+    runtime: Runtime = None,
+    endpoint: Endpoint = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -113,7 +122,7 @@ def export_command(
         from exporter.pipeline import export
 
         recipe = _recipe(**arguments)
-        result = export(recipe, _execution(device, threads), screen)
+        result = export(recipe, _execution(device, threads, runtime, endpoint), screen)
         if as_json:
             manifests = [folder.manifest for folder in result.folders]
             print(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=2, ensure_ascii=False))
@@ -148,6 +157,8 @@ def plan_command(
     option: Options = None,
     device: Device = "auto",
     threads: Threads = None,
+    runtime: Runtime = None,
+    endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what an export would read, write, need and check. Writes nothing."""
@@ -158,7 +169,7 @@ def plan_command(
         from exporter.plan import describe, make_plan
         from exporter.screen import show_plan, stdout_console
 
-        plan = make_plan(_recipe(**arguments), _execution(device, threads))
+        plan = make_plan(_recipe(**arguments), _execution(device, threads, runtime, endpoint))
         if as_json:
             print(json.dumps(describe(plan), indent=2, ensure_ascii=False))
         else:
@@ -173,9 +184,8 @@ def verify_command(
     artifact: Annotated[Path, typer.Argument(help="A published output folder.")],
     base: Annotated[str, typer.Option(help="The base it was made from.")],
     adapter: Adapters = None,
-    runtime: Annotated[
-        str | None, typer.Option(help="llamacpp, transformers or vllm. Default: the format's own.")
-    ] = None,
+    runtime: Runtime = None,
+    endpoint: Endpoint = None,
     calibration: Text = None,
     eval_tokens: EvalTokens = None,
     eval_window: EvalWindow = None,
@@ -195,8 +205,9 @@ def verify_command(
         from exporter.verify.published import verify_published
 
         text, evaluation = Calibration(text=calibration), _evaluation(eval_tokens, eval_window, gate)
-        resolve_device(_execution(device, None).device)
-        result = verify_published(artifact, base, tuple(adapter or ()), text, evaluation, runtime, device, screen)
+        resolve_device(_execution(device, None, runtime, endpoint).device)
+        adapters = tuple(adapter or ())
+        result = verify_published(artifact, base, adapters, text, evaluation, runtime, device, screen, endpoint)
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
         result.show(console)
@@ -348,16 +359,22 @@ def _gates(texts: list[str]) -> dict[str, float]:
     return gates
 
 
-def _execution(device: str, threads: int | None) -> Execution:
+def _execution(device: str, threads: int | None, runtime: str | None, endpoint: str | None) -> Execution:
     from pydantic import ValidationError
 
     from exporter.recipe import Execution
 
     try:
-        return Execution(device=device, threads=threads)
-    except ValidationError:
+        return Execution(device=device, threads=threads, runtime=runtime, endpoint=endpoint)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wanted = {"device": "auto, cpu, cuda or cuda:N", "endpoint": "an address such as http://localhost:8000"}
+        name = str(first["loc"][0])
         raise RecipeError(
-            "--device", found=repr(device), expected="auto, cpu, cuda or cuda:N", remedy="Correct the device."
+            f"--{name}",
+            found=repr(first.get("input")),
+            expected=wanted.get(name, first["msg"]),
+            remedy="Correct the option.",
         ) from None
 
 

@@ -19,6 +19,8 @@ _WALK_RESIDENT_BYTES = 480 << 20
 _BLOCK_FACTOR = 5
 
 _STARTUP_SECONDS = 4.0
+# Until vLLM answers, and until it has ended.
+_SERVER_SECONDS = 45.0
 # Elements a second and thread: reading, merging and writing floats; and ggml_quantize_chunk, by type.
 _MERGE_RATE = 150e6
 _QUANTIZE_RATE = {
@@ -99,8 +101,10 @@ def layer_bytes(model: MergedModel) -> list[int]:
     return list(sizes.values())
 
 
-def seconds(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, tokens: TokenSets) -> float:
-    """Rough duration of a run."""
+def seconds(
+    model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, tokens: TokenSets, servers: int = 0
+) -> float:
+    """Rough duration of a run that starts so many vLLM servers."""
     work = model.parameters / _MERGE_RATE
     for artifact in artifacts:
         for tensor in artifact.tensors:
@@ -123,4 +127,4 @@ def seconds(model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, t
                 )
                 / threads
             )
-    return duration + passed * model.parameters / (_FORWARD_RATE * threads)
+    return duration + passed * model.parameters / (_FORWARD_RATE * threads) + servers * _SERVER_SECONDS

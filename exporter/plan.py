@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from exporter.errors import (
 from exporter.estimate import merge_memory, seconds, tour_memory
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Execution, Output, Recipe
+from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
 
 # export.json and the like, beside the planned files.
@@ -69,6 +71,7 @@ class ExportPlan:
         merge_bytes: estimated peak memory of merging and writing.
         walk_bytes: estimated peak memory of the walk, 0 if nothing needs activations.
         seconds: rough duration on this machine.
+        runtimes: what will score each artifact, by its label; empty without verification.
     """
 
     recipe: Recipe
@@ -82,6 +85,7 @@ class ExportPlan:
     merge_bytes: int
     walk_bytes: int
     seconds: float
+    runtimes: Mapping[str, str]
 
     @property
     def artifacts(self) -> tuple[OutputPlan, ...]:
@@ -120,7 +124,8 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     folders = tuple(_plan_folder(output, model, verified=recipe.verify) for output in recipe.outputs)
     threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
-    _check_verification(recipe, artifacts)
+    runtimes = _check_verification(recipe, execution, artifacts)
+    servers = sum(runtimes.get(artifact.label) == "vllm" and execution.endpoint is None for artifact in artifacts)
     tokens = make_token_sets(
         recipe.calibration,
         recipe.evaluation,
@@ -140,7 +145,8 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
         walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
-        seconds=seconds(model, artifacts, threads, tokens),
+        seconds=seconds(model, artifacts, threads, tokens, servers),
+        runtimes=runtimes,
     )
     _check_resources(plan)
     return plan
@@ -207,10 +213,14 @@ def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
                     )
 
 
-def _check_verification(recipe: Recipe, artifacts: list[OutputPlan]) -> None:
-    """Something must be able to score each artifact, and each limit must be one of an artifact that is made."""
+def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[OutputPlan]) -> dict[str, str]:
+    """Something must be able to score each artifact, and each limit must be one of an artifact that is made.
+
+    Returns:
+        The runtime that will score each artifact, by label.
+    """
     if not recipe.verify:
-        return
+        return {}
     for artifact in artifacts:
         if not artifact.runtimes:
             raise RecipeError(
@@ -224,6 +234,17 @@ def _check_verification(recipe: Recipe, artifacts: list[OutputPlan]) -> None:
             expected="* or one of " + " ".join(dict.fromkeys(artifact.quant for artifact in artifacts)),
             remedy="Correct the name of the type.",
         )
+    chosen = {
+        artifact.label: choose_runtime(
+            artifact.runtimes,
+            endpoint=execution.endpoint,
+            wanted=execution.runtime,
+            packages=artifact.runtime_packages,
+        )
+        for artifact in artifacts
+    }
+    check_endpoint(execution.endpoint, list(chosen.values()))
+    return chosen
 
 
 def _check_resources(plan: ExportPlan) -> None:
@@ -329,7 +350,7 @@ def _describe_folder(folder: FolderPlan, plan: ExportPlan) -> dict[str, Any]:
                     for tensor in artifact.fallbacks
                 ],
                 "notes": list(artifact.notes),
-                "verified_by": artifact.runtimes[0] if plan.recipe.verify and artifact.runtimes else None,
+                "verified_by": plan.runtimes.get(artifact.label),
             }
             for artifact in folder.artifacts
         ],

@@ -20,6 +20,9 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+# An address of a server, with or without a path.
+ENDPOINT = r"^https?://[^/]"
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
@@ -225,17 +228,21 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 class Execution(_Frozen):
-    """How to run: nothing here changes a byte of the outputs, but for the device.
+    """How to run: nothing here changes a byte of the outputs, but for the device. The verdict is the runtime's.
 
     Attributes:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: worker threads; None for one a core.
         block_bytes: float32 bytes of a row block.
+        runtime: what scores every artifact; None for the first that serves it and can be had here.
+        endpoint: address of a running vLLM server that scores in place of one that is started.
     """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)
     block_bytes: int = Field(default=4 << 20, ge=4096)
+    runtime: str | None = None
+    endpoint: str | None = Field(default=None, pattern=ENDPOINT)
 
     @property
     def workers(self) -> int:

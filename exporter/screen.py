@@ -110,7 +110,7 @@ def _files_table(plan: ExportPlan) -> Table:
     for folder in plan.folders:
         for artifact in folder.artifacts:
             shares = ", ".join(f"{kind} {entry['share']:.0%}" for kind, entry in type_shares(artifact).items())
-            judge = artifact.runtimes[0] if plan.recipe.verify and artifact.runtimes else "nothing"
+            judge = plan.runtimes.get(artifact.label, "nothing")
             for index, file in enumerate(artifact.files):
                 first = index == 0
                 table.add_row(

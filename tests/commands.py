@@ -50,6 +50,9 @@ def command(*arguments: str | Path, program: str | None = None) -> list[str]:
 
 
 def environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a command: without proxies, which would stand before a server on loopback."""
-    kept = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    """The environment of a command: without proxies, which would stand before a server on loopback, or a hub's cache.
+
+    The cache's place is set for the whole process by gptqmodel, which peft imports wherever it is installed.
+    """
+    kept = {key: value for key, value in os.environ.items() if "proxy" not in key.lower() and key != "HF_HUB_CACHE"}
     return kept | dict(added or {})

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exporter.runtimes.vllm import ENVIRONMENT
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
+# What was asked for outside of the tests.
+SERVE_ENVIRONMENT = os.environ.get(ENVIRONMENT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_server() -> Iterator[None]:
+    """Model folders are scored by transformers, as where there is no vLLM: starting it takes 40 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, "")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _server_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked `serve` find vLLM where any run would."""
+    if request.node.get_closest_marker("serve"):
+        if SERVE_ENVIRONMENT is None:
+            monkeypatch.delenv(ENVIRONMENT)
+        else:
+            monkeypatch.setenv(ENVIRONMENT, SERVE_ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ class SafetensorsBackend:
             tensors=tensors,
             documents=documents_of(model, tensors, DTYPES[quant]),
             copies=copies_of(model),
-            runtimes=("transformers",),
+            runtimes=("vllm", "transformers"),
             notes=_notes(model, stored),
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ OnWindow = Callable[[int], None]
 # which is valid until it returns.
 OnLogits = Callable[[int, Any], None]
 
+RUNTIMES = ("llamacpp", "transformers", "vllm")
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -30,6 +33,30 @@ class TokenScores:
 
     log_probabilities: npt.NDArray[np.float64]
     top_tokens: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The likeliest tokens of every scored position, likeliest first.
+
+    Attributes:
+        ids: token ids, int64, shape (windows, scored, k).
+        log_probabilities: their natural log-probabilities, float64, same shape.
+    """
+
+    ids: npt.NDArray[np.int64]
+    log_probabilities: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TopKScores(TokenScores):
+    """Token scores with the head of each distribution, as much as a server gives.
+
+    Attributes:
+        top: the k likeliest tokens; `top_tokens` is its first column.
+    """
+
+    top: TopK
 
 
 class Runtime(Protocol):
@@ -87,11 +114,105 @@ def check_vocabulary(artifact: Path, windows: Windows, size: int) -> None:
         )
 
 
-def load_runtime(name: str, device: str = "cpu") -> Runtime:
-    """A runtime by name; `device` is where it computes, if it has a choice.
+def choose_runtime(
+    names: Sequence[str],
+    *,
+    endpoint: str | None,
+    wanted: str | None = None,
+    packages: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
+
+    vLLM can be had if an environment has it or a server is running; the others come with this package. Cheap enough
+    for a plan: nothing is loaded or asked.
+
+    Args:
+        names: runtimes that serve the artifact, the preferred one first.
+        endpoint: address of a running vLLM server, or None.
+        wanted: the runtime that was asked for, or None.
+        packages: what a runtime needs installed for this artifact, beyond its own packages, by its name.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
+    """
+    if not names:
+        raise RecipeError(
+            "artifact", found="no runtime that can score it", expected="one", remedy="Name one with --runtime."
+        )
+    if wanted is not None and wanted not in names:
+        raise RecipeError(
+            f"--runtime {wanted}",
+            found="a runtime that this artifact is not for",
+            expected=" or ".join(names),
+            remedy="Choose one of them, or leave --runtime out.",
+        )
+    if unknown := [name for name in names if name not in RUNTIMES]:
+        raise _unknown(unknown[0])
+    refusals = []
+    for name in (wanted,) if wanted else names:
+        refusal = _lacking(name, endpoint, (packages or {}).get(name, ()))
+        if refusal is None:
+            return name
+        refusals.append(refusal)
+    raise refusals[0]
+
+
+def _lacking(name: str, endpoint: str | None, packages: Sequence[str]) -> RecipeError | None:
+    """Why a runtime cannot be had here, if it cannot.
+
+    Raises:
+        RecipeError: an environment of vLLM was named and is not there, which must not be passed over in silence.
+    """
+    if name == "vllm" and endpoint is None:
+        from exporter.runtimes.vllm import available, serve_python
+
+        try:
+            serve_python()
+        except RuntimeScoreError as error:
+            # Known before anything is written, so it is a refusal.
+            refusal = RecipeError(error.thing, found=error.found, expected=error.expected, remedy=error.remedy)
+            if available():
+                raise refusal from None
+            return refusal
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        return RecipeError(
+            f"runtime {name}",
+            found=f"no {' and no '.join(missing)}",
+            expected="what it needs for this format",
+            remedy=f"Run `pip install {' '.join(missing)}`, or choose another --runtime.",
+        )
+    return None
+
+
+def check_endpoint(endpoint: str | None, chosen: Sequence[str]) -> None:
+    """An endpoint must be of use: what is at it is vLLM.
+
+    Args:
+        endpoint: address of a running vLLM server, or None.
+        chosen: the runtimes of all artifacts.
+
+    Raises:
+        RecipeError: it is given, and no artifact is scored by vLLM.
+    """
+    if endpoint is not None and "vllm" not in chosen:
+        raise RecipeError(
+            f"--endpoint {endpoint}",
+            found="no artifact that vLLM scores" + (f", only {', '.join(dict.fromkeys(chosen))}" if chosen else ""),
+            expected="one that is scored by the server at it",
+            remedy="Leave --endpoint out, or see --runtime.",
+        )
+
+
+def load_runtime(name: str, device: str = "cpu", endpoint: str | None = None) -> Runtime:
+    """A runtime by name.
+
+    Args:
+        name: one of `RUNTIMES`.
+        device: where it computes, if it has a choice.
+        endpoint: address of a running server, for vllm; None starts one.
+
+    Raises:
+        RecipeError: there is none of that name, or the endpoint is not an address.
     """
     if name == "llamacpp":
         from exporter.runtimes.llamacpp import LlamaCpp
@@ -104,7 +225,10 @@ def load_runtime(name: str, device: str = "cpu") -> Runtime:
     if name == "vllm":
         from exporter.runtimes.vllm import Vllm
 
-        return Vllm()
-    raise RecipeError(
-        f"runtime {name!r}", found="unknown", expected="llamacpp, transformers or vllm", remedy="Choose one."
-    )
+        return Vllm(endpoint)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> RecipeError:
+    known = " or ".join((", ".join(RUNTIMES[:-1]), RUNTIMES[-1]))
+    return RecipeError(f"runtime {name!r}", found="unknown", expected=known, remedy="Choose one.")

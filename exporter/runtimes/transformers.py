@@ -1,4 +1,4 @@
-"""transformers in this process: for safetensors folders, and for the reference."""
+"""transformers in this process: for safetensors and GPTQ folders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import psutil
 
 from exporter.calibration import Windows
 from exporter.errors import RuntimeScoreError
+from exporter.runtimes import gptqmodel
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, score_logits
 
 
@@ -20,18 +21,21 @@ class Transformers:
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
+        self._packages: tuple[str, ...] = ("transformers", "torch")
 
     def version(self) -> str:
         """See `Runtime`."""
         from importlib.metadata import version
 
-        return f"transformers {version('transformers')}, torch {version('torch')}"
+        return ", ".join(f"{name} {version(name)}" for name in self._packages)
 
     def score(
         self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
     ) -> TokenScores:
         """See `Runtime`."""
         model = load_model(artifact, "auto", self._device)
+        if gptqmodel.is_gptq(artifact):
+            self._packages = ("transformers", "torch", *gptqmodel.PACKAGES)
         try:
             return score_model(model, windows, on_window, on_logits)
         except (RuntimeError, IndexError) as error:
@@ -45,6 +49,8 @@ class Transformers:
 
 def load_model(folder: Path, dtype: Any, device: str) -> Any:
     """Load a causal language model, strictly: no weight may be missing, left over or of another shape.
+
+    GPTQ weights stay packed and are multiplied with in the model's dtype; what is strict about them is the same.
 
     Args:
         folder: the model folder.
@@ -62,9 +68,12 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    arguments = gptqmodel.loading_arguments(folder)
+    # What gptqmodel raises for a configuration that it cannot take is of many kinds.
+    errors = (Exception,) if arguments else (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **arguments)
+    except errors as error:
         raise RuntimeScoreError(
             folder.name, found=str(error)[:300], expected="a folder that transformers loads", remedy="Check the model."
         ) from None

@@ -174,6 +174,9 @@ def _without_weights(model: MergedModel, dtype: torch.dtype) -> Any:
 
 def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype: torch.dtype) -> Any:
     """Attach every adapter with peft, active and unmerged."""
+    from exporter.runtimes.gptqmodel import import_quietly
+
+    import_quietly()
     from peft import PeftModel
 
     names = [f"adapter_{index}" for index in range(len(adapters))]

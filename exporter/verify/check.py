@@ -45,7 +45,7 @@ def verify_artifacts(
     for folder, files in staged:
         verdicts: dict[str, Verification] = {}
         for artifact in folder.artifacts:
-            runtime = load_runtime(artifact.runtimes[0], device)
+            runtime = load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint)
             entry = files if artifact.entry == "." else files / artifact.entry
             comparison = compare_in(runtime, entry, artifact.label, reference, reporter)
             gate = gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate)

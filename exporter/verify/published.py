@@ -17,7 +17,7 @@ from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution
 from exporter.reporter import Reporter
-from exporter.runtimes.base import load_runtime
+from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
@@ -67,15 +67,33 @@ def verify_published(
     runtime: str | None,
     device: str,
     reporter: Reporter,
+    endpoint: str | None = None,
 ) -> PublishedResult:
     """Check hashes, then score every artifact against base and adapters, on evaluation windows of `calibration`'s text.
 
+    Args:
+        folder: what was published.
+        base: a folder or a hub id.
+        adapters: likewise.
+        evaluation: what is scored.
+        runtime: what scores, whether the manifest lists it or not; None for the first of the manifest's that is here.
+        device: where reference and transformers compute.
+        reporter: told about every window.
+        endpoint: address of a running vLLM server to score with.
+
     Raises:
+        RecipeError: the runtime is unknown or not here, or the endpoint is of no use.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         RefusalError: base or adapters cannot be read, or do not fit.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
     manifest = read_manifest(folder)
+    # A folder may be older than a runtime that serves it.
+    serving = [
+        choose_runtime((runtime,) if runtime else artifact.runtimes, endpoint=endpoint, wanted=runtime)
+        for artifact in manifest.artifacts
+    ]
+    check_endpoint(endpoint, serving)
     check_files(folder, manifest)
     checkpoint = Checkpoint.open(resolve_base(base).folder)
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
@@ -83,13 +101,13 @@ def verify_published(
     windows = make_windows(calibration, evaluation, model.tokenizer)
     reference = _reference(model, windows, device, reporter)
     verdicts, sizes = {}, {}
-    for artifact in manifest.artifacts:
+    for artifact, name in zip(manifest.artifacts, serving, strict=True):
         label = f"{artifact.format} {artifact.quant}"
-        serving = load_runtime(runtime or next(iter(artifact.runtimes), "none"), device)
+        scorer = load_runtime(name, device, endpoint)
         entry = folder if artifact.entry == "." else folder / artifact.entry
-        comparison = compare_in(serving, entry, label, reference, reporter)
+        comparison = compare_in(scorer, entry, label, reference, reporter)
         gate = gate_for(label, artifact.quant, evaluation.gate)
-        verdicts[label], sizes[label] = judge(serving.version(), comparison, gate), artifact.bytes
+        verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate), artifact.bytes
     reporter.scored()
     return PublishedResult(folder, sizes, verdicts)
 

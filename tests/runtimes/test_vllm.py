@@ -20,9 +20,12 @@ from exporter.calibration import Windows, make_windows
 from exporter.errors import RecipeError, RuntimeScoreError
 from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes import vllm
+from exporter.runtimes.base import TopKScores
 from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.transformers import Transformers
-from exporter.runtimes.vllm import ENVIRONMENT, TopKScores, Vllm, available, last_words, serve_python
+from exporter.runtimes.vllm import ENVIRONMENT, Vllm, available, serve_python
+from exporter.runtimes.vllm_api import Api
+from exporter.runtimes.vllm_server import last_words
 from exporter.tokenizer import TokenizerFiles
 from tests.exports import export_to
 from tests.folders import copy, edit_json
@@ -526,7 +529,7 @@ def test_a_running_vllm_scores_alike_and_another_model_is_told_apart(demo: Path,
     command += ["--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 28)]
     address = f"http://127.0.0.1:{port}/v1"
     with ServerProcess(command, dict(os.environ)) as server:
-        assert server.wait_until(vllm._Api(address.removesuffix("/v1")).healthy, 600), server.lines
+        assert server.wait_until(Api(address.removesuffix("/v1")).healthy, 600), server.lines
         found = Vllm(address).score(folder, windows, lambda _: None)
         assert Vllm(address).version() == "vllm 0.32.0 at an endpoint"
         edit_json(folder / "config.json", vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"] + 1)

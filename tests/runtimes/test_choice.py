@@ -1,0 +1,182 @@
+"""Which runtime scores an artifact: what is asked for, else the first that is here; what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from exporter import Execution, make_plan
+from exporter.errors import RecipeError
+from exporter.plan import describe
+from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
+from exporter.runtimes.vllm import ENVIRONMENT, Vllm
+from tests.commands import invoke
+from tests.exports import export_to, recipe
+from tests.vllm_server import StandIn, make_environment, serve
+
+FOLDER = ("vllm", "transformers")
+ADDRESS = "http://localhost:9"
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment that looks as if it had vLLM."""
+    folder = make_environment(tmp_path / "environment")
+    monkeypatch.setenv(ENVIRONMENT, str(folder))
+    return folder
+
+
+def test_the_first_that_is_here_scores() -> None:
+    assert choose_runtime(FOLDER, endpoint=None) == "transformers"
+    assert choose_runtime(FOLDER, endpoint=ADDRESS) == "vllm"
+    assert choose_runtime(FOLDER[::-1], endpoint=ADDRESS) == "transformers"
+    assert choose_runtime(("llamacpp",), endpoint=ADDRESS) == "llamacpp"
+
+
+def test_an_environment_is_enough(environment: Path) -> None:
+    assert choose_runtime(FOLDER, endpoint=None) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=None, wanted="transformers") == "transformers"
+
+
+@pytest.mark.parametrize("wanted", [None, "vllm"])
+def test_an_environment_that_was_named_and_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "/no/such/environment")
+    with pytest.raises(RecipeError, match="/no/such/environment"):
+        choose_runtime(FOLDER, endpoint=None, wanted=wanted)
+    assert choose_runtime(FOLDER, endpoint=None, wanted="transformers") == "transformers"
+    assert choose_runtime(FOLDER, endpoint=ADDRESS, wanted=wanted) == "vllm"
+
+
+@pytest.mark.parametrize(("names", "wanted"), [(FOLDER, "vllm"), (("vllm",), None)])
+def test_vllm_without_an_environment_names_the_remedies(names: tuple[str, ...], wanted: str | None) -> None:
+    with pytest.raises(RecipeError) as caught:
+        choose_runtime(names, endpoint=None, wanted=wanted)
+    assert "make serve-env" in caught.value.remedy
+    assert "--runtime transformers" in caught.value.remedy
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "words"),
+    [
+        (FOLDER, "llamacpp", "vllm or transformers"),
+        (("llamacpp",), "vllm", "expected llamacpp"),
+        (("onnx",), None, "llamacpp, transformers or vllm"),
+        ((), None, "no runtime"),
+    ],
+)
+def test_what_does_not_serve_the_artifact_is_refused(names: tuple[str, ...], wanted: str | None, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        choose_runtime(names, endpoint=None, wanted=wanted)
+
+
+def test_a_runtime_that_lacks_a_package_for_this_artifact_is_passed_over_or_refused(environment: Path) -> None:
+    lacking = {"transformers": ("json", "no_such_package")}
+    assert choose_runtime(FOLDER, endpoint=None, packages=lacking) == "vllm"
+    assert choose_runtime(FOLDER[::-1], endpoint=None, packages=lacking) == "vllm"
+    with pytest.raises(RecipeError, match="pip install no_such_package"):
+        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packages=lacking)
+
+
+def test_an_endpoint_without_use_is_refused() -> None:
+    check_endpoint(None, ["llamacpp"])
+    check_endpoint(ADDRESS, ["llamacpp", "vllm"])
+    with pytest.raises(RecipeError, match="only llamacpp"):
+        check_endpoint(ADDRESS, ["llamacpp", "llamacpp"])
+
+
+def test_the_endpoint_reaches_the_runtime() -> None:
+    assert isinstance(load_runtime("vllm", endpoint=ADDRESS), Vllm)
+    with pytest.raises(RecipeError, match="no http address"):
+        load_runtime("vllm", endpoint="localhost:9")
+
+
+# --- plan, export and verify -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(make_base: Callable[..., Path]) -> Path:
+    return make_base("qwen2")
+
+
+@pytest.mark.parametrize(
+    ("execution", "format_", "runtime"),
+    [
+        (Execution(), "safetensors", "transformers"),
+        (Execution(endpoint=ADDRESS), "safetensors", "vllm"),
+        (Execution(runtime="transformers"), "safetensors", "transformers"),
+        (Execution(), "gguf", "llamacpp"),
+    ],
+)
+def test_the_plan_says_what_will_score(
+    base: Path, tmp_path: Path, execution: Execution, format_: str, runtime: str
+) -> None:
+    plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True), execution)
+    (artifact,) = describe(plan)["outputs"][0]["artifacts"]
+    assert artifact["verified_by"] == plan.runtimes[plan.artifacts[0].label] == runtime
+    unverified = make_plan(recipe(base, [], tmp_path / "out", format=format_), execution)
+    assert unverified.runtimes == {}
+    assert describe(unverified)["outputs"][0]["artifacts"][0]["verified_by"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "format_", "words"),
+    [
+        (["--runtime", "llamacpp"], "safetensors", "vllm or transformers"),
+        (["--runtime", "vllm"], "safetensors", "make serve-env"),
+        (["--runtime", "transformers"], "gguf", "llamacpp"),
+        (["--endpoint", ADDRESS], "gguf", "no artifact that vLLM scores"),
+        (["--endpoint", ADDRESS, "--runtime", "transformers"], "safetensors", "no artifact that vLLM scores"),
+        (["--endpoint", "localhost:9"], "safetensors", "an address such as"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "export"])
+def test_what_cannot_score_is_refused_before_anything_is_written(
+    base: Path, tmp_path: Path, command: str, options: list[str], format_: str, words: str
+) -> None:
+    result = invoke(command, "--base", base, "--format", format_, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    running = serve()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def test_export_and_verify_ask_the_endpoint(base: Path, tmp_path: Path, server: StandIn) -> None:
+    """It serves another model, and says so: that is what both end with, not the verdict of another runtime."""
+    address = f"http://127.0.0.1:{server.server_port}"
+    text = tmp_path / "text.txt"
+    text.write_text("Evaluation text. " * 100)
+    settings: list[str | Path] = ["--base", base, "--calibration", text, "--eval-tokens", "64", "--window", "64"]
+    settings += ["--endpoint", address]
+    result = invoke("export", *settings, "--format", "safetensors", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert address in result.output
+    export_to(tmp_path / "published", base)
+    result = invoke("verify", tmp_path / "published", *settings)
+    assert result.exit_code == 1
+    assert address in result.output
+    assert invoke("verify", tmp_path / "published", *settings, "--runtime", "transformers").exit_code == 2
+
+
+def test_a_folder_may_be_older_than_a_runtime_that_serves_it(base: Path, tmp_path: Path, server: StandIn) -> None:
+    export_to(tmp_path / "out", base)
+    manifest = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert manifest["artifacts"][0]["runtimes"] == ["vllm", "transformers"]
+    manifest["artifacts"][0]["runtimes"] = ["transformers"]
+    (tmp_path / "out" / "export.json").write_text(json.dumps(manifest))
+    settings: list[str | Path] = ["--base", base, "--eval-tokens", "64", "--window", "64"]
+    settings += ["--endpoint", f"http://127.0.0.1:{server.server_port}"]
+    assert invoke("verify", tmp_path / "out", *settings).exit_code == 2
+    assert invoke("verify", tmp_path / "out", *settings, "--runtime", "vllm").exit_code == 1
