@@ -59,6 +59,17 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
+Imatrix = Annotated[
+    str | None,
+    typer.Option(help="Importance matrix for GGUF: auto, none, or a file of llama-imatrix. Default: by the type."),
+]
+ForceUnservable = Annotated[
+    bool, typer.Option("--force-unservable", help="GPTQ: write what no server takes, for transformers alone.")
+]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option("--compute-dtype", help="What the walk computes in: float32 or bfloat16.", show_default="float32"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one a core.")]
 Runtime = Annotated[
@@ -105,6 +116,9 @@ def export_command(
     force: Force = False,
     max_shard_size: MaxShard = None,
     option: Options = None,
+    imatrix: Imatrix = None,
+    force_unservable: ForceUnservable = False,
+    compute_dtype: ComputeDtype = None,
     device: Device = "auto",
     threads: Threads = None,
     runtime: Runtime = None,
@@ -155,6 +169,9 @@ def plan_command(
     force: Force = False,
     max_shard_size: MaxShard = None,
     option: Options = None,
+    imatrix: Imatrix = None,
+    force_unservable: ForceUnservable = False,
+    compute_dtype: ComputeDtype = None,
     device: Device = "auto",
     threads: Threads = None,
     runtime: Runtime = None,
@@ -253,6 +270,7 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     names = (
         "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
         "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "force", "max_shard_size", "option",
+        "imatrix", "force_unservable", "compute_dtype",
     )  # fmt: skip
     return {name: values[name] for name in names}
 
@@ -276,6 +294,9 @@ def _recipe(
     force: bool,
     max_shard_size: str | None,
     option: list[str] | None,
+    imatrix: str | None,
+    force_unservable: bool,
+    compute_dtype: str | None,
 ) -> Recipe:
     """Make a recipe from a file or from options.
 
@@ -287,9 +308,9 @@ def _recipe(
     if recipe_file is not None:
         given = (
             base, adapter, format_, quant, out, name, calibration, calibration_tokens, window, seed, eval_tokens,
-            eval_window, gate, max_shard_size, option,
+            eval_window, gate, max_shard_size, option, imatrix, compute_dtype,
         )  # fmt: skip
-        if any(value is not None and value != [] for value in given):
+        if force_unservable or any(value is not None and value != [] for value in given):
             raise RecipeError(
                 str(recipe_file),
                 found="a recipe and options beside it",
@@ -304,6 +325,10 @@ def _recipe(
     options = dict(_pair(text, "--option") for text in option or [])
     if max_shard_size is not None:
         options["max_shard_size"] = max_shard_size
+    if imatrix is not None:
+        options["imatrix"] = imatrix
+    if force_unservable:
+        options["force_unservable"] = "true"
     return Recipe.build(
         {
             "base": base,
@@ -312,6 +337,7 @@ def _recipe(
             "name": name,
             "verify": not no_verify,
             "force": force,
+            **_given(compute_dtype=compute_dtype),
             "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
             "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])),
         }

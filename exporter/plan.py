@@ -271,7 +271,8 @@ def _check_resources(plan: ExportPlan) -> None:
             "the walk through the layers",
             found=f"{memory / 1e9:.1f} GB of memory available",
             expected=f"{plan.walk_bytes / 1e9:.1f} GB",
-            remedy="Run on a machine with more memory, with fewer tokens, or with --compute-dtype bfloat16.",
+            remedy="Run on a machine with more memory, with fewer tokens, with --compute-dtype bfloat16, or with "
+            "--no-verify.",
         )
 
 

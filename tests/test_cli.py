@@ -49,6 +49,7 @@ GGUF_TYPES = [
     "Q4_1",
 ]
 GGUF_TYPES += ["Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS"]
+GGUF_TYPES += ["Q2_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
 
 # --- help and the like -----------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ def test_plan_writes_nothing(workplace: Path, inputs: Arguments) -> None:
     assert planned["model"]["tensors_updated"] == 14
     assert planned["disk_bytes"] == sum(artifact["bytes"] for artifact in artifacts)
     assert planned["memory_bytes"]["merge"] > 0
-    assert planned["memory_bytes"]["reference"] > 0
+    assert planned["memory_bytes"]["walk"] > 0
     assert planned["seconds"] > 0
     assert "note" in shown
     assert "Q5_0" in shown
@@ -275,7 +276,7 @@ def test_plan_of_a_recipe_file(workplace: Path, inputs: Arguments) -> None:
     (workplace / "recipe.yaml").write_text(yaml.safe_dump(values))
     planned = json.loads(invoke("plan", "recipe.yaml", "--json").stdout)
     assert [Path(output["out"]).name for output in planned["outputs"]] == ["st", "gguf"]
-    assert planned["memory_bytes"]["reference"] == 0
+    assert planned["memory_bytes"]["walk"] == 0
     assert listing(workplace) == {"recipe.yaml"}
 
 

@@ -176,7 +176,7 @@ def test_not_enough_memory_for_the_reference(base: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(100_000))
     caught = refused(NotEnoughMemoryError, tmp_path / "out", base, verify=True)
     assert "--no-verify" in caught.remedy
-    assert make_plan(recipe(base, [], tmp_path / "out", verify=False), Execution()).reference_bytes == 0
+    assert make_plan(recipe(base, [], tmp_path / "out", verify=False), Execution()).walk_bytes == 0
 
 
 @pytest.mark.parametrize("key", ["Q8", "Q4_K_M", "fp16"])

@@ -130,6 +130,7 @@ def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
         "quant": [artifact.quant for artifact in folder.artifacts],
         "options": {key: _without_folder(value) for key, value in options.items()},
         "verify": recipe.verify,
+        "compute_dtype": recipe.compute_dtype,
         "calibration": {
             "text": recipe.calibration.name,
             "tokens": recipe.calibration.tokens,

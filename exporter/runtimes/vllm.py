@@ -14,7 +14,7 @@ from pathlib import Path
 from exporter.calibration import Windows
 from exporter.errors import RecipeError, RuntimeScoreError
 from exporter.recipe import ENDPOINT
-from exporter.runtimes.base import OnWindow, TopKScores, check_vocabulary
+from exporter.runtimes.base import OnLogits, OnWindow, TopKScores, check_vocabulary
 from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.vllm_api import Api, RequestError, score_windows, served_model
 from exporter.runtimes.vllm_server import (
@@ -107,8 +107,11 @@ class Vllm:
         except (RequestError, KeyError, TypeError):
             return "vllm of an unknown version at an endpoint"
 
-    def score(self, artifact: Path, windows: Windows, on_window: OnWindow) -> TopKScores:
-        """See `Runtime`."""
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TopKScores:
+        """See `Runtime`. The server gives the likeliest tokens only, so `on_logits` is never called."""
+        del on_logits
         config = read_config(artifact)
         check_vocabulary(artifact, windows, config.vocabulary)
         k = min(self._k, config.vocabulary)

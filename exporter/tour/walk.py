@@ -218,9 +218,14 @@ class Walk:
         return self._arguments[length]
 
     def set_threads(self) -> None:
-        """Let torch use all threads, which it must not while row blocks are merged."""
+        """Let torch use the threads, which it must not while row blocks are merged.
+
+        A power of two: elementwise functions cut their work into as many pieces, and where a piece does not end with a
+        whole vector register its last elements are computed by another code, whose last bits differ. Pieces of a power
+        of two end with one, so the results are the same for every number of threads.
+        """
         if self._settings.device == "cpu":
-            torch.set_num_threads(self._settings.threads)
+            torch.set_num_threads(1 << (self._settings.threads.bit_length() - 1))
 
     def _offer(
         self, tensors: Iterable[MergedTensor], riders: Iterable[Rider], targets: Mapping[str, Target] | None = None

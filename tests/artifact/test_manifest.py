@@ -23,7 +23,7 @@ from tests.folders import copy, edit_json, unpack
 from tests.merged import tensor_types
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT: dict[str, Any] = {"text": Path(__file__)}
+TEXT: dict[str, Any] = {"text": Path(__file__), "tokens": 128, "window": 64}
 EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
 
 
@@ -262,6 +262,7 @@ def test_the_recipe_has_every_default_resolved(folders: dict[str, Path]) -> None
         "quant": ["bf16"],
         "options": {"max_shard_size": "100KB"},
         "verify": False,
+        "compute_dtype": "float32",
         "calibration": {"text": None, "tokens": 16384, "window": 1024, "seed": 0},
         "evaluation": {"tokens": 4096, "n_ctx": 512, "gate": {}},
     }

@@ -33,7 +33,7 @@ class Npy:
     def default_quant(self, model):
         return "f32"
 
-    def plan(self, model, quant, options):
+    def plan(self, model, quant, options, *, verified):
         files, tensors = [], []
         for tensor in model.tensors:
             head = io.BytesIO()
@@ -106,7 +106,7 @@ def test_backend_from_outside_exports(make_base: Make, make_adapter: Make, tmp_p
 def test_backend_from_outside_is_listed(installed: Callable[..., None]) -> None:
     installed("npy", NPY, "npy_backend:Npy")
     listed = json.loads(invoke("formats", "--json").stdout)
-    assert [entry["name"] for entry in listed] == ["gguf", "npy", "safetensors"]
+    assert [entry["name"] for entry in listed] == ["gguf", "gptq", "npy", "safetensors"]
     assert "one .npy file a tensor" in invoke("formats").stdout
 
 

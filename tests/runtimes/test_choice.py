@@ -158,7 +158,7 @@ def test_export_and_verify_ask_the_endpoint(base: Path, tmp_path: Path, server: 
     address = f"http://127.0.0.1:{server.server_port}"
     text = tmp_path / "text.txt"
     text.write_text("Evaluation text. " * 100)
-    settings: list[str | Path] = ["--base", base, "--calibration", text, "--eval-tokens", "64", "--window", "64"]
+    settings: list[str | Path] = ["--base", base, "--calibration", text, "--eval-tokens", "64", "--eval-window", "64"]
     settings += ["--endpoint", address]
     result = invoke("export", *settings, "--format", "safetensors", "--out", tmp_path / "out")
     assert result.exit_code == 1
@@ -176,7 +176,7 @@ def test_a_folder_may_be_older_than_a_runtime_that_serves_it(base: Path, tmp_pat
     assert manifest["artifacts"][0]["runtimes"] == ["vllm", "transformers"]
     manifest["artifacts"][0]["runtimes"] = ["transformers"]
     (tmp_path / "out" / "export.json").write_text(json.dumps(manifest))
-    settings: list[str | Path] = ["--base", base, "--eval-tokens", "64", "--window", "64"]
+    settings: list[str | Path] = ["--base", base, "--eval-tokens", "64", "--eval-window", "64"]
     settings += ["--endpoint", f"http://127.0.0.1:{server.server_port}"]
     assert invoke("verify", tmp_path / "out", *settings).exit_code == 2
     assert invoke("verify", tmp_path / "out", *settings, "--runtime", "vllm").exit_code == 1

@@ -24,7 +24,7 @@ from tests.folders import copy, edit_json, edit_tensors, listing
 from tests.merged import merged_model
 
 # A short text, so that tokenizing it takes no time: this file.
-TEXT: dict[str, Any] = {"text": Path(__file__)}
+TEXT: dict[str, Any] = {"text": Path(__file__), "tokens": 128, "window": 64}
 EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64}
 
 
@@ -85,7 +85,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Pat
     assert not folder.published
     assert folder.path == tmp_path / "out.rejected"
     assert listing(tmp_path) == {"out.rejected"} | {
-        f"out.rejected/{name}" for name in ("export.json", "model-Q2_K.gguf", "model-F32.gguf")
+        f"out.rejected/{name}" for name in ("export.json", "model-Q2_K.gguf", "model-F32.gguf", "model.imatrix.gguf")
     }
     verdicts = {a["quant"]: a["verification"]["verdict"] for a in folder.manifest["artifacts"]}
     assert verdicts == {"Q2_K": "failed", "F32": "passed"}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.errors import ExporterError, RuntimeScoreError
 from exporter.calibration import TokenSets
+from exporter.errors import ExporterError, RuntimeScoreError
 from exporter.estimate import layer_bytes, tour_memory
 from exporter.model import MergedModel
 from exporter.verify.reference import score_reference

@@ -250,8 +250,8 @@ def _dynamic(schemes: Mapping[str, Scheme], scheme: Scheme, model: MergedModel) 
 def _names(group: Sequence[str]) -> list[str]:
     modules = [name.removesuffix(".weight") for name in group]
     parent = modules[0].rpartition(".")[0]
-    leaves = tuple(module.rpartition(".")[2] for module in modules)
-    return modules + ([f"{parent}.{_FUSED[leaves]}"] if leaves in _FUSED else [])
+    leaves = {module.rpartition(".")[2] for module in modules}
+    return modules + [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
 
 
 def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str]) -> tuple[str, ...]:

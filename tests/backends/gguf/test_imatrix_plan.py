@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.backends.base import TensorPlan
+from exporter.backends.base import FinishingWriter, ObservingWriter, TensorPlan
 from exporter.backends.gguf.backend import GgufBackend, make_encoder, open_file, plan_file
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, library
 from exporter.backends.gguf.imatrix import Floats, Imatrix, ImatrixError, Importance, imatrix_bytes, read_imatrix
@@ -68,11 +68,24 @@ def _plan(model: MergedModel, quant: str, imatrix: object) -> GgufPlan:
 
 @pytest.mark.parametrize("quant", NEEDING)
 def test_a_type_that_needs_a_matrix_is_refused_without_one(model: MergedModel, quant: str) -> None:
-    for options in ({}, {"imatrix": "none"}):
-        with pytest.raises(RecipeError, match="--imatrix auto or a file") as caught:
-            GgufBackend().plan(model, quant, options)
-        assert quant in caught.value.thing
+    with pytest.raises(RecipeError, match="--imatrix auto or a file") as caught:
+        _plan(model, quant, "none")
+    assert quant in caught.value.thing
     assert _plan(model, quant, "auto").quant == quant
+
+
+@pytest.mark.parametrize(
+    ("quant", "verified", "needs"),
+    [
+        *((quant, verified, "moments") for quant in NEEDING for verified in (True, False)),
+        ("Q4_K_M", True, "moments"), ("Q2_K", True, "moments"), ("Q6_K", True, "moments"),
+        ("Q4_K_M", False, "nothing"), ("Q8_0", True, "nothing"), ("Q4_0", True, "nothing"), ("BF16", True, "nothing"),
+    ],
+)  # fmt: skip
+def test_where_the_option_is_left_out(model: MergedModel, quant: str, verified: bool, needs: str) -> None:
+    plan = GgufBackend().plan(model, quant, {}, verified=verified)
+    assert plan.needs == needs
+    assert plan == GgufBackend().plan(model, quant, {"imatrix": "auto" if needs == "moments" else "none"})
 
 
 @pytest.mark.parametrize("option", ["", 3, True, None, ["auto"]])
@@ -225,10 +238,18 @@ def test_a_matrix_that_fills_while_writing_makes_the_bytes_of_a_known_one(
     assert plan.imatrix.content(entries) == given.with_name("model.imatrix.gguf").read_bytes()
 
 
-def test_a_plan_whose_matrix_is_not_measured_yet_is_not_opened(model: MergedModel, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="yet to be measured"):
-        GgufBackend().open(_plan(model, "Q4_K_M", "auto"), tmp_path, resume=False)
-    assert list(tmp_path.iterdir()) == []
+def test_a_matrix_that_was_measured_only_in_part_is_not_saved(model: MergedModel, tmp_path: Path) -> None:
+    plan = _plan(model, "Q4_K_M", "auto")
+    writer = GgufBackend().open(plan, tmp_path, resume=False)
+    assert isinstance(writer, ObservingWriter)
+    assert isinstance(writer, FinishingWriter)
+    for tensor in plan.tensors:
+        if tensor.source in plan.calibrated and tensor.name != "blk.1.ffn_up.weight":
+            writer.observe(tensor, np.ones(tensor.columns), 5)
+    with pytest.raises(BackendError, match=r"blk\.1\.ffn_up\.weight: found no second moments"):
+        writer.finish(None)
+    writer.close()
+    assert not (tmp_path / f"{model.name}.imatrix.gguf").exists()
 
 
 def test_rows_whose_planned_importance_has_not_come_are_not_written(model: MergedModel, tmp_path: Path) -> None:
