@@ -6,7 +6,7 @@ heavy imports belong inside `open`. Plans are data, so they can be printed, comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from exporter.backends.gptq.hessian import Moments
     from exporter.model import MergedModel
+
+# Calibration as token ids, a window each.
+Calibrated = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ class OutputPlan:
         runtimes: runtimes that can verify it, the preferred one first.
         runtime_packages: packages that one of these needs for it beyond its own, by the runtime's name.
         notes: degradations and choices that the reader should know of.
+        needs: what its writer must be given beside the merged weights: `nothing`, `moments`, `hessians` or `tokens`.
+        temporary_bytes: what writing it takes on the disk for a while, beyond its files.
+        settings: what the backend's own writer needs to know.
     """
 
     format: str
@@ -105,6 +111,9 @@ class OutputPlan:
     runtimes: tuple[str, ...] = ()
     runtime_packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    needs: str = "nothing"
+    temporary_bytes: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:
@@ -170,6 +179,21 @@ class SolvingWriter(Writer, Protocol):
 
         Returns:
             By the same names, the values that a server will compute with: float32, of the same shapes.
+        """
+
+
+@runtime_checkable
+class FinishingWriter(Writer, Protocol):
+    """A writer that makes its files once it has every tensor."""
+
+    def finish(self, calibration: Calibrated | None) -> tuple[str, ...]:
+        """Make the files.
+
+        Args:
+            calibration: token ids, if the plan needs `tokens`.
+
+        Returns:
+            Names of the files it made, relative to the output folder; the plan's are estimates.
         """
 
 

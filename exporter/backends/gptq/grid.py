@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from exporter.backends.gptq.names import BITS, GROUP_SIZES
 from exporter.errors import RefusalError
-
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 32, 64, 128)
 
 # Normal float16 numbers: kernels that flush subnormal ones to zero would lose the whole group.
 SMALLEST_SCALE = 2.0**-14
