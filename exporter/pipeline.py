@@ -96,9 +96,8 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             verdicts = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
         results = []
         for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True)):
-            found = {label: written.findings for label, written in toured.written[number].items()}
-            kind = toured.device.partition(":")[0]
-            manifest = build_manifest(plan, folder, inputs, outputs[number], found, verdicts[number], kind)
+            kind, written = toured.device.partition(":")[0], toured.written[number]
+            manifest = build_manifest(plan, folder, inputs, outputs[number], written, verdicts[number], kind)
             write_durably(staging.files / MANIFEST_NAME, dump(manifest))
             published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()
@@ -166,6 +165,6 @@ def _finish_files(
         for name, path in artifact.copies.items():
             copy_durably(path, staging.files / name)
         known |= written[artifact.label].digests
-        names += artifact.names(written[artifact.label].made)
+        names += artifact.names(written[artifact.label].made.names)
     rest = hash_all(staging.files, [name for name in dict.fromkeys(names) if name not in known], plan.threads)
     return rest | {name: ((staging.files / name).stat().st_size, digest) for name, digest in known.items()}

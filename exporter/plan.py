@@ -54,6 +54,11 @@ class FolderPlan:
         """Bytes of its files."""
         return sum(artifact.nbytes for artifact in self.artifacts)
 
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes that are needed beside its files while they are made."""
+        return sum(artifact.temporary_bytes for artifact in self.artifacts)
+
 
 @dataclass(frozen=True)
 class ExportPlan:
@@ -99,8 +104,8 @@ class ExportPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all files that will be written."""
-        return sum(folder.nbytes for folder in self.folders)
+        """Bytes of all files that will be written, those that are removed again too."""
+        return sum(folder.nbytes + folder.temporary_bytes for folder in self.folders)
 
     @property
     def input_bytes(self) -> int:
@@ -254,7 +259,7 @@ def _check_resources(plan: ExportPlan) -> None:
     for folder in plan.folders:
         parent = _existing_parent(folder.out)
         device = parent.stat().st_dev
-        needed[device] += folder.nbytes + _SLACK_BYTES - staged_bytes(folder.out)
+        needed[device] += folder.nbytes + folder.temporary_bytes + _SLACK_BYTES - staged_bytes(folder.out)
         free[device] = (parent, shutil.disk_usage(parent).free)
     for device, nbytes in needed.items():
         parent, available = free[device]

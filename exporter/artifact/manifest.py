@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter.adapter import Adapter
 from exporter.backends.base import Finding, OutputPlan
@@ -17,6 +17,9 @@ from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.sources import Source
 from exporter.verify.gate import Verification
 from exporter.version import __version__
+
+if TYPE_CHECKING:
+    from exporter.tour.drive import Written
 
 MANIFEST_NAME = "export.json"
 SCHEMA_VERSION = 1
@@ -48,7 +51,7 @@ def build_manifest(
     folder: FolderPlan,
     inputs: Mapping[Path, str],
     outputs: Mapping[str, tuple[int, str]],
-    findings: Mapping[str, Sequence[Finding]],
+    written: Mapping[str, Written],
     verdicts: Mapping[str, Verification],
     device: str,
 ) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def build_manifest(
         folder: the folder that the manifest describes.
         inputs: hash of every input file.
         outputs: size and hash of every file of the folder, by name.
-        findings: what became of the matrices that were solved for, by artifact label.
+        written: what the tour did for each artifact, by its label.
         verdicts: by artifact label.
         device: where the merge was computed (`cpu` or `cuda`).
     """
@@ -81,7 +84,7 @@ def build_manifest(
         "evaluation": _evaluation(plan.tokens.evaluation),
         "calibration": _calibration(plan.tokens.calibration),
         "artifacts": [
-            _artifact(artifact, outputs, findings.get(artifact.label, ()), verdicts.get(artifact.label))
+            _artifact(artifact, outputs, written[artifact.label], verdicts.get(artifact.label))
             for artifact in folder.artifacts
         ],
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(outputs.items())},
@@ -178,10 +181,10 @@ def _evaluation(windows: Windows | None) -> dict[str, Any] | None:
 def _artifact(
     artifact: OutputPlan,
     outputs: Mapping[str, tuple[int, str]],
-    findings: Sequence[Finding],
+    written: Written,
     verdict: Verification | None,
 ) -> dict[str, Any]:
-    names = artifact.names(name for name in artifact.made if name in outputs)
+    names = artifact.names(written.made.names)
     return {
         "format": artifact.format,
         "quant": artifact.quant,
@@ -190,13 +193,13 @@ def _artifact(
         "bytes": sum(outputs[name][0] for name in names),
         "files": names,
         "types": type_shares(artifact),
-        "notes": list(artifact.notes),
+        "notes": [*artifact.notes, *written.made.notes],
         "tensors": [
             {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
             | ({"wanted": tensor.fallback_from} if tensor.fallback_from else {})
             for tensor in artifact.tensors
         ],
-        "quantization": _quantization(findings),
+        "quantization": _quantization(written.findings),
         "verification": verification_json(verdict),
     }
 

@@ -109,10 +109,6 @@ class Staging:
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
-    def clear_scratch(self) -> None:
-        """Forget what a run would go on from, but for the files themselves."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
     def publish(self) -> Path:
         """Sync everything and rename the files to the output folder."""
         self._move(self.out, replace=self._force)

@@ -102,6 +102,8 @@ class OutputPlan:
         calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
         sequential: solve for the matrices of a layer one input after the other, each with those before it solved.
         made: files that are made at the end, once every tensor is written: name to bytes, which may be an estimate.
+        temporary_bytes: what writing it takes on the disk for a while, beyond its files.
+        settings: what the backend's own writer needs to know.
     """
 
     format: str
@@ -118,6 +120,8 @@ class OutputPlan:
     calibrated: frozenset[str] = field(default=frozenset(), repr=False)
     sequential: bool = False
     made: Mapping[str, int] = field(default_factory=dict)
+    temporary_bytes: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:
@@ -178,6 +182,19 @@ class Solution:
     findings: tuple[Finding, ...]
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a writer made at the end.
+
+    Attributes:
+        names: of the files, relative to the output folder.
+        notes: what the reader should know, and could not before.
+    """
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
 class Writer(Protocol):
     """Writes one artifact. `write` is called from several threads at once, for different rows."""
 
@@ -229,14 +246,11 @@ class SolvingWriter(Writer, Protocol):
 class FinishingWriter(Writer, Protocol):
     """A writer that makes some of its files once every tensor is written."""
 
-    def finish(self, calibration: CalibrationWindows | None) -> tuple[str, ...]:
+    def finish(self, calibration: CalibrationWindows | None) -> Made:
         """Make them.
 
         Args:
             calibration: the calibration tokens, if the artifact needs any.
-
-        Returns:
-            Their names, relative to the output folder.
         """
 
 

@@ -48,10 +48,10 @@ def import_quietly() -> None:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        from logbar import LogBar
-
-        LogBar.shared().setLevel("CRITICAL")
         with redirect_stdout(io.StringIO()):
+            from logbar import LogBar
+
+            LogBar.shared().setLevel("CRITICAL")
             import gptqmodel  # noqa: F401  (for its effects)
     except ImportError:
         # Whoever needs it will say what is wrong with it.

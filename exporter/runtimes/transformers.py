@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
     # What gptqmodel raises for a configuration that it cannot take is of many kinds.
     errors = (Exception,) if arguments else (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **arguments)
+        with warnings.catch_warnings():
+            # It says at length that the folder's own quantization counts.
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, **arguments
+            )
     except errors as error:
         raise RuntimeScoreError(
             folder.name, found=str(error)[:300], expected="a folder that transformers loads", remedy="Check the model."

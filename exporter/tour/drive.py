@@ -16,6 +16,7 @@ from exporter.backends.base import (
     Finding,
     FinishingWriter,
     HashingWriter,
+    Made,
     ObservingWriter,
     OutputPlan,
     SolvingWriter,
@@ -28,6 +29,7 @@ from exporter.merge import make_merger, resolve_device
 from exporter.plan import ExportPlan
 from exporter.reporter import Reporter
 from exporter.tour.passengers import Passengers, Settings, Solver
+from exporter.tour.progress import forget_progress
 from exporter.tour.states import Group
 from exporter.tour.stream import Progress, Rider, Stream
 from exporter.tour.walk import Walk
@@ -42,12 +44,12 @@ class Written:
 
     Attributes:
         digests: SHA-256 of the files whose writer took it, by name.
-        made: files that the writer made at the end.
+        made: what the writer made at the end.
         findings: what became of each matrix that was solved for.
     """
 
     digests: Mapping[str, str]
-    made: tuple[str, ...]
+    made: Made
     findings: Sequence[Finding]
 
 
@@ -163,7 +165,7 @@ class _Boarded:
                 expected=f"all {len(self.plan.calibrated)} of the plan",
                 remedy="Leave them in 16 bits by an override, or report it.",
             )
-        made = self.writer.finish(plan.tokens.calibration) if isinstance(self.writer, FinishingWriter) else ()
+        made = self.writer.finish(plan.tokens.calibration) if isinstance(self.writer, FinishingWriter) else Made(())
         digests = self.writer.digests() if isinstance(self.writer, HashingWriter) else {}
         return Written(digests, made, mine)
 
@@ -188,7 +190,7 @@ def _walk(
     keys = json.dumps([plan.recipe.compute_dtype, *(staging.key for staging in stagings)])
     scratch = stagings[0].scratch
     if not all(staging.resumed for staging in stagings):
-        stagings[0].clear_scratch()
+        forget_progress(scratch)
     settings = Settings(
         device,
         dtype=DTYPES[plan.recipe.compute_dtype],

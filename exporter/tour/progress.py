@@ -67,6 +67,11 @@ def load_progress(scratch: Path, key: str, states: Sequence[States], findings: F
     return layers
 
 
+def forget_progress(scratch: Path) -> None:
+    """Let the next `load_progress` find nothing."""
+    (scratch / "progress").unlink(missing_ok=True)
+
+
 def save_moments(scratch: Path, layer: int, moments: Mapping[str, SecondMoments]) -> None:
     """Keep a layer's second moments; they are durable with the next `save_progress`."""
     content = {name: torch.cat([one.sums, torch.tensor([float(one.tokens)])]) for name, one in moments.items()}

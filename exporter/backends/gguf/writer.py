@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.artifact.staging import write_durably
-from exporter.backends.base import TensorPlan
+from exporter.backends.base import Made, TensorPlan
 from exporter.backends.files import OffsetWriter
 from exporter.backends.gguf.backend import make_encoder
 from exporter.backends.gguf.imatrix import Floats, Importance
@@ -43,7 +43,7 @@ class MeasuringWriter(OffsetWriter):
         self._entries[tensor.name] = entry
         self._importance[tensor.name] = entry.mean()
 
-    def finish(self, calibration: CalibrationWindows | None) -> tuple[str, ...]:
+    def finish(self, calibration: CalibrationWindows | None) -> Made:
         """See `FinishingWriter`: the importance matrix, as llama-imatrix would have written it.
 
         Raises:
@@ -64,4 +64,4 @@ class MeasuringWriter(OffsetWriter):
                 chunk_size=calibration.window,
             )
         write_durably(self._folder / planned.file, planned.content(self._entries))
-        return (planned.file,)
+        return Made((planned.file,))

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 
 from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
-from exporter.backends.gptq.options import QUANTS, GptqOptions, Scheme, quant_name
+from exporter.backends.gptq.names import QUANTS, quant_name
+from exporter.backends.gptq.options import GptqOptions, Scheme
 from exporter.errors import RecipeError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
+from exporter.runtimes import gptqmodel
 from exporter.tour.sizes import SHARED_INPUT, shared_inputs
 from exporter.version import __version__
 
@@ -97,6 +99,7 @@ class GptqBackend:
             documents=documents,
             copies=copies_of(model),
             runtimes=("transformers",) if refusals else ("vllm", "transformers"),
+            runtime_packages={"transformers": gptqmodel.PACKAGES},
             notes=_notes(model, schemes, refusals),
             needs="hessians",
             calibrated=frozenset(schemes),

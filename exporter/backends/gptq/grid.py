@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exporter.backends.gptq.options import BITS, GROUP_SIZES
+from exporter.backends.gptq.names import BITS, GROUP_SIZES
 from exporter.errors import RefusalError
 
 # Normal float16 numbers: kernels that flush subnormal ones to zero would lose the whole group.

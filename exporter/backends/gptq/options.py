@@ -11,40 +11,27 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES
+from exporter.backends.gptq.names import QUANTS, parse_quant
 from exporter.errors import RecipeError, UnknownQuantizationError
 
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 32, 64, 128)
 # Fraction of the mean diagonal. Measured with 8,192 tokens on three layers of a 0.5B, error on other text: 0.1 is 1 to
 # 2 % better than 0.05 and 5 % better than 0.02, most where inputs are many and tokens few.
 DEFAULT_DAMP = 0.1
 
-_SHORT = re.compile(r"^(?:gptq-)?int([2348])-(?:g(32|64|128)|(channel))$", re.IGNORECASE)
 
-
-def quant_name(bits: int, group_size: int) -> str:
-    """The short form of a type: `gptq-int4-g128`; one group a row is `gptq-int4-channel`."""
-    return f"gptq-int{bits}-" + ("channel" if group_size == -1 else f"g{group_size}")
-
-
-QUANTS = tuple(quant_name(bits, group) for bits in (4, 8, 3, 2) for group in (128, 64, 32, -1))
-
-
-def parse_quant(name: str) -> tuple[int, int]:
-    """Bits and group size of a short form.
+def bits_and_group(name: str) -> tuple[int, int]:
+    """Bits and group size of a type.
 
     Raises:
-        UnknownQuantizationError: it is none.
+        UnknownQuantizationError: there is none of that name.
     """
-    match = _SHORT.match(name)
-    if match is None:
+    parsed = parse_quant(name)
+    if parsed is None:
         raise UnknownQuantizationError(
-            f"gptq type {name!r}",
-            found="no such type",
-            expected="gptq-intB-gN with B 2, 3, 4 or 8 and N 32, 64 or 128, or gptq-intB-channel",
+            f"gptq type {name!r}", found="no such type", expected="one of " + " ".join(QUANTS),
             remedy="See `exporter formats`.",
-        )
-    return int(match[1]), -1 if match[3] else int(match[2])
+        )  # fmt: skip
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -160,7 +147,7 @@ class GptqOptions(BaseModel):
         Raises:
             UnknownQuantizationError: `quant` is no short form.
         """
-        bits, group_size = parse_quant(quant)
+        bits, group_size = bits_and_group(quant)
         chosen = group_size if self.group_size is None else self.group_size
         return Scheme(self.bits or bits, chosen, self.sym, self.desc_act, self.damp)
 

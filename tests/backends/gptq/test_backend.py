@@ -13,7 +13,7 @@ import torch
 
 from exporter import Execution, export
 from exporter.backends.gptq.backend import GptqBackend, GptqPlan
-from exporter.backends.gptq.options import QUANTS, parse_quant, quant_name
+from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.gptq.packing import Packed, unpack
 from exporter.checkpoint import INDEX_NAME
 from exporter.errors import RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
@@ -71,8 +71,10 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_short_forms_are_read_back(quant: str) -> None:
-    assert quant_name(*parse_quant(quant)) == quant
-    assert parse_quant(quant.removeprefix("gptq-").upper()) == parse_quant(quant)
+    parsed = parse_quant(quant)
+    assert parsed is not None
+    assert quant_name(*parsed) == quant
+    assert parse_quant(quant.removeprefix("gptq-").upper()) == parsed
 
 
 @pytest.mark.parametrize("quant", ["int5-g128", "gptq-int4-g16", "gptq-int4", "Q4_K_M", "gptq-int4-g-1", ""])
@@ -85,7 +87,8 @@ def test_other_types_are_refused(model: MergedModel, quant: str) -> None:
     "options",
     [
         {"bit": 4}, {"bits": 5}, {"bits": "four"}, {"group_size": 100}, {"damp": -1}, {"damp": "nan"},
-        {"sym": "perhaps"}, {"checkpoint_format": "v2"}, {"overrides": {"(": {"bits": 8}}}, {"overrides": {".*": {"bit": 8}}},
+        {"sym": "perhaps"}, {"checkpoint_format": "v2"}, {"overrides": {"(": {"bits": 8}}},
+        {"overrides": {".*": {"bit": 8}}},
         {"overrides": "{"}, {"overrides": {"nothing": {"bits": 8}}}, {"overrides": {".*q_proj": {"bits": 8}}},
         {"overrides": {".*": None}}, {"max_shard_size": "many"},
     ],
@@ -121,7 +124,7 @@ def test_what_no_server_takes_is_refused(model: MergedModel, quant: str, options
     assert any(reason in note for note in forced.notes)
 
 
-@pytest.mark.parametrize("quant", ["gptq-int4-g128", "gptq-int8-g32", "gptq-int4-channel"])
+@pytest.mark.parametrize("quant", ["gptq-int4-g128", "gptq-int8-g32", "gptq-int4-gall"])
 def test_what_vllm_serves(model: MergedModel, quant: str) -> None:
     plan = plan_of(model, quant)
     assert plan.runtimes == ("vllm", "transformers")
@@ -153,7 +156,7 @@ def test_head_embedding_norms_and_routers_stay_in_16_bits(tmp_path: Path) -> Non
     [
         ("gptq-int4-g128", {}),
         ("gptq-int8-g32", {}),
-        ("gptq-int4-channel", {}),
+        ("gptq-int4-gall", {}),
         ("gptq-int3-g64", FORCED),
         ("gptq-int2-g32", FORCED | {"sym": "false"}),
         ("gptq-int4-g128", FORCED | {"desc_act": "true"}),
@@ -168,7 +171,7 @@ def test_values_are_near_the_merged_ones(
     merged = merge_with_us(tmp_path / "merged", base, adapter)
     found = dequantized(tmp_path / "out")
     assert {f"{name}.weight" for name in found} == {name for name in merged if "_proj" in name}
-    bits = parse_quant(quant)[0]
+    bits = int(quant.removeprefix("gptq-int")[0])
     for name, values in found.items():
         weight = merged[f"{name}.weight"]
         # Uniform steps over about six standard deviations.
@@ -297,7 +300,7 @@ def test_other_tokens_do_not_go_on_from_an_earlier_run(base: Path, tmp_path: Pat
 
 def test_experts_that_saw_too_little_are_rounded_and_named(tmp_path: Path) -> None:
     base = make_experts(tmp_path / "base")
-    few = {"calibration": {"tokens": 256, "window": 64}}
+    few: dict[str, Any] = {"calibration": {"tokens": 256, "window": 64}}
     result = export_to(tmp_path / "out", base, format="gptq", quant="gptq-int4-g32", **few)
     figures = result.folders[0].manifest["artifacts"][0]["quantization"]
     assert figures["rounded"]

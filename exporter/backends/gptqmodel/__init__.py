@@ -1,0 +1,1 @@
+"""GPTQModel as a backend."""

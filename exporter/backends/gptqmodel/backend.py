@@ -1,0 +1,185 @@
+"""GPTQModel as a backend: for what our own solver does not do, and to compare it with.
+
+It quantizes a model folder, so the merge is written to one first, rounded to the base's dtype; our own GPTQ backend
+quantizes the float32 merge. It is run once every tensor is there, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
+from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, parse_quant, quant_name
+from exporter.backends.safetensors import SafetensorsBackend
+from exporter.checkpoint import SINGLE_NAME
+from exporter.errors import RecipeError, UnknownQuantizationError, UnsupportedModelError
+from exporter.model import MergedModel, MergedTensor
+from exporter.runtimes import gptqmodel
+
+DEFAULT_DAMP = 0.05
+# Of the header, for each stored tensor; the true one is known when it is written.
+_HEADER_BYTES = 128
+# Of `quantization_config`, likewise.
+_CONFIG_BYTES = 2000
+
+
+class GptqModelBackend:
+    """Writes a folder of packed weights with GPTQModel."""
+
+    name: ClassVar[str] = "gptqmodel"
+    summary: ClassVar[str] = "GPTQ by GPTQModel, from the merge rounded to 16 bit, for vLLM and transformers"
+    quants: ClassVar[tuple[str, ...]] = QUANTS
+    needs: ClassVar[Needs] = "tokens"
+    packages: ClassVar[tuple[str, ...]] = gptqmodel.PACKAGES
+
+    def default_quant(self, model: MergedModel) -> str:
+        """4 bits, in the largest groups that fit every matrix."""
+        inputs = [tensor.source.columns for tensor in model.tensors if is_quantized(tensor)]
+        fitting = [size for size in GROUP_SIZES if size > 0 and not any(columns % size for columns in inputs)]
+        return quant_name(4, max(fitting, default=-1))
+
+    def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
+        """See `Backend`.
+
+        Sizes are those of the packed layout; names and headers of the files are GPTQModel's, so they may differ from
+        the plan's: `Writer.finish` tells them. The merged folder counts as temporary.
+
+        Options: `desc_act` (false), `sym` (true), `damp` (0.05), `max_shard_size` (5GB).
+
+        Raises:
+            RecipeError: gptqmodel is not installed, or an option is unknown or cannot be read.
+            UnknownQuantizationError: no such type.
+            UnsupportedModelError: a matrix does not fit the group size, or there is none to quantize.
+        """
+        del verified
+        if missing := gptqmodel.missing_packages():
+            raise RecipeError(
+                "format gptqmodel", found=f"no {' and no '.join(missing)}", expected="GPTQModel, which does the work",
+                remedy=f"{gptqmodel.INSTALL}, or choose another format.",
+            )  # fmt: skip
+        parsed = parse_quant(quant)
+        if parsed is None:
+            raise UnknownQuantizationError(
+                f"gptqmodel type {quant!r}", found="no such type", expected="one of " + " ".join(QUANTS),
+                remedy="See `exporter formats`.",
+            )  # fmt: skip
+        bits, group_size = parsed
+        settings = _settings(bits, group_size, options)
+        _check_shapes(model, bits, group_size)
+        tensors = tuple(_estimate(tensor, bits, group_size) for tensor in model.tensors)
+        merged = SafetensorsBackend().plan(model, SafetensorsBackend().default_quant(model), {})
+        return OutputPlan(
+            format=self.name,
+            quant=quant_name(bits, group_size),
+            entry=".",
+            files=(),
+            tensors=tensors,
+            copies=merged.copies,
+            runtimes=("vllm", "transformers") if bits in (4, 8) and settings["sym"] else ("transformers",),
+            runtime_packages={"transformers": gptqmodel.PACKAGES},
+            notes=_notes(merged, bits, settings),
+            needs=self.needs,
+            made={
+                SINGLE_NAME: _file_bytes(tensors),
+                "config.json": len(merged.documents["config.json"]) + _CONFIG_BYTES,
+            },
+            temporary_bytes=merged.nbytes,
+            settings=settings | {"merged": merged},
+        )
+
+    def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
+        """See `Backend`. The merged folder lies beside the artifact's, in `scratch`, and goes when it is not needed."""
+        from exporter.backends.gptqmodel.writer import GptqModelWriter
+
+        return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
+
+
+def is_quantized(tensor: MergedTensor) -> bool:
+    """Whether GPTQModel packs a tensor: the matrices of a decoder layer, but for norms and routers."""
+    return len(tensor.shape) == 2 and re.search(r"\.layers\.\d+\..*_proj\.weight$", tensor.name) is not None
+
+
+def _estimate(tensor: MergedTensor, bits: int, group_size: int) -> TensorPlan:
+    """A merged tensor with the bytes of what it becomes: codes, and for each group a float16 scale and a zero point."""
+    columns = tensor.source.columns
+    if is_quantized(tensor):
+        groups = 1 if group_size == -1 else columns // group_size
+        kind, row_bytes = f"INT{bits}", math.ceil(columns * bits / 8 + groups * (2 + bits / 8))
+    else:
+        kind, row_bytes = tensor.source.dtype, columns * (4 if tensor.source.dtype == "F32" else 2)
+    return TensorPlan(tensor.name, tensor.name, tensor.shape, kind, SINGLE_NAME, 0, row_bytes)
+
+
+def _file_bytes(tensors: tuple[TensorPlan, ...]) -> int:
+    """Bytes of a file with these tensors; a packed one is four, and has a group's number for each column."""
+    packed = [tensor for tensor in tensors if tensor.type.startswith("INT")]
+    header = _HEADER_BYTES * (len(tensors) + 3 * len(packed))
+    return sum(tensor.nbytes for tensor in tensors) + sum(4 * tensor.columns for tensor in packed) + header
+
+
+def _check_shapes(model: MergedModel, bits: int, group_size: int) -> None:
+    """Whole groups in every row, and whole words of codes and zero points."""
+    matrices = [tensor for tensor in model.tensors if is_quantized(tensor)]
+    if not matrices:
+        raise UnsupportedModelError(
+            "model", found="no matrices named …layers.N.…_proj.weight", expected="decoder layers of a Qwen",
+            remedy="Choose another format.",
+        )  # fmt: skip
+    for tensor in matrices:
+        out_features, in_features = tensor.shape
+        if in_features % 32 or out_features % 32 or (group_size > 0 and in_features % group_size):
+            raise UnsupportedModelError(
+                tensor.name,
+                found=f"shape ({out_features}, {in_features})",
+                expected=f"in features a multiple of {max(group_size, 32)}, out features of 32",
+                remedy="Choose smaller groups, such as " + quant_name(bits, 32) + ", or another format.",
+            )
+
+
+def _settings(bits: int, group_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of GPTQModel's QuantizeConfig, and the size of a shard."""
+    known = ("desc_act", "sym", "damp", "max_shard_size")
+    if unknown := options.keys() - set(known):
+        raise RecipeError(
+            f"gptqmodel options {sorted(unknown)}", found="unknown", expected=", ".join(known), remedy="Leave them out."
+        )
+    try:
+        damp = float(options.get("damp", DEFAULT_DAMP))
+    except (TypeError, ValueError):
+        damp = math.nan
+    if not 0 < damp < 1:
+        raise RecipeError(
+            "damp", found=repr(options["damp"]), expected="a number between 0 and 1", remedy="Correct the option."
+        )
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": _flag("desc_act", options.get("desc_act", False)),
+        "sym": _flag("sym", options.get("sym", True)),
+        "damp_percent": damp,
+        "max_shard_bytes": parse_size(options.get("max_shard_size", DEFAULT_MAX_SHARD_BYTES)),
+    }
+
+
+def _flag(name: str, value: Any) -> bool:
+    flags = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if (text := str(value).lower()) not in flags:
+        raise RecipeError(name, found=repr(value), expected="true or false", remedy="Correct the option.")
+    return flags[text]
+
+
+def _notes(merged: OutputPlan, bits: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = [
+        f"GPTQModel quantizes a merged folder in {merged.quant}, {merged.nbytes / 1e9:.2f} GB that are removed again: "
+        "rounding to 16 bit loses some of a small delta",
+        "sizes are estimates: GPTQModel writes the files",
+        "modules that see less than 0.5% of the calibration are rounded to nearest, by GPTQModel's default",
+    ]
+    if not (bits in (4, 8) and settings["sym"]):
+        notes.append("vLLM takes 4 and 8 bits, symmetric, and not this")
+    return tuple(notes)
