@@ -11,24 +11,33 @@ import torch
 from torch import nn
 
 
+class SeenEnoughError(Exception):
+    """Ends the forward of a layer of which only the inputs of its modules are wanted."""
+
+
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], see: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
+def watching(
+    modules: Mapping[str, nn.Module], see: Mapping[str, Callable[[torch.Tensor], None]], last: str | None = None
+) -> Iterator[None]:
     """While this is entered, hand the inputs of some modules to functions.
 
     Args:
         modules: modules by the name of their weight.
         see: by the name of a weight, what takes each input, shape (tokens, in_features).
+        last: the weight after whose input the forward is ended with `SeenEnoughError`; None for none.
     """
 
-    def hook(take: Callable[[torch.Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(name: str, take: Callable[[torch.Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             take(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            if name == last:
+                raise SeenEnoughError
 
         return before
 
     with ExitStack() as stack:
         for name, take in see.items():
-            handle = modules[name].register_forward_pre_hook(hook(take))
+            handle = modules[name].register_forward_pre_hook(hook(name, take))
             stack.callback(handle.remove)
         yield
 

@@ -197,6 +197,7 @@ def _walk(
         threads=plan.threads,
         scratch=scratch,
         key=hashlib.sha256(keys.encode()).hexdigest(),
+        ahead=device != "cpu",
         on_layer=reporter.layer,
     )
     return Walk(

@@ -58,6 +58,7 @@ class Settings:
         keep_bytes: hidden states up to this size stay in memory.
         scratch: folder for what a killed run goes on from, and for larger hidden states; None for neither.
         key: what the walk is for; a run goes on from what is in `scratch` only under the same key.
+        ahead: read the next layer's weights while this one computes, which pays where layers compute on another device.
         on_layer: called after each layer with the number of layers that are done, and of all.
     """
 
@@ -67,6 +68,7 @@ class Settings:
     keep_bytes: int = KEEP_BYTES
     scratch: Path | None = None
     key: str = ""
+    ahead: bool = False
     on_layer: Callable[[int, int], None] = lambda _done, _layers: None
 
 

@@ -6,6 +6,7 @@ How many blocks are under way is bounded, so memory does not grow with the model
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +93,7 @@ class Stream:
         self._shards = {file: number for number, file in enumerate(model.base.shards)}
         self._riders = riders
         self._done = {rider.label: rider.staging.done(rider.label) for rider in riders}
+        self._lock = threading.Lock()
         self._threads, self._block_bytes, self._progress = threads, block_bytes, progress
         self._commits = _Commits(riders)
         self._left = {tensor.name: tensor.source.nbytes for tensor in model.tensors}
@@ -106,6 +108,8 @@ class Stream:
     ) -> None:
         """Offer tensors to every rider that stores them and does not have them yet, and to the targets.
 
+        May be called from several threads; one is served after the other.
+
         Args:
             tensors: what to merge; they are read in the order of their files.
             riders: the artifacts to offer to; None for all.
@@ -115,8 +119,10 @@ class Stream:
             NonFiniteTensorError: a merged tensor holds NaN or infinity.
             ExporterError: whatever a writer raised.
         """
-        riders = self._riders if riders is None else list(riders)
-        targets = targets or {}
+        with self._lock:
+            self._offer(tensors, self._riders if riders is None else list(riders), targets or {})
+
+    def _offer(self, tensors: Iterable[MergedTensor], riders: Sequence[Rider], targets: Mapping[str, Target]) -> None:
         pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]] = deque()
         try:
             for tensor in sorted(tensors, key=lambda one: (self._shards[one.source.file], one.source.start)):
@@ -133,7 +139,7 @@ class Stream:
                     while len(pending) >= 2 * self._threads:
                         self._settle(pending)
                     finished = takers if block is blocks[-1] else []
-                    job = self._pool.submit(_offer, self.merger, tensor, block, factors, takers, target)
+                    job = self._pool.submit(_merge_block, self.merger, tensor, block, factors, takers, target)
                     pending.append((job, tensor, finished, block.count * tensor.source.row_bytes))
             while pending:
                 self._settle(pending)
@@ -143,8 +149,9 @@ class Stream:
             raise
 
     def finish(self) -> None:
-        """Bring everything to the disk and note it in the journals."""
-        self._commits.finish()
+        """Bring everything that was offered to the disk and note it in the journals."""
+        with self._lock:
+            self._commits.finish()
 
     def close(self) -> None:
         """Stop the threads."""
@@ -166,7 +173,7 @@ class Stream:
             self._progress.read(nbytes)
 
 
-def _offer(
+def _merge_block(
     merger: Merger,
     tensor: MergedTensor,
     block: RowBlock,

@@ -8,8 +8,8 @@ the Hessians, and once more through the weights that were solved, whose outputs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from exporter.backends.gptq.hessian import Moments
 from exporter.errors import BackendError, MissingTensorError
 from exporter.merge import DTYPES
 from exporter.model import EMBEDDING, HEAD, MergedModel, MergedTensor
-from exporter.tour.activations import SecondMoments, watching
+from exporter.tour.activations import SecondMoments, SeenEnoughError, watching
+from exporter.tour.loading import Load, Loader, Slot
 from exporter.tour.passengers import Passengers, Settings, Solver, Walked
 from exporter.tour.progress import Findings, load_moments, load_progress, save_moments, save_progress
-from exporter.tour.rows import gather_rows, release_free_memory
+from exporter.tour.rows import gather_rows, keep_freed_memory, release_free_memory
 from exporter.tour.sizes import BATCH_TOKENS, shared_inputs
 from exporter.tour.skeleton import Arguments, Skeleton
 from exporter.tour.states import Group, States
@@ -65,7 +66,6 @@ class Walk:
         self._beside = Skeleton(model, *options, adapters=True)
         self._merged = Skeleton(model, *options, adapters=False) if passengers.solvers else self._beside
         self._arguments: dict[int, list[Arguments]] = {}
-        self._buffers: dict[str, torch.Tensor] = {}
         self._hidden = int(model.config["hidden_size"])
         self._findings = Findings()
         if settings.scratch is not None:
@@ -84,6 +84,7 @@ class Walk:
         """
         layers = self._by_layer()
         start = self._resume()
+        keep_freed_memory()
         with ExitStack() as stack:
             stack.callback(self._close_but_trained)
             inside = {tensor.name for tensors in layers for tensor in tensors}
@@ -92,15 +93,18 @@ class Walk:
             self._offer(before, self._passengers.riders)
             if start == 0:
                 self._embed()
+            loads, settings = self._loads(layers, start), self._settings
+            loader = Loader(loads, self._offer, settings.device, self._dtype, ahead=settings.ahead)
+            stack.callback(loader.close)
             for index, tensors in enumerate(layers):
                 if index < start:
                     self._offer(tensors, [*self._passengers.riders, *self._passengers.observers])
                 else:
-                    self._layer(index, tensors)
+                    self._layer(index, tensors, loader)
                     self._commit(index + 1)
                     release_free_memory()
                 self._settings.on_layer(index + 1, len(layers))
-            self._buffers.clear()
+            loader.close()
             norm, head = self._offer_rest([tensor for tensor in outside if tensor.name != EMBEDDING])
             self._stream.finish()
         return Walked(self._states["trained"], norm, head, self._findings.by_label)
@@ -111,49 +115,38 @@ class Walk:
 
     # --- one layer -------------------------------------------------------------------------------------------------
 
-    def _layer(self, index: int, tensors: list[MergedTensor]) -> None:
+    def _layer(self, index: int, tensors: Sequence[MergedTensor], loader: Loader) -> None:
         moments: dict[str, SecondMoments] = {}
-        riders = self._passengers.riders
         if self._trained:
-            slot = self._fill(self._beside, index, tensors, merged=False, riders=riders)
-            riders = ()
-            self._beside.install(index, slot)
+            self._beside.install(index, loader.next())
             moments = self._pass_trained(index, tensors)
             self._beside.strip(index)
         if self._passengers.observers:
             self._observe(index, tensors, moments)
-        if not self._passengers.solvers:
-            self._offer(tensors, riders)
-        else:
-            slot = self._fill(self._merged, index, tensors, merged=True, riders=riders)
+        if self._passengers.solvers:
+            slot = loader.next()
             for solver in self._passengers.solvers:
                 self._solve(index, solver, slot)
             self._merged.strip(index)
 
-    def _fill(
-        self, skeleton: Skeleton, index: int, tensors: list[MergedTensor], *, merged: bool, riders: Iterable[Rider]
-    ) -> dict[str, torch.Tensor]:
-        """Read a layer's weights into the buffers, which every layer of the same shapes uses again."""
-        prefix = skeleton.layer_prefix(index)
-        wanted = skeleton.slots(index)
-        slot = {}
-        for tensor in tensors:
-            if tensor.name in wanted:
-                key = tensor.name.removeprefix(prefix)
-                if key not in self._buffers or self._buffers[key].shape != tensor.shape:
-                    self._buffers[key] = torch.empty(tensor.shape, dtype=self._dtype, device=self._settings.device)
-                slot[tensor.name] = self._buffers[key]
-        for key in self._buffers.keys() - {name.removeprefix(prefix) for name in slot}:
-            del self._buffers[key]
-        self._offer(tensors, riders, {name: Target(values, merged) for name, values in slot.items()})
-        return slot
+    def _loads(self, layers: Sequence[Sequence[MergedTensor]], start: int) -> list[Load]:
+        """Every reading of every layer to come; riders are served by the first one of each."""
+        loads = []
+        for index in range(start, len(layers)):
+            riders = self._passengers.riders
+            if self._trained:
+                loads.append(Load(self._beside, index, layers[index], merged=False, riders=riders))
+                riders = ()
+            if self._passengers.solvers:
+                loads.append(Load(self._merged, index, layers[index], merged=True, riders=riders))
+        return loads
 
     @property
     def _dtype(self) -> torch.dtype:
         """What the buffers hold: float32 where weights are solved for, whatever the layers compute in."""
         return torch.float32 if self._passengers.solvers else self._settings.dtype
 
-    def _pass_trained(self, index: int, tensors: list[MergedTensor]) -> dict[str, SecondMoments]:
+    def _pass_trained(self, index: int, tensors: Sequence[MergedTensor]) -> dict[str, SecondMoments]:
         modules = self._beside.modules(index)
         wanted = {name for observer in self._passengers.observers for name in observer.tensors}
         names = [tensor.name for tensor in tensors if tensor.name in wanted and tensor.name in modules]
@@ -164,7 +157,7 @@ class Walk:
                 self._forward(self._beside, index, states, keep=True)
         return moments
 
-    def _observe(self, index: int, tensors: list[MergedTensor], moments: Mapping[str, SecondMoments]) -> None:
+    def _observe(self, index: int, tensors: Sequence[MergedTensor], moments: Mapping[str, SecondMoments]) -> None:
         if self._settings.scratch is not None:
             save_moments(self._settings.scratch, index, moments)
         self._tell(moments)
@@ -181,14 +174,15 @@ class Walk:
                 if name in observer.tensors:
                     observer.writer.observe(observer.tensors[name], one.sums.numpy(), one.tokens)
 
-    def _solve(self, index: int, solver: Solver, slot: Mapping[str, torch.Tensor]) -> None:
+    def _solve(self, index: int, solver: Solver, slot: Slot) -> None:
         self._install(index, slot)
         (states,) = self._states[solver.label]
         modules = self._merged.modules(index)
         groups = shared_inputs(name for name in modules if name in solver.sources)
         for batch in [[group] for group in groups] if solver.sequential else [groups]:
             hessians = {group: Moments(slot[group[0]].shape[-1], self._settings.device) for group in batch}
-            with watching(modules, {group[0]: hessian.add for group, hessian in hessians.items()}):
+            see = {group[0]: hessian.add for group, hessian in hessians.items()}
+            with watching(modules, see, last=self._last(batch)):
                 self._forward(self._merged, index, states, keep=False)
             self.set_threads()
             for group in batch:
@@ -199,6 +193,12 @@ class Walk:
                 self._install(index, solved.weights)
         self._forward(self._merged, index, states, keep=True)
 
+    @staticmethod
+    def _last(groups: Sequence[tuple[str, ...]]) -> str | None:
+        """The weight after whose input a layer has nothing more to show: that of a dense block's last product."""
+        last = groups[-1][0]
+        return last if last.endswith(".mlp.down_proj.weight") else None
+
     def _install(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         self._merged.install(index, {name: weight.to(self._settings.dtype) for name, weight in weights.items()})
 
@@ -208,9 +208,10 @@ class Walk:
         arguments = self._layer_arguments(skeleton, states.group.length)[index]
         for windows in states.group.batches(BATCH_TOKENS[torch.device(self._settings.device).type]):
             hidden = states.read(windows).to(self._settings.device)
-            output = skeleton.forward(index, hidden, arguments)
-            if keep:
-                states.write(windows, output)
+            with suppress(SeenEnoughError):
+                output = skeleton.forward(index, hidden, arguments)
+                if keep:
+                    states.write(windows, output)
 
     def _layer_arguments(self, skeleton: Skeleton, length: int) -> list[Arguments]:
         if length not in self._arguments:

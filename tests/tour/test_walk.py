@@ -139,10 +139,11 @@ def sources(request: pytest.FixtureRequest, make_base: Callable[..., Path], make
     return base, make_adapter(base)
 
 
-def test_second_moments_are_those_of_the_whole_model(sources: tuple[Path, Path], staging: Staging) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_second_moments_are_those_of_the_whole_model(sources: tuple[Path, Path], staging: Staging, ahead: bool) -> None:
     model = merged_model(*sources)
     rider = observer(model, staging)
-    with walking(model, Passengers(observers=[rider])) as walk:
+    with walking(model, Passengers(observers=[rider]), ahead=ahead) as walk:
         walk.run()
     inputs = inputs_of(load_peft(*sources).base_model.merge_and_unload(), IDS)
     writer: Any = rider.writer
@@ -163,11 +164,12 @@ def test_observers_are_given_merged_rows(sources: tuple[Path, Path], staging: St
         assert (rows - weights[name]).abs().max() < 1e-6
 
 
-def test_solved_layers_feed_the_next_ones(sources: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_solved_layers_feed_the_next_ones(sources: tuple[Path, Path], ahead: bool) -> None:
     model = merged_model(*sources)
     writer = Coarse()
     passengers = Passengers(solvers=[Solver("coarse", frozenset(projections(model)), writer)])
-    with walking(model, passengers) as walk:
+    with walking(model, passengers, ahead=ahead) as walk:
         walked = walk.run()
     trained = walked.states
     assert [finding.name for finding in walked.findings["coarse"]] == list(writer.solved)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
-from exporter.backends.gptq.names import QUANTS, quant_name
+from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, quant_name
 from exporter.backends.gptq.options import GptqOptions, Scheme
 from exporter.errors import RecipeError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
@@ -53,9 +53,10 @@ class GptqBackend:
     packages: ClassVar[tuple[str, ...]] = ("safetensors", "transformers", "peft")
 
     def default_quant(self, model: MergedModel) -> str:
-        """4 bits in groups of 128: what every server has its fastest kernels for."""
-        del model
-        return quant_name(4, 128)
+        """4 bits in groups of 128, for which every server has its fastest kernels, or in the largest that fit."""
+        columns = [tensor.shape[-1] for tensor in model.tensors if is_quantized(tensor)]
+        fitting = [size for size in GROUP_SIZES if size > 0 and not any(one % size for one in columns)]
+        return quant_name(4, max(fitting, default=-1))
 
     def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
         """See `Backend`; the options are those of `GptqOptions`.
@@ -117,9 +118,14 @@ class GptqBackend:
         return GptqWriter(plan, folder, resume=resume)
 
 
+def is_quantized(tensor: MergedTensor) -> bool:
+    """Whether a tensor is a matrix of a decoder layer, and neither a norm nor a router."""
+    return len(tensor.shape) == 2 and _LINEAR.match(tensor.name) is not None
+
+
 def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:
     """How each matrix is quantized that is; embedding, head, norms and routers are not."""
-    linear = [tensor.name for tensor in model.tensors if _LINEAR.match(tensor.name) and len(tensor.shape) == 2]
+    linear = [tensor.name for tensor in model.tensors if is_quantized(tensor)]
     if not linear:
         raise UnsupportedModelError(
             "model.layers", found="no linear layers", expected="q_proj and the like", remedy="Export to safetensors."
@@ -237,7 +243,7 @@ def _dynamic(schemes: Mapping[str, Scheme], scheme: Scheme, model: MergedModel) 
     A pattern with `+:` changes settings and one with `-:` keeps modules in 16 bits (GPTQModel's `dynamic`); both
     readers match it at the start of a name.
     """
-    linear = [tensor.name for tensor in model.tensors if _LINEAR.match(tensor.name) and len(tensor.shape) == 2]
+    linear = [tensor.name for tensor in model.tensors if is_quantized(tensor)]
     rules: dict[Scheme | None, list[str]] = {}
     for group in shared_inputs(linear):
         if schemes.get(group[0]) != scheme:

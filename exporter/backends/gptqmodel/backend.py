@@ -7,14 +7,14 @@ quantizes the float32 merge. It is run once every tensor is there, in a process 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
-from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, parse_quant, quant_name
+from exporter.backends.gptq.backend import GptqBackend, is_quantized
+from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.safetensors import SafetensorsBackend
 from exporter.checkpoint import SINGLE_NAME
 from exporter.errors import RecipeError, UnknownQuantizationError, UnsupportedModelError
@@ -38,10 +38,8 @@ class GptqModelBackend:
     packages: ClassVar[tuple[str, ...]] = gptqmodel.PACKAGES
 
     def default_quant(self, model: MergedModel) -> str:
-        """4 bits, in the largest groups that fit every matrix."""
-        inputs = [tensor.source.columns for tensor in model.tensors if is_quantized(tensor)]
-        fitting = [size for size in GROUP_SIZES if size > 0 and not any(columns % size for columns in inputs)]
-        return quant_name(4, max(fitting, default=-1))
+        """As our own GPTQ backend."""
+        return GptqBackend().default_quant(model)
 
     def plan(self, model: MergedModel, quant: str, options: Mapping[str, Any], *, verified: bool = False) -> OutputPlan:
         """See `Backend`.
@@ -97,11 +95,6 @@ class GptqModelBackend:
         from exporter.backends.gptqmodel.writer import GptqModelWriter
 
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
-
-
-def is_quantized(tensor: MergedTensor) -> bool:
-    """Whether GPTQModel packs a tensor: the matrices of a decoder layer, but for norms and routers."""
-    return len(tensor.shape) == 2 and re.search(r"\.layers\.\d+\..*_proj\.weight$", tensor.name) is not None
 
 
 def _estimate(tensor: MergedTensor, bits: int, group_size: int) -> TensorPlan:
