@@ -94,7 +94,7 @@ class OutputPlan:
         documents: small files known by now: name to content.
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
-        runtime_packages: packages that one of these needs for it beyond its own, by the runtime's name.
+        packed_bits: bits of its GPTQ weights, for which a runtime needs more than for others; None if it has none.
         notes: degradations and choices that the reader should know of.
         needs: what its writer must be given beside the merged weights: `nothing`, `moments`, `hessians` or `tokens`.
         temporary_bytes: what writing it takes on the disk for a while, beyond its files.
@@ -109,7 +109,7 @@ class OutputPlan:
     documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
-    runtime_packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packed_bits: int | None = None
     notes: tuple[str, ...] = ()
     needs: str = "nothing"
     temporary_bytes: int = 0

@@ -79,7 +79,7 @@ class GptqModelBackend:
             tensors=tensors,
             copies=merged.copies,
             runtimes=("vllm", "transformers") if bits in (4, 8) and settings["sym"] else ("transformers",),
-            runtime_packages={"transformers": gptqmodel.PACKAGES},
+            packed_bits=bits,
             notes=_notes(merged, bits, settings),
             needs=self.needs,
             temporary_bytes=merged.nbytes,
