@@ -244,7 +244,7 @@ def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[Ou
             artifact.runtimes,
             endpoint=execution.endpoint,
             wanted=execution.runtime,
-            packages=artifact.runtime_packages,
+            packed_bits=artifact.packed_bits,
         )
         for artifact in artifacts
     }

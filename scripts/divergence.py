@@ -2,8 +2,8 @@
 
     python scripts/divergence.py --base DIR [--adapter DIR] FILE_OR_FOLDER… [--tokens 8192] [--json FILE]
 
-A GPTQ folder is unpacked by scripts/unpack_gptq.py, which knows nothing of this package, and computed in float32; a GGUF
-file is computed by llama.cpp. The tokens are the evaluation windows of the text, those that an export would score.
+A GPTQ folder is unpacked by scripts/unpack_gptq.py, which knows nothing of this package, and computed in float32; a
+GGUF file is computed by llama.cpp. The tokens are the evaluation windows of the text, those that an export would score.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def _main(arguments: list[str], log: str, merged: str, pause: float) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    offer, write, copy = stream._offer, staging.write_durably, staging.copy_durably
+    offer, write, copy = stream._merge_block, staging.write_durably, staging.copy_durably
 
     def slow_offer(merger: Any, tensor: Any, *rest: Any) -> None:
         with open(merged, "a") as names:
@@ -94,6 +94,6 @@ def _main(arguments: list[str], log: str, merged: str, pause: float) -> None:
         copy(source, target)
 
     # Every tensor is brought to the disk by itself, as the large ones of a real model are.
-    patch.multiple(stream, SYNC_BYTES=1, _offer=slow_offer).start()
+    patch.multiple(stream, SYNC_BYTES=1, _merge_block=slow_offer).start()
     patch.multiple(pipeline, write_durably=slow_write, copy_durably=slow_copy).start()
     app(arguments)

@@ -96,7 +96,7 @@ class OutputPlan:
         documents: small files known by now: name to content.
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
-        runtime_packages: packages that one of these needs for it beyond its own, by the runtime's name.
+        packed_bits: bits of its GPTQ weights, for which a runtime needs more than for others; None if it has none.
         notes: degradations and choices that the reader should know of.
         needs: what it must be given beside the merged weights.
         calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
@@ -114,7 +114,7 @@ class OutputPlan:
     documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
-    runtime_packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packed_bits: int | None = None
     notes: tuple[str, ...] = ()
     needs: Needs = "nothing"
     calibrated: frozenset[str] = field(default=frozenset(), repr=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,7 +118,7 @@ def choose_runtime(
     *,
     endpoint: str | None,
     wanted: str | None = None,
-    packages: Mapping[str, Sequence[str]] | None = None,
+    packed_bits: int | None = None,
 ) -> str:
     """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
 
@@ -130,7 +129,7 @@ def choose_runtime(
         names: runtimes that serve the artifact, the preferred one first.
         endpoint: address of a running vLLM server, or None.
         wanted: the runtime that was asked for, or None.
-        packages: what a runtime needs installed for this artifact, beyond its own packages, by its name.
+        packed_bits: bits of the artifact's GPTQ weights, or None: not every runtime that is here takes them.
 
     Raises:
         RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
@@ -150,21 +149,21 @@ def choose_runtime(
         raise _unknown(unknown[0])
     refusals = []
     for name in (wanted,) if wanted else names:
-        refusal = _lacking(name, endpoint, (packages or {}).get(name, ()))
+        refusal = _lacking(name, endpoint, packed_bits)
         if refusal is None:
             return name
         refusals.append(refusal)
     raise refusals[0]
 
 
-def _lacking(name: str, endpoint: str | None, packages: Sequence[str]) -> RecipeError | None:
+def _lacking(name: str, endpoint: str | None, packed_bits: int | None) -> RecipeError | None:
     """Why a runtime cannot be had here, if it cannot.
 
     Raises:
         RecipeError: an environment of vLLM was named and is not there, which must not be passed over in silence.
     """
     if name == "vllm" and endpoint is None:
-        from exporter.runtimes.vllm import available, serve_python
+        from exporter.runtimes.vllm import available, missing_kernel, serve_python
 
         try:
             serve_python()
@@ -174,13 +173,23 @@ def _lacking(name: str, endpoint: str | None, packages: Sequence[str]) -> Recipe
             if available():
                 raise refusal from None
             return refusal
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        return RecipeError(
-            f"runtime {name}",
-            found=f"no {' and no '.join(missing)}",
-            expected="what it needs for this format",
-            remedy=f"Run `pip install {' '.join(missing)}`, or choose another --runtime.",
-        )
+        if packed_bits is not None and (missing := missing_kernel(packed_bits)):
+            return RecipeError(
+                "runtime vllm",
+                found=missing,
+                expected="one for GPTQ weights",
+                remedy="Score with --runtime transformers, or with a server elsewhere: --endpoint.",
+            )
+    if name == "transformers" and packed_bits is not None:
+        from exporter.runtimes import gptqmodel
+
+        if lacking := gptqmodel.missing_packages():
+            return RecipeError(
+                "runtime transformers",
+                found=f"no {' and no '.join(lacking)}",
+                expected="what it loads GPTQ weights with",
+                remedy=f"{gptqmodel.INSTALL}, or choose another --runtime.",
+            )
     return None
 
 

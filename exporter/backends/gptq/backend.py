@@ -14,7 +14,6 @@ from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, quant_name
 from exporter.backends.gptq.options import GptqOptions, Scheme
 from exporter.errors import RecipeError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
-from exporter.runtimes import gptqmodel
 from exporter.tour.sizes import SHARED_INPUT, shared_inputs
 from exporter.version import __version__
 
@@ -100,7 +99,7 @@ class GptqBackend:
             documents=documents,
             copies=copies_of(model),
             runtimes=("transformers",) if refusals else ("vllm", "transformers"),
-            runtime_packages={"transformers": gptqmodel.PACKAGES},
+            packed_bits=max(scheme.bits for scheme in schemes.values()),
             notes=_notes(model, schemes, refusals),
             needs="hessians",
             calibrated=frozenset(schemes),

@@ -1,6 +1,6 @@
 """GPTQModel as a backend: for what our own solver does not do, and to compare it with.
 
-It quantizes a model folder, so the merge is written to one first, rounded to the base's dtype; our own GPTQ backend
+It quantizes a model folder, so the merge is written to one first, rounded to bf16; our own GPTQ backend
 quantizes the float32 merge. It is run once every tensor is there, in a process of its own.
 """
 
@@ -16,7 +16,7 @@ from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.safetensors import SafetensorsBackend
-from exporter.checkpoint import SINGLE_NAME
+from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
 from exporter.errors import RecipeError, UnknownQuantizationError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
 from exporter.runtimes import gptqmodel
@@ -32,7 +32,7 @@ class GptqModelBackend:
     """Writes a folder of packed weights with GPTQModel."""
 
     name: ClassVar[str] = "gptqmodel"
-    summary: ClassVar[str] = "GPTQ by GPTQModel, from the merge rounded to 16 bit, for vLLM and transformers"
+    summary: ClassVar[str] = "GPTQ by GPTQModel, from the merge rounded to bf16, for vLLM and transformers"
     quants: ClassVar[tuple[str, ...]] = QUANTS
     needs: ClassVar[Needs] = "tokens"
     packages: ClassVar[tuple[str, ...]] = gptqmodel.PACKAGES
@@ -69,8 +69,10 @@ class GptqModelBackend:
         bits, group_size = parsed
         settings = _settings(bits, group_size, options)
         _check_shapes(model, bits, group_size)
-        tensors = tuple(_estimate(tensor, bits, group_size) for tensor in model.tensors)
-        merged = SafetensorsBackend().plan(model, SafetensorsBackend().default_quant(model), {})
+        # GPTQModel loads float32 and float16 as bf16 as well: rounded once, here, and the configuration says so.
+        merged = SafetensorsBackend().plan(model, "bf16", {})
+        types = {tensor.source: tensor.type for tensor in merged.tensors}
+        tensors = tuple(_estimate(tensor, types[tensor.name], bits, group_size) for tensor in model.tensors)
         return OutputPlan(
             format=self.name,
             quant=quant_name(bits, group_size),
@@ -79,7 +81,7 @@ class GptqModelBackend:
             tensors=tensors,
             copies=merged.copies,
             runtimes=("vllm", "transformers") if bits in (4, 8) and settings["sym"] else ("transformers",),
-            runtime_packages={"transformers": gptqmodel.PACKAGES},
+            packed_bits=bits,
             notes=_notes(merged, bits, settings),
             needs=self.needs,
             made={
@@ -97,14 +99,14 @@ class GptqModelBackend:
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
 
 
-def _estimate(tensor: MergedTensor, bits: int, group_size: int) -> TensorPlan:
+def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> TensorPlan:
     """A merged tensor with the bytes of what it becomes: codes, and for each group a float16 scale and a zero point."""
     columns = tensor.source.columns
     if is_quantized(tensor):
         groups = 1 if group_size == -1 else columns // group_size
         kind, row_bytes = f"INT{bits}", math.ceil(columns * bits / 8 + groups * (2 + bits / 8))
     else:
-        kind, row_bytes = tensor.source.dtype, columns * (4 if tensor.source.dtype == "F32" else 2)
+        kind, row_bytes = dtype, columns * DTYPE_BYTES[dtype]
     return TensorPlan(tensor.name, tensor.name, tensor.shape, kind, SINGLE_NAME, 0, row_bytes)
 
 
@@ -169,7 +171,7 @@ def _flag(name: str, value: Any) -> bool:
 def _notes(merged: OutputPlan, bits: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
     notes = [
         f"GPTQModel quantizes a merged folder in {merged.quant}, {merged.nbytes / 1e9:.2f} GB that are removed again: "
-        "rounding to 16 bit loses some of a small delta",
+        "rounding to bf16 loses some of a small delta",
         "sizes are estimates: GPTQModel writes the files",
         "modules that see less than 0.5% of the calibration are rounded to nearest, by GPTQModel's default",
     ]
