@@ -26,8 +26,8 @@ def gather_rows(merger: Merger, tensor: MergedTensor, rows: Sequence[int]) -> to
 def keep_freed_memory() -> None:
     """Let glibc use freed activations again within a layer.
 
-    By default it gives memory at the top of its heap back as soon as tens of megabytes of it are free. Each activation is
-    then faulted in and zeroed anew, a quarter of the time of a small model's layer.
+    By default it gives memory at the top of its heap back as soon as tens of megabytes of it are free. Each activation
+    is then faulted in and zeroed anew, a quarter of the time of a small model's layer.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
