@@ -42,7 +42,7 @@ EVALUATION := $(if $(CALIBRATION),--calibration $(CALIBRATION))
 OPTIONS := $(SOURCE) --format $(FORMAT) $(foreach quant,$(QUANT),--quant $(quant)) $(EVALUATION) --device $(DEVICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gptqmodel serve-env export plan verify demo test check test-all format lint types bench gpu-check clean
+.PHONY: help setup gptqmodel serve-env export plan verify demo test check test-all format lint types bench bench-gptq gpu-check clean
 
 help:  ## Show this list.
 	@echo "make TARGET [FORMAT=gguf|safetensors] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
@@ -120,8 +120,14 @@ bench: $(READY)  ## Measure speed and memory against the usual tools (BASE and A
 	@test -n "$(BASE)" -a -n "$(ADAPTER)" || { echo "make bench BASE=… ADAPTER=… (a real model and its adapter)"; exit 2; }
 	@$(BIN)/python scripts/benchmark.py merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
 
-gpu-check: $(READY) $(DEMO)/demo.json  ## On a machine with CUDA: the gpu tests, and the merge on the GPU against the CPU.
+bench-gptq: $(READY)  ## Measure our GPTQ against GPTQModel's (BASE and ADAPTER; after `make gptqmodel`).
+	@test -n "$(BASE)" -a -n "$(ADAPTER)" || { echo "make bench-gptq BASE=… ADAPTER=… (a real model and its adapter)"; exit 2; }
+	@$(BIN)/python scripts/benchmark_gptq.py --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
+
+gpu-check: $(READY) $(DEMO)/demo.json  ## On a machine with CUDA: the gpu tests; with BASE and ADAPTER the benchmarks too.
 	@$(BIN)/pytest -m gpu $(ARGS)
+	@test -z "$(BASE)" || $(BIN)/python scripts/benchmark.py merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda
+	@test -z "$(BASE)" || $(BIN)/python scripts/benchmark_gptq.py --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda --windows 64
 
 clean:  ## Remove caches, outputs and the demo; keeps the virtual environment.
 	@rm -rf out build .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

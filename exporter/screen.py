@@ -92,6 +92,8 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
             console.print(
                 f"  [yellow]note[/] {escape(artifact.label)}: {escape(note)}", highlight=False, soft_wrap=True
             )
+    if tokens := _tokens(plan):
+        console.print(f"  {tokens}", highlight=False)
     memory = f"memory {size(plan.merge_bytes)} to merge"
     if plan.walk_bytes:
         memory += f", {size(plan.walk_bytes)} to walk through the layers"
@@ -99,6 +101,17 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
         f"  {memory} · disk {size(plan.disk_bytes)} · about {duration(plan.seconds)} on {plan.threads} threads",
         highlight=False,
     )
+
+
+def _tokens(plan: ExportPlan) -> str:
+    """What is scored and what is calibrated on."""
+    parts = []
+    if evaluation := plan.tokens.evaluation:
+        parts.append(f"evaluation {len(evaluation.ids)} windows of {evaluation.n_ctx} tokens")
+    if calibration := plan.tokens.calibration:
+        parts.append(f"calibration {len(calibration.ids)} windows of {calibration.window} tokens")
+    source = plan.tokens.evaluation or plan.tokens.calibration
+    return f"{', '.join(parts)} of {escape(source.source)}" if source else ""
 
 
 def _files_table(plan: ExportPlan) -> Table:
@@ -252,7 +265,19 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
 def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
     """A row an artifact: its figures against the reference's and their limits, then every limit that is broken."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
-    for column in ("artifact", "size", "perplexity", "reference", "change", "± paired", "limit", "same top", "verdict"):
+    columns = (
+        "artifact",
+        "size",
+        "perplexity",
+        "reference",
+        "change",
+        "± paired",
+        "limit",
+        "KL",
+        "same top",
+        "verdict",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=True)
     for label, verdict in verdicts.items():
         figures = verdict.comparison
@@ -264,6 +289,7 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             f"{figures.delta:+.3%}",
             f"{figures.delta_stderr:.3%}",
             f"±{verdict.gate.max_delta:.1%}",
+            f"{figures.divergence.mean:.5f}" if figures.divergence else "-",
             f"{figures.same_top:.1%}",
             "[green]passed[/]" if verdict.passed else "[red]failed[/]",
         )

@@ -53,7 +53,7 @@ def exporter_step(args: argparse.Namespace, output_format: str) -> Step:
     command = [str(args.exporter), "export", "--base", str(args.base)]
     if args.adapter is not None:
         command += ["--adapter", str(args.adapter)]
-    command += ["--format", output_format, "--out", str(output), "--no-verify", "--device", "cpu"]
+    command += ["--format", output_format, "--out", str(output), "--no-verify", "--device", args.device]
     if output_format == "gguf":
         command += ["--quant", args.quant]
     return Step(output_format, command, output)
@@ -206,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--quant", default="Q4_K_M", help="type of the GGUF (default: Q4_K_M)")
         command.add_argument("--repeats", type=int, default=repeats, help=f"default: {repeats}")
         command.add_argument("--exporter", type=Path, default=EXPORTER, help="default: beside the interpreter")
+        command.add_argument("--device", default="cpu", help="of the exporter (default: cpu)")
         command.add_argument("--keep", action="store_true", help="leave the last repeat's outputs and logs")
         command.add_argument("--json", type=Path, metavar="FILE", help="write every measurement as JSON")
         if name == "merge":

@@ -36,7 +36,7 @@ def ours(args: argparse.Namespace, quant: str) -> Step:
     """One of our exports."""
     output = args.work / f"ours-{quant}"
     command = [str(EXPORTER), "export", *source(args), "--format", "gptq", "--quant", quant, "--out", str(output)]
-    command += ["--no-verify", "--device", "cpu", "--window", str(WINDOW)]
+    command += ["--no-verify", "--device", args.device, "--window", str(WINDOW)]
     command += ["--calibration-tokens", str(WINDOW * args.windows), "--eval-tokens", str(args.eval_tokens)]
     if int(quant.removeprefix("gptq-int")[0]) not in (4, 8):
         command.append("--force-unservable")
@@ -95,6 +95,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--quants", nargs="+", default=["gptq-int4-g128"])
     parser.add_argument("--eval-tokens", type=int, default=8192)
+    parser.add_argument("--device", default="cpu", help="of the exporter; GPTQModel takes a GPU if there is one")
     parser.add_argument("--alone", action="store_true", help="without GPTQModel")
     parser.add_argument("--keep", action="store_true", help="leave the folders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement as JSON")

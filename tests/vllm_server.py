@@ -27,6 +27,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from exporter.runtimes.vllm import available
+
+needs_vllm = pytest.mark.skipif(not available(), reason="no environment with vLLM: run `make serve-env`")
+
 VOCABULARY = 64
 # As vLLM writes them when a weight is missing, shortened.
 CRASH = """

@@ -13,13 +13,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from exporter.backends.base import TensorPlan
 from exporter.backends.gguf.backend import make_encoder, plan_file
 from exporter.backends.gguf.imatrix import Imatrix, ImatrixError, Importance, imatrix_bytes, read_imatrix
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, row_bytes
+from exporter.calibration import tokenize
 from exporter.embedded import embedded_text
+from exporter.tokenizer import TokenizerFiles
 from tests.backends.gguf.direct import write_gguf
+from tests.exports import export_to
 from tests.merged import merged_model, metadata_of, tensor_bytes, tensor_types
 from tests.oracles import tools
 
@@ -350,3 +354,53 @@ def test_the_entries_of_an_imatrix_survive_llama_imatrix_itself(made: Callable[[
     for name, entry in again.entries.items():
         assert np.array_equal(entry.in_sum2, known.entries[name].in_sum2), name
         assert np.array_equal(entry.counts, known.entries[name].counts), name
+
+
+# --- measured on the tour -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_what_the_tour_measures_is_what_llama_imatrix_measures(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """From the same tokens, on base + adapter here and on the merged model there; and llama-quantize, given our file,
+    makes our bytes."""
+    base = make_base(family, tied=False, hidden=256, intermediate=512, head_dim=64)
+    adapter = make_adapter(base)
+    text, rest, windows = calibration_text(tmp_path, merged_model(base).tokenizer)
+    calibration = {"text": text, "tokens": 256 * windows, "window": 256}
+    values: dict[str, Any] = {"format": "gguf", "quant": ("F32", "Q4_K_M"), "options": {"imatrix": "auto"}, "name": "m"}
+    export_to(
+        tmp_path / "out", base, adapter, calibration=calibration, evaluation={"tokens": 64, "n_ctx": 64}, **values
+    )
+    f32 = tmp_path / "out" / "m-F32.gguf"
+    ours = read_imatrix(tmp_path / "out" / "m.imatrix.gguf")
+    theirs = read_imatrix(tools.run_llama_imatrix(f32, rest, chunks=windows, ctx=256))
+    assert ours.entries.keys() == theirs.entries.keys()
+    assert (ours.chunks, ours.chunk_size, ours.datasets) == (windows, 256, ("text.txt",))
+    for name, entry in theirs.entries.items():
+        found = ours.entries[name]
+        assert np.array_equal(found.counts, entry.counts), name
+        one, other = found.in_sum2.ravel().astype(np.float64), entry.in_sum2.ravel().astype(np.float64)
+        assert one @ other / np.sqrt((one @ one) * (other @ other)) > 0.9999, name
+        assert np.abs(one - other).sum() < 0.01 * other.sum(), name
+    made = tools.prepared().quantize(
+        f32, tmp_path / "theirs.gguf", "Q4_K_M", threads=2, imatrix=tmp_path / "out" / "m.imatrix.gguf"
+    )
+    _assert_same_tensors(tmp_path / "out" / "m-Q4_K_M.gguf", made)
+
+
+def calibration_text(folder: Path, tokenizer: TokenizerFiles) -> tuple[Path, Path, int]:
+    """A text; what follows its 64 evaluation tokens, as a text of the same tokens; whole windows in that."""
+    whole = embedded_text()[:6000]
+    ids = tokenize(whole, tokenizer)
+    loaded = Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
+    for start in range(0, len(whole), 7):
+        # A beginning after which 64 tokens end where the text can be cut.
+        ids = tokenize(whole[start:], tokenizer)
+        rest = loaded.decode(ids[64:], skip_special_tokens=False)
+        if tokenize(rest, tokenizer) == ids[64:]:
+            (folder / "text.txt").write_text(whole[start:], encoding="utf-8")
+            (folder / "rest.txt").write_text(rest, encoding="utf-8")
+            return folder / "text.txt", folder / "rest.txt", (len(ids) - 64) // 256
+    raise AssertionError("no such beginning")

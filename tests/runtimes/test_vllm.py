@@ -30,7 +30,7 @@ from exporter.tokenizer import TokenizerFiles
 from tests.exports import export_to
 from tests.folders import copy, edit_json
 from tests.merged import random_windows
-from tests.vllm_server import CRASH, VOCABULARY, StandIn, log_probabilities, make_environment, serve
+from tests.vllm_server import CRASH, VOCABULARY, StandIn, log_probabilities, make_environment, needs_vllm, serve
 
 WINDOWS = random_windows(5, 16, VOCABULARY)
 K = 4
@@ -477,8 +477,6 @@ def test_version_names_the_packages(environment: Callable[..., Path], endpoint: 
 
 
 # --- vLLM itself ---------------------------------------------------------------------------------------------------
-
-needs_vllm = pytest.mark.skipif(not available(), reason="no environment with vLLM: run `make serve-env`")
 
 
 def demo_windows(folder: Path, n_ctx: int) -> Windows:

@@ -1,0 +1,66 @@
+"""The tour on CUDA against the tour on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.backends.gguf.imatrix import read_imatrix
+from exporter.verify.reference import score_reference
+from tests.exports import export_to
+from tests.folders import model_tensors
+from tests.merged import merged_model, random_windows
+from tests.tour.test_walk import make_experts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FEW: dict[str, Any] = {"tokens": 1024, "window": 128}
+WIDE: dict[str, Any] = {"hidden": 256, "intermediate": 512, "head_dim": 64}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "experts"])
+def test_the_reference_is_the_cpu_s(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    base = make_experts(tmp_path / "base") if family == "experts" else make_base(family)
+    adapters = [] if family == "experts" else [make_adapter(base)]
+    windows = random_windows(4, 64, 384)
+    cpu, cuda = (
+        score_reference(merged_model(base, *adapters), windows, device, lambda _: None).scores.log_probabilities
+        for device in ("cpu", "cuda")
+    )
+    assert np.abs(cpu - cuda).max() < 1e-3
+
+
+def test_second_moments_are_the_cpu_s(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_base("qwen2", tied=False, **WIDE)
+    options = {"imatrix": "auto"}
+    for device in ("cpu", "cuda"):
+        export_to(
+            tmp_path / device, base, device=device, format="gguf", quant="Q4_K_M", options=options, calibration=FEW,
+            name="m",
+        )  # fmt: skip
+    one, other = (read_imatrix(tmp_path / device / "m.imatrix.gguf").entries for device in ("cpu", "cuda"))
+    assert one.keys() == other.keys()
+    for name, entry in one.items():
+        np.testing.assert_allclose(other[name].in_sum2, entry.in_sum2, rtol=1e-2)
+
+
+def test_gptq_loses_as_little(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_base("qwen3", **WIDE)
+    losses = []
+    for device in ("cpu", "cuda"):
+        result = export_to(tmp_path / device, base, device=device, format="gptq", calibration=FEW)
+        figures = result.folders[0].manifest["artifacts"][0]["quantization"]
+        losses.append(np.array([figures["losses"][name] for name in sorted(figures["losses"])]))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    cpu, cuda = (model_tensors(tmp_path / device) for device in ("cpu", "cuda"))
+    assert cpu.keys() == cuda.keys()
+    assert all(cpu[name].shape == cuda[name].shape for name in cpu)

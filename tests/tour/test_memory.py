@@ -1,0 +1,46 @@
+"""The tour's memory: one layer, hidden states and a constant, however many layers there are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+# Layers of 30 MB in float32: twenty more of them would show.
+WIDE = {"hidden": 768, "intermediate": 2048, "heads": 12, "kv_heads": 4, "head_dim": 64}
+TOLERANCE_BYTES = 25 << 20
+
+
+def peak_of(command: Sequence[str]) -> int:
+    """Largest resident memory of a run of the command line, in bytes."""
+    # Through a small process: the kernel starts a child's figure at its parent's size.
+    relay = "import os, sys; a = sys.argv[1:]; print(os.wait4(os.posix_spawn(a[0], a, os.environ), 0)[2].ru_maxrss)"
+    done = subprocess.run(
+        [sys.executable, "-c", relay, sys.executable, "-m", "exporter", *command],
+        check=True, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "4"},
+    )  # fmt: skip
+    return 1024 * int(done.stdout.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["gguf", "gptq"])
+def test_peak_does_not_depend_on_the_number_of_layers(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, format_: str
+) -> None:
+    """With an importance matrix, second moments, Hessians and solutions; on models of 4 and of 24 layers."""
+    peaks = {}
+    for layers in (4, 24):
+        base = make_base("qwen3", layers=layers, **WIDE)
+        adapter = make_adapter(base)
+        command = ["export", "--base", str(base), "--adapter", str(adapter), "--format", format_]
+        command += ["--out", str(tmp_path / f"{layers}"), "--no-verify", "--quiet"]
+        command += ["--calibration-tokens", "512", "--window", "128"]
+        if format_ == "gguf":
+            command += ["--imatrix", "auto"]
+        peaks[layers] = peak_of(command)
+        assert (tmp_path / f"{layers}" / "export.json").is_file()
+    assert abs(peaks[24] - peaks[4]) < TOLERANCE_BYTES, peaks
