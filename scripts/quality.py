@@ -1,10 +1,11 @@
 """Score every type of every format on one model, and print the table that docs/quality.md shows.
 
-    python scripts/quality.py --base DIR [--adapter DIR] --work DIR [--tokens 4096]
+    python scripts/quality.py --base DIR [--adapter DIR] --work DIR [--tokens 4096] [--formats gguf] [--types …]
 
 One run of the exporter for every type, so that all are compared with the same reference on the same tokens. The text
-is the docstrings of Python's standard library, which neither the demo's nor the real model's adapter was trained on.
-Removes what it wrote.
+is the docstrings of Python's standard library, which neither the demo's nor the real model's adapter was trained on;
+what needs calibration takes it from the same text, further on. GPTQ is scored by transformers, which needs
+`make gptqmodel`. Removes what it wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,12 +60,32 @@ def run(arguments: argparse.Namespace, outputs: list[dict[str, Any]], text: Path
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     try:
         command = [str(Path(sys.executable).with_name("exporter")), "export", str(file), "--json"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"EXPORTER_SERVE_ENV": ""}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     manifests: list[dict[str, Any]] = json.loads(done.stdout)
     return [artifact for manifest in manifests for artifact in manifest["artifacts"]]
+
+
+def divergence(figures: dict[str, Any]) -> str:
+    """Mean KL divergence in nats, where the runtime gives it."""
+    found = figures["kl_divergence"]
+    return f"{found['mean']:.5f}" if found else "-"
+
+
+def outputs_of(name: str, wanted: list[str] | None, work: Path) -> list[dict[str, Any]]:
+    """Outputs of one format, as in a recipe: GGUF files share a folder, model folders do not."""
+    from exporter.backends.registry import load_backend
+
+    quants = [quant for quant in load_backend(name).quants if not wanted or quant in wanted]
+    if name == "gguf":
+        return [{"format": name, "quant": quants, "out": str(work / "quality-gguf")}]
+    options = {"options": {"force_unservable": True}} if name == "gptq" else {}
+    return [
+        {"format": name, "quant": [quant], "out": str(work / f"quality-{name}-{quant}")} | options for quant in quants
+    ]
 
 
 def main() -> None:
@@ -73,29 +95,26 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, action="append", default=[])
     parser.add_argument("--work", type=Path, required=True, help="a folder for outputs; they are removed")
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--types", nargs="*", help="GGUF types; by default all")
+    parser.add_argument(
+        "--formats", nargs="+", choices=["safetensors", "gguf", "gptq"], default=["safetensors", "gguf"]
+    )
+    parser.add_argument("--types", nargs="*", help="types of these formats; by default all")
     arguments = parser.parse_args()
-    from exporter.backends.gguf.types import FILE_TYPES
-    from exporter.backends.safetensors import DTYPES
-
     arguments.work.mkdir(parents=True, exist_ok=True)
     text = arguments.work / "standard-library.txt"
     text.write_text(standard_library_text(), encoding="utf-8")
-    work = arguments.work.absolute()
     outputs = [
-        {"format": "safetensors", "quant": [quant], "out": str(work / f"quality-{quant}")}
-        for quant in list(DTYPES)[::-1]
+        one for name in arguments.formats for one in outputs_of(name, arguments.types, arguments.work.absolute())
     ]
-    outputs.append({"format": "gguf", "quant": arguments.types or list(FILE_TYPES), "out": str(work / "quality-gguf")})
     artifacts = run(arguments, outputs, text)
-    print("| type | bytes | perplexity | reference | change | ± (paired) | same top | tokens |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| type | bytes | perplexity | reference | change | ± (paired) | KL | same top | tokens |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for artifact in artifacts:
         figures = artifact["verification"]
         print(
             f"| {artifact['format']} {artifact['quant']} | {artifact['bytes'] / 1e6:,.1f} MB "
             f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} | {figures['delta']:+.3%} "
-            f"| {figures['delta_stderr']:.3%} | {figures['same_top']:.2%} | {figures['tokens_scored']} |"
+            f"| {figures['delta_stderr']:.3%} | {divergence(figures)} | {figures['same_top']:.2%} | {figures['tokens_scored']} |"
         )
 
 
