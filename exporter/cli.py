@@ -6,17 +6,50 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from exporter.errors import ExporterError, RecipeError
+from exporter.arguments import (
+    Adapters,
+    AsJson,
+    Base,
+    CalibrationTokens,
+    ComputeDtype,
+    Device,
+    Endpoint,
+    EvalTokens,
+    EvalWindow,
+    Force,
+    ForceUnservable,
+    Format,
+    Gates,
+    Imatrix,
+    MaxShard,
+    Name,
+    NoVerify,
+    Options,
+    Out,
+    Quants,
+    Quiet,
+    RecipeFile,
+    Runtime,
+    Seed,
+    Text,
+    Threads,
+    Window,
+    arguments_of,
+    evaluation_from,
+    execution_from,
+    recipe_from,
+)
+from exporter.errors import ExporterError
 from exporter.version import __version__
 
 if TYPE_CHECKING:
-    from exporter.recipe import Evaluation, Execution, Recipe
+    pass
 
 app = typer.Typer(
     name="exporter",
@@ -27,60 +60,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe, in place of the options.")]
-Base = Annotated[str | None, typer.Option(help="The base: a folder or a hub id, with @revision if need be.")]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="The adapter, likewise; may be repeated.")]
-Format = Annotated[str | None, typer.Option("--format", help="The backend: see `exporter formats`.")]
-Quants = Annotated[list[str] | None, typer.Option("--quant", help="Quantization type; may be repeated.")]
-Out = Annotated[Path | None, typer.Option(help="The folder to create.")]
-Name = Annotated[str | None, typer.Option(help="Name of the merged model, for files and metadata.")]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="TEXT",
-        help="Text to calibrate on and to score: .txt, .jsonl, or a dataset of the hub as "
-        "OWNER/NAME[@REVISION][:SPLIT][#COLUMN]. Default: the embedded text.",
-    ),
-]
-CalibrationTokens = Annotated[int | None, typer.Option(help="Calibration tokens.", show_default="16384")]
-Window = Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="1024")]
-Seed = Annotated[int | None, typer.Option(help="Decides which calibration windows are taken.", show_default="0")]
-EvalTokens = Annotated[int | None, typer.Option(help="Evaluation tokens.", show_default="4096")]
-EvalWindow = Annotated[
-    int | None,
-    typer.Option(help="Tokens in an evaluation window, as llama-perplexity's --ctx-size.", show_default="512"),
-]
-Gates = Annotated[
-    list[str] | None, typer.Option("--gate", help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type.")
-]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and say so in the manifest.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
-Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
-Imatrix = Annotated[
-    str | None,
-    typer.Option(help="Importance matrix for GGUF: auto, none, or a file of llama-imatrix. Default: by the type."),
-]
-ForceUnservable = Annotated[
-    bool, typer.Option("--force-unservable", help="GPTQ: write what no server takes, for transformers alone.")
-]
-ComputeDtype = Annotated[
-    str | None,
-    typer.Option("--compute-dtype", help="What the walk computes in: float32 or bfloat16.", show_default="float32"),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one a core.")]
-Runtime = Annotated[
-    str | None,
-    typer.Option(help="llamacpp, transformers or vllm: what scores. Default: the format's first that can be had here."),
-]
-Endpoint = Annotated[
-    str | None, typer.Option(help="Address of a running vLLM server to score with, such as http://localhost:8000.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 def _version(wanted: bool) -> None:
@@ -135,8 +114,8 @@ def export_command(
     def run() -> int:
         from exporter.pipeline import export
 
-        recipe = _recipe(**arguments)
-        result = export(recipe, _execution(device, threads, runtime, endpoint), screen)
+        recipe = recipe_from(**arguments)
+        result = export(recipe, execution_from(device, threads, runtime, endpoint), screen)
         if as_json:
             manifests = [folder.manifest for folder in result.folders]
             print(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=2, ensure_ascii=False))
@@ -145,7 +124,7 @@ def export_command(
                 print(folder.path)
         return 0 if result.passed else 3
 
-    arguments = _arguments(locals())
+    arguments = arguments_of(locals())
     _guarded(console, run, screen.stop)
 
 
@@ -180,13 +159,13 @@ def plan_command(
 ) -> None:
     """Show what an export would read, write, need and check. Writes nothing."""
     console = Console(stderr=True)
-    arguments = _arguments(locals())
+    arguments = arguments_of(locals())
 
     def run() -> int:
         from exporter.plan import describe, make_plan
         from exporter.screen import show_plan, stdout_console
 
-        plan = make_plan(_recipe(**arguments), _execution(device, threads, runtime, endpoint))
+        plan = make_plan(recipe_from(**arguments), execution_from(device, threads, runtime, endpoint))
         if as_json:
             print(json.dumps(describe(plan), indent=2, ensure_ascii=False))
         else:
@@ -221,8 +200,8 @@ def verify_command(
         from exporter.recipe import Calibration
         from exporter.verify.published import verify_published
 
-        text, evaluation = Calibration(text=calibration), _evaluation(eval_tokens, eval_window, gate)
-        resolve_device(_execution(device, None, runtime, endpoint).device)
+        text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate)
+        resolve_device(execution_from(device, None, runtime, endpoint).device)
         adapters = tuple(adapter or ())
         result = verify_published(artifact, base, adapters, text, evaluation, runtime, device, screen, endpoint)
         if as_json:
@@ -263,145 +242,6 @@ def formats_command(as_json: AsJson = False) -> None:
         return 0
 
     _guarded(Console(stderr=True), run)
-
-
-def _arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that make a recipe, out of a command's locals."""
-    names = (
-        "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
-        "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "force", "max_shard_size", "option",
-        "imatrix", "force_unservable", "compute_dtype",
-    )  # fmt: skip
-    return {name: values[name] for name in names}
-
-
-def _recipe(
-    recipe_file: Path | None,
-    base: str | None,
-    adapter: list[str] | None,
-    format_: str | None,
-    quant: list[str] | None,
-    out: Path | None,
-    name: str | None,
-    calibration: str | None,
-    calibration_tokens: int | None,
-    window: int | None,
-    seed: int | None,
-    eval_tokens: int | None,
-    eval_window: int | None,
-    gate: list[str] | None,
-    no_verify: bool,
-    force: bool,
-    max_shard_size: str | None,
-    option: list[str] | None,
-    imatrix: str | None,
-    force_unservable: bool,
-    compute_dtype: str | None,
-) -> Recipe:
-    """Make a recipe from a file or from options.
-
-    Raises:
-        RecipeError: both are given, or an option that is needed is not.
-    """
-    from exporter.recipe import Recipe
-
-    if recipe_file is not None:
-        given = (
-            base, adapter, format_, quant, out, name, calibration, calibration_tokens, window, seed, eval_tokens,
-            eval_window, gate, max_shard_size, option, imatrix, compute_dtype,
-        )  # fmt: skip
-        if force_unservable or any(value is not None and value != [] for value in given):
-            raise RecipeError(
-                str(recipe_file),
-                found="a recipe and options beside it",
-                expected="one of the two (only --force and --no-verify go with a recipe)",
-                remedy="Put the options into the recipe.",
-            )
-        recipe = Recipe.load(recipe_file)
-        return recipe.model_copy(update={"force": recipe.force or force, "verify": recipe.verify and not no_verify})
-    for flag, value in (("--base", base), ("--format", format_), ("--out", out)):
-        if value is None:
-            raise RecipeError(flag, found="nothing", expected="a value", remedy="See `exporter export --help`.")
-    options = dict(_pair(text, "--option") for text in option or [])
-    if max_shard_size is not None:
-        options["max_shard_size"] = max_shard_size
-    if imatrix is not None:
-        options["imatrix"] = imatrix
-    if force_unservable:
-        options["force_unservable"] = "true"
-    return Recipe.build(
-        {
-            "base": base,
-            "adapters": adapter or (),
-            "outputs": [{"format": format_, "quant": quant or (), "out": out, "options": options}],
-            "name": name,
-            "verify": not no_verify,
-            "force": force,
-            **_given(compute_dtype=compute_dtype),
-            "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
-            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])),
-        }
-    )
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """The values that were given; the recipe knows the defaults of the others."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _evaluation(eval_tokens: int | None, eval_window: int | None, gate: list[str] | None) -> Evaluation:
-    from pydantic import ValidationError
-
-    from exporter.recipe import Evaluation
-
-    try:
-        return Evaluation.model_validate(_given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(
-            str(first["loc"][0]), found=repr(first.get("input")), expected=first["msg"], remedy="Correct the option."
-        ) from None
-
-
-def _pair(text: str, flag: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise RecipeError(flag, found=repr(text), expected="KEY=VALUE", remedy="Correct the option.")
-    return key, value
-
-
-def _gates(texts: list[str]) -> dict[str, float]:
-    """Limits by type from `TYPE=0.05`, or for all types from `0.05`."""
-    gates: dict[str, float] = {}
-    for text in texts:
-        key, value = _pair(text, "--gate") if "=" in text else ("*", text)
-        try:
-            limit = float(value)
-        except ValueError:
-            limit = -1.0
-        if not 0 <= limit < float("inf"):
-            raise RecipeError("--gate", found=repr(text), expected="TYPE=0.05 or 0.05", remedy="Correct the limit.")
-        gates[key] = limit
-    return gates
-
-
-def _execution(device: str, threads: int | None, runtime: str | None, endpoint: str | None) -> Execution:
-    from pydantic import ValidationError
-
-    from exporter.recipe import Execution
-
-    try:
-        return Execution(device=device, threads=threads, runtime=runtime, endpoint=endpoint)
-    except ValidationError as error:
-        first = error.errors()[0]
-        wanted = {"device": "auto, cpu, cuda or cuda:N", "endpoint": "an address such as http://localhost:8000"}
-        name = str(first["loc"][0])
-        raise RecipeError(
-            f"--{name}",
-            found=repr(first.get("input")),
-            expected=wanted.get(name, first["msg"]),
-            remedy="Correct the option.",
-        ) from None
 
 
 def _guarded(console: Console, run: Callable[[], int], stop: Callable[[], None] = lambda: None) -> None:

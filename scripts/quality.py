@@ -114,7 +114,8 @@ def main() -> None:
         print(
             f"| {artifact['format']} {artifact['quant']} | {artifact['bytes'] / 1e6:,.1f} MB "
             f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} | {figures['delta']:+.3%} "
-            f"| {figures['delta_stderr']:.3%} | {divergence(figures)} | {figures['same_top']:.2%} | {figures['tokens_scored']} |"
+            f"| {figures['delta_stderr']:.3%} | {divergence(figures)} | {figures['same_top']:.2%} "
+            f"| {figures['tokens_scored']} |"
         )
 
 

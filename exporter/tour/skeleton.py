@@ -7,8 +7,10 @@ with those and the hidden states.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -174,15 +176,12 @@ def _without_weights(model: MergedModel, dtype: torch.dtype) -> Any:
 
 def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype: torch.dtype) -> Any:
     """Attach every adapter with peft, active and unmerged."""
-    from exporter.runtimes.gptqmodel import import_quietly
-
-    import_quietly()
     from peft import PeftModel
 
     names = [f"adapter_{index}" for index in range(len(adapters))]
     options: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": device}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_gptqmodel():
             # peft warns about tied embeddings; here the adapter is never merged into them.
             warnings.simplefilter("ignore")
             wrapped: Any = PeftModel.from_pretrained(whole, adapters[0].folder, adapter_name=names[0], **options)
@@ -196,6 +195,22 @@ def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype
     for name, adapter in zip(names, adapters, strict=True):
         _load_adapter(wrapped, name, adapter, device, dtype)
     return wrapped.get_base_model()
+
+
+@contextmanager
+def _without_gptqmodel() -> Iterator[None]:
+    """Let peft believe that GPTQModel is not installed: it would import it, in 5 s and 250 MB, for layers that are not
+    here."""
+    name = "is_gptqmodel_available"
+    modules = [module for key, module in sys.modules.items() if key.startswith("peft.") and hasattr(module, name)]
+    before = [getattr(module, name) for module in modules]
+    for module in modules:
+        setattr(module, name, lambda: False)
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            setattr(module, name, value)
 
 
 def _load_adapter(wrapped: Any, name: str, adapter: Adapter, device: str, dtype: torch.dtype) -> None:

@@ -63,8 +63,9 @@ class Walk:
         if calibration is None and (passengers.observers or passengers.solvers):
             raise BackendError("the tour", found="no calibration tokens", expected="some", remedy="This is a defect.")
         options = (settings.device, settings.dtype)
-        self._beside = Skeleton(model, *options, adapters=True)
-        self._merged = Skeleton(model, *options, adapters=False) if passengers.solvers else self._beside
+        self._beside = Skeleton(model, *options, adapters=bool(self._trained))
+        both = bool(self._trained and passengers.solvers and model.adapters)
+        self._merged = Skeleton(model, *options, adapters=False) if both else self._beside
         self._arguments: dict[int, list[Arguments]] = {}
         self._hidden = int(model.config["hidden_size"])
         self._findings = Findings()

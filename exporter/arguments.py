@@ -1,0 +1,216 @@
+"""The options of the command line, and what recipe, evaluation and execution they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exporter.errors import RecipeError
+
+if TYPE_CHECKING:
+    from exporter.recipe import Evaluation, Execution, Recipe
+
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe, in place of the options.")]
+Base = Annotated[str | None, typer.Option(help="The base: a folder or a hub id, with @revision if need be.")]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="The adapter, likewise; may be repeated.")]
+Format = Annotated[str | None, typer.Option("--format", help="The backend: see `exporter formats`.")]
+Quants = Annotated[list[str] | None, typer.Option("--quant", help="Quantization type; may be repeated.")]
+Out = Annotated[Path | None, typer.Option(help="The folder to create.")]
+Name = Annotated[str | None, typer.Option(help="Name of the merged model, for files and metadata.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Text to calibrate on and to score: .txt, .jsonl, or a dataset of the hub as "
+        "OWNER/NAME[@REVISION][:SPLIT][#COLUMN]. Default: the embedded text.",
+    ),
+]
+CalibrationTokens = Annotated[int | None, typer.Option(help="Calibration tokens.", show_default="16384")]
+Window = Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="1024")]
+Seed = Annotated[int | None, typer.Option(help="Decides which calibration windows are taken.", show_default="0")]
+EvalTokens = Annotated[int | None, typer.Option(help="Evaluation tokens.", show_default="4096")]
+EvalWindow = Annotated[
+    int | None,
+    typer.Option(help="Tokens in an evaluation window, as llama-perplexity's --ctx-size.", show_default="512"),
+]
+Gates = Annotated[
+    list[str] | None, typer.Option("--gate", help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type.")
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and say so in the manifest.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
+Imatrix = Annotated[
+    str | None,
+    typer.Option(help="Importance matrix for GGUF: auto, none, or a file of llama-imatrix. Default: by the type."),
+]
+ForceUnservable = Annotated[
+    bool, typer.Option("--force-unservable", help="GPTQ: write what no server takes, for transformers alone.")
+]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option("--compute-dtype", help="What the walk computes in: float32 or bfloat16.", show_default="float32"),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one a core.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option(help="llamacpp, transformers or vllm: what scores. Default: the format's first that can be had here."),
+]
+Endpoint = Annotated[
+    str | None, typer.Option(help="Address of a running vLLM server to score with, such as http://localhost:8000.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that make a recipe, out of a command's locals."""
+    names = (
+        "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
+        "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "force", "max_shard_size", "option",
+        "imatrix", "force_unservable", "compute_dtype",
+    )  # fmt: skip
+    return {name: values[name] for name in names}
+
+
+def recipe_from(
+    recipe_file: Path | None,
+    base: str | None,
+    adapter: list[str] | None,
+    format_: str | None,
+    quant: list[str] | None,
+    out: Path | None,
+    name: str | None,
+    calibration: str | None,
+    calibration_tokens: int | None,
+    window: int | None,
+    seed: int | None,
+    eval_tokens: int | None,
+    eval_window: int | None,
+    gate: list[str] | None,
+    no_verify: bool,
+    force: bool,
+    max_shard_size: str | None,
+    option: list[str] | None,
+    imatrix: str | None,
+    force_unservable: bool,
+    compute_dtype: str | None,
+) -> Recipe:
+    """Make a recipe from a file or from options.
+
+    Raises:
+        RecipeError: both are given, or an option that is needed is not.
+    """
+    from exporter.recipe import Recipe
+
+    if recipe_file is not None:
+        given = (
+            base, adapter, format_, quant, out, name, calibration, calibration_tokens, window, seed, eval_tokens,
+            eval_window, gate, max_shard_size, option, imatrix, compute_dtype,
+        )  # fmt: skip
+        if force_unservable or any(value is not None and value != [] for value in given):
+            raise RecipeError(
+                str(recipe_file),
+                found="a recipe and options beside it",
+                expected="one of the two (only --force and --no-verify go with a recipe)",
+                remedy="Put the options into the recipe.",
+            )
+        recipe = Recipe.load(recipe_file)
+        return recipe.model_copy(update={"force": recipe.force or force, "verify": recipe.verify and not no_verify})
+    for flag, value in (("--base", base), ("--format", format_), ("--out", out)):
+        if value is None:
+            raise RecipeError(flag, found="nothing", expected="a value", remedy="See `exporter export --help`.")
+    options = dict(_pair(text, "--option") for text in option or [])
+    if max_shard_size is not None:
+        options["max_shard_size"] = max_shard_size
+    if imatrix is not None:
+        options["imatrix"] = imatrix
+    if force_unservable:
+        options["force_unservable"] = "true"
+    return Recipe.build(
+        {
+            "base": base,
+            "adapters": adapter or (),
+            "outputs": [{"format": format_, "quant": quant or (), "out": out, "options": options}],
+            "name": name,
+            "verify": not no_verify,
+            "force": force,
+            **_given(compute_dtype=compute_dtype),
+            "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
+            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])),
+        }
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that were given; the recipe knows the defaults of the others."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def evaluation_from(eval_tokens: int | None, eval_window: int | None, gate: list[str] | None) -> Evaluation:
+    """What is scored.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+    from pydantic import ValidationError
+
+    from exporter.recipe import Evaluation
+
+    try:
+        return Evaluation.model_validate(_given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            str(first["loc"][0]), found=repr(first.get("input")), expected=first["msg"], remedy="Correct the option."
+        ) from None
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise RecipeError(flag, found=repr(text), expected="KEY=VALUE", remedy="Correct the option.")
+    return key, value
+
+
+def _gates(texts: list[str]) -> dict[str, float]:
+    """Limits by type from `TYPE=0.05`, or for all types from `0.05`."""
+    gates: dict[str, float] = {}
+    for text in texts:
+        key, value = _pair(text, "--gate") if "=" in text else ("*", text)
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = -1.0
+        if not 0 <= limit < float("inf"):
+            raise RecipeError("--gate", found=repr(text), expected="TYPE=0.05 or 0.05", remedy="Correct the limit.")
+        gates[key] = limit
+    return gates
+
+
+def execution_from(device: str, threads: int | None, runtime: str | None, endpoint: str | None) -> Execution:
+    """How to run.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+    from pydantic import ValidationError
+
+    from exporter.recipe import Execution
+
+    try:
+        return Execution(device=device, threads=threads, runtime=runtime, endpoint=endpoint)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wanted = {"device": "auto, cpu, cuda or cuda:N", "endpoint": "an address such as http://localhost:8000"}
+        name = str(first["loc"][0])
+        raise RecipeError(
+            f"--{name}",
+            found=repr(first.get("input")),
+            expected=wanted.get(name, first["msg"]),
+            remedy="Correct the option.",
+        ) from None
