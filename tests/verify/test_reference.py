@@ -120,8 +120,12 @@ def test_memory_is_one_layer_and_not_the_model(make_base: Callable[..., Path]) -
     assert memory(few, 2) < memory(few, 200)
 
 
-def test_logits_are_those_of_the_whole_model(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:
-    base = make_base("qwen3", tied=False)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_logits_are_those_of_the_whole_model(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], family: str, tied: bool
+) -> None:
+    base = make_base(family, tied=tied)
     adapter = make_adapter(base)
     found = score_reference(merged_model(base, adapter), WINDOWS, "cpu", lambda _: None)
     with torch.no_grad():
