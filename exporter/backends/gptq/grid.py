@@ -1,7 +1,8 @@
 """The grid of a group: which values a group of weights can take, and the scale and zero point that suit it best.
 
-A weight is stored as a code of a few bits and read by the server as `scale * (code - zero)`, the scale in float16. So
-scales are rounded to float16 before anything is measured with them, here and in the solver.
+A weight is stored as a code of a few bits and read by the server as `scale * (code - zero)`. The scale is stored in
+float16; vLLM reads it into the model's dtype, mostly bfloat16. So scales are rounded to numbers that both hold exactly
+before anything is measured with them, here and in the solver: codes are chosen for what every server multiplies with.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from exporter.backends.gptq.names import BITS, GROUP_SIZES
 from exporter.errors import RefusalError
 
-# Normal float16 numbers: kernels that flush subnormal ones to zero would lose the whole group.
+# Normal float16 numbers that bfloat16 has as well: kernels that flush subnormal ones to zero would lose the whole group.
 SMALLEST_SCALE = 2.0**-14
-LARGEST_SCALE = 65504.0
+LARGEST_SCALE = 65280.0
 
 # Factors by which the range of a group is stretched or shrunk. Measured on three layers of a 0.5B: 12 to 40 factors,
 # and lower bounds from 0.25 to 0.7, differ by less than 1 % of the error; at 8 bits shrinking never pays.
@@ -120,7 +121,7 @@ def search_scales(
         importance: float32, not negative, shape (width,): weight of each column's squared error; None for equal ones.
 
     Returns:
-        Scales and zero points, float32, shape (rows,). A scale is a normal float16 number, never zero. A searched zero
+        Scales and zero points, float32, shape (rows,). A scale is never zero, see `round_scales`. A searched zero
         point is at least 1: checkpoints store it less one, and readers disagree about what wraps.
     """
     scales = torch.empty(columns.shape[1], dtype=torch.float32, device=columns.device)
@@ -138,8 +139,8 @@ def search_scales(
 
 
 def round_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Scales as the server will have them: rounded to normal float16 numbers, never zero, in float32."""
-    size = scales.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(torch.float32)
+    """Scales as every server will have them: normal float16 numbers that bfloat16 holds too, never zero, in float32."""
+    size = scales.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(torch.bfloat16).to(torch.float32)
     return torch.copysign(size, scales)
 
 

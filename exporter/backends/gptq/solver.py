@@ -76,7 +76,7 @@ class Quantized:
 
     Attributes:
         codes: uint8, shape (out, in), in the columns' own order.
-        scales: float32 with float16 values, shape (out, groups).
+        scales: float32 with values of `round_scales`, shape (out, groups).
         zeros: uint8, shape (out, groups).
         g_idx: int32, shape (in,): the group of each column.
         row_losses: float64, shape (out,): squared error, by `solve` weighted with the damped Hessian.

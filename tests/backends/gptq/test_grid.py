@@ -36,7 +36,7 @@ def test_symmetric_search_is_close_to_exhaustive(bits: int, signed: bool) -> Non
         best = errors(columns[:, row], span * scales[row].sign(), 2 ** (bits - 1), bits, weights)
         ours = errors(columns[:, row], scales[row : row + 1], 2 ** (bits - 1), bits, weights)
         excess.append((ours[0] / best.min()).item() - 1)
-    # The exhaustive search tries 4,001 scales where ours tries 16, and at 8 bits float16's own rounding counts.
+    # The exhaustive search tries 4,001 scales where ours tries 16, and at 8 bits the rounding of scales counts.
     assert sum(excess) / 24 < (0.12 if bits < 8 else 0.2)
 
 
@@ -92,6 +92,7 @@ def test_scales_are_normal_float16_whatever_the_weights(
     columns = unit * torch.tensor([*(10.0**e for e in exponents), 0.0])
     scales, zeros = search_scales(columns, Grid(bits, -1, sym, signed), torch.rand(width, generator=generator))
     assert torch.equal(scales.half().float(), scales)
+    assert torch.equal(scales.bfloat16().float(), scales)
     assert bool(((scales.abs() >= 2**-14) & (scales.abs() <= 65504)).all())
     assert bool(((zeros >= 1) & (zeros <= 2**bits - 1) & (zeros == zeros.round())).all())
     codes = nearest_steps(columns, scales, zeros, Grid(bits, -1, sym, signed)) + zeros

@@ -1,0 +1,102 @@
+"""The tour for the reference alone: how long it takes, where the time goes, and how much memory it needs.
+
+    python scripts/benchmark_tour.py --base DIR [--adapter DIR] [--tokens 2048] [--device cpu]
+
+Walks through the model with random token ids in windows of 512, and scores them with the head. Meant for a model of a
+large shape with random weights (scripts/make_random_model.py). Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+from report import table
+
+from exporter.adapter import Adapter
+from exporter.calibration import TokenSets, Windows
+from exporter.checkpoint import Checkpoint, TensorReader
+from exporter.estimate import tour_memory
+from exporter.merge import make_merger, resolve_device
+from exporter.model import EMBEDDING, plan_merge
+from exporter.recipe import Execution
+from exporter.tour.passengers import Passengers, Settings
+from exporter.tour.stream import Progress, Stream
+from exporter.tour.walk import Walk
+from exporter.verify.reference import evaluation_group, finish_reference
+
+N_CTX = 512
+
+
+class TimedStream(Stream):
+    """A stream that knows how long it took."""
+
+    seconds = 0.0
+
+    def offer(self, *arguments: Any, **options: Any) -> None:
+        """See `Stream`."""
+        started = time.perf_counter()
+        super().offer(*arguments, **options)
+        self.seconds += time.perf_counter() - started
+
+
+def random_windows(tokens: int, vocabulary: int) -> Windows:
+    """Windows of random ids."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (max(1, tokens // N_CTX), N_CTX))
+    return Windows(tuple(tuple(map(int, row)) for row in ids), N_CTX, "random", "")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    adapters = (Adapter.open(args.adapter),) if args.adapter else ()
+    model = plan_merge(Checkpoint.open(args.base), adapters, "model")
+    vocabulary = next(tensor.shape[0] for tensor in model.tensors if tensor.name == EMBEDDING)
+    windows = random_windows(args.tokens, vocabulary)
+    planned = tour_memory(model, (), TokenSets(windows, None), "float32")
+    print(f"machine     {measure.machine()}")
+    print(f"model       {model.parameters / 1e9:.2f} G parameters, {model.base.nbytes / 1e9:.1f} GB", flush=True)
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorReader())
+        merger, threads = make_merger(device, reader), Execution().workers
+        stream = TimedStream(model, (), merger, threads=threads, block_bytes=4 << 20, progress=Progress())
+        stack.callback(stream.close)
+        settings = Settings(device, threads=threads)
+        group = evaluation_group(windows)
+        walk = Walk(model, stream, Passengers(), evaluation=group, calibration=None, settings=settings)
+        built = time.perf_counter()
+        walked = walk.run()
+        done = time.perf_counter()
+        finish_reference(walk, walked, windows, device, lambda _: None)
+    scored = time.perf_counter()
+    whole = scored - started
+    rows = [
+        ["model without weights", built - started],
+        ["reading and merging", stream.seconds],
+        ["layers", done - built - stream.seconds],
+        ["head and scores", scored - done],
+        ["all", whole],
+    ]
+    print(table(["part", "s", "share"], [[str(name), f"{took:.1f}", f"{took / whole:.0%}"] for name, took in rows]))
+    tokens = len(windows.ids) * N_CTX
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{tokens} tokens, {tokens / whole:.1f} a second; peak {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f} GB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
