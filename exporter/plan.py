@@ -176,12 +176,12 @@ def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> Folde
 def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
     """Outputs must not exist, must have a parent that can be made, and must be apart from the inputs."""
     text = recipe.calibration.file
-    if recipe.verify and text is not None and not text.is_file():
+    if text is not None and not text.is_file():
         raise MissingFileError(
             str(text), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
         )
     inputs = [(source.name, source.folder.resolve()) for source in sources]
-    if recipe.verify and text is not None:
+    if text is not None:
         inputs.append((text.name, text.resolve()))
     others = [output.out.resolve() for output in recipe.outputs]
     for output in recipe.outputs:

@@ -124,16 +124,17 @@ def _files_table(plan: ExportPlan) -> Table:
         for artifact in folder.artifacts:
             shares = ", ".join(f"{kind} {entry['share']:.0%}" for kind, entry in type_shares(artifact).items())
             judge = plan.runtimes.get(artifact.label, "nothing")
-            for index, file in enumerate(artifact.files):
+            files = {file.name: file.nbytes for file in artifact.files} | dict(artifact.made)
+            for index, (name, nbytes) in enumerate(files.items()):
                 first = index == 0
                 table.add_row(
-                    escape(f"{folder.out}/{file.name}"),
-                    size(file.nbytes),
+                    escape(f"{folder.out}/{name}"),
+                    size(nbytes),
                     shares if first else "",
                     judge if first else "",
                 )
             rest = [len(content) for content in artifact.documents.values()]
-            rest += [path.stat().st_size for path in artifact.copies.values()] + list(artifact.made.values())
+            rest += [path.stat().st_size for path in artifact.copies.values()]
             if rest:
                 table.add_row(f"[dim]{len(rest)} more: configuration, tokenizer[/]", size(sum(rest)), "", "")
     return table

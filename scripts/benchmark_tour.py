@@ -84,14 +84,14 @@ def main() -> int:
         finish_reference(walk, walked, windows, device, lambda _: None)
     scored = time.perf_counter()
     whole = scored - started
-    rows = [
-        ["model without weights", built - started],
-        ["reading and merging", stream.seconds],
-        ["layers", done - built - stream.seconds],
-        ["head and scores", scored - done],
-        ["all", whole],
-    ]
-    print(table(["part", "s", "share"], [[str(name), f"{took:.1f}", f"{took / whole:.0%}"] for name, took in rows]))
+    parts = {
+        "model without weights": built - started,
+        "reading and merging": stream.seconds,
+        "layers": done - built - stream.seconds,
+        "head and scores": scored - done,
+        "all": whole,
+    }
+    print(table(["part", "s", "share"], [[name, f"{took:.1f}", f"{took / whole:.0%}"] for name, took in parts.items()]))
     tokens = len(windows.ids) * N_CTX
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{tokens} tokens, {tokens / whole:.1f} a second; peak {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f} GB)")

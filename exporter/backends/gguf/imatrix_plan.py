@@ -172,6 +172,8 @@ def imatrix_notes(
                 remedy="Make the importance matrix from this model, all of it.",
             )  # fmt: skip
     notes = []
+    if planned.entries is None:
+        notes.append(f"the importance matrix is measured on the calibration tokens and saved as {planned.file}")
     lacking = [tensor.name for tensor in missing if has_importance(tensor.name) and tensor.type not in _INDIFFERENT]
     if lacking:
         notes.append(f"{len(lacking)} matrices have no importance, the first of them {lacking[0]}")
