@@ -52,11 +52,8 @@ def tour_memory(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: Tok
         for update in adapter.updates.values()
     )
     evaluated = len(tokens.evaluation.ids) * tokens.evaluation.n_ctx if tokens.evaluation else 0
-    calibrated = tokens.calibration.tokens if tokens.calibration else 0
     solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]
-    journeys = [evaluated, calibrated * any(artifact.needs == "moments" for artifact in artifacts)]
-    journeys += [calibrated for _ in solved]
-    states = sum(min(KEEP_BYTES, item * hidden * some) for some in journeys)
+    states = sum(min(KEEP_BYTES, nbytes) for nbytes in hidden_bytes(model, artifacts, tokens, compute_dtype))
     longest = max(
         tokens.evaluation.n_ctx if tokens.evaluation else 0, tokens.calibration.window if tokens.calibration else 0
     )
@@ -68,6 +65,27 @@ def tour_memory(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: Tok
         kept = 4 if head.updates else DTYPE_BYTES[head.source.dtype]
         scoring = kept * head.elements + 4 * hidden * (HEAD_ROWS + evaluated) + 4 * 4 * head.shape[0] * LOGIT_ROWS
     return round(_WALK_RESIDENT_BYTES + adapters + states + max(layer + max(passing, solving), scoring))
+
+
+def hidden_bytes(
+    model: MergedModel, artifacts: Sequence[OutputPlan], tokens: TokenSets, compute_dtype: str
+) -> list[int]:
+    """Bytes of the hidden states of each group of windows that travels: the trained model's, and one for each artifact
+    that is solved for."""
+    item = int(model.config.get("hidden_size") or 0) * (2 if compute_dtype == "bfloat16" else 4)
+    evaluated = len(tokens.evaluation.ids) * tokens.evaluation.n_ctx if tokens.evaluation else 0
+    calibrated = tokens.calibration.tokens if tokens.calibration else 0
+    observed = calibrated * any(artifact.needs == "moments" for artifact in artifacts)
+    return [item * evaluated, item * observed] + [
+        item * calibrated for artifact in artifacts if artifact.needs == "hessians"
+    ]
+
+
+def scratch_bytes(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: TokenSets, compute_dtype: str) -> int:
+    """Disk that a walk takes for a while: hidden states after the last layer and the one before, from which a killed
+    run goes on; and those that are too large for memory."""
+    found = hidden_bytes(model, artifacts, tokens, compute_dtype)
+    return 2 * sum(found) + sum(nbytes for nbytes in found if nbytes > KEEP_BYTES)
 
 
 def solving_memory(model: MergedModel, solved: Collection[str]) -> int:

@@ -25,7 +25,7 @@ from exporter.errors import (
     OverlappingPathsError,
     RecipeError,
 )
-from exporter.estimate import merge_memory, seconds, tour_memory
+from exporter.estimate import merge_memory, scratch_bytes, seconds, tour_memory
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Execution, Output, Recipe
 from exporter.runtimes.base import check_endpoint, choose_runtime
@@ -75,6 +75,7 @@ class ExportPlan:
         tokens: evaluation and calibration windows.
         merge_bytes: estimated peak memory of merging and writing.
         walk_bytes: estimated peak memory of the walk, 0 if nothing needs activations.
+        scratch_bytes: disk that the walk takes for a while, in the staging folder of the first output.
         seconds: rough duration on this machine.
         runtimes: what will score each artifact, by its label; empty without verification.
     """
@@ -89,6 +90,7 @@ class ExportPlan:
     tokens: TokenSets
     merge_bytes: int
     walk_bytes: int
+    scratch_bytes: int
     seconds: float
     runtimes: Mapping[str, str]
 
@@ -105,7 +107,7 @@ class ExportPlan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files that will be written, those that are removed again too."""
-        return sum(folder.nbytes + folder.temporary_bytes for folder in self.folders)
+        return sum(folder.nbytes + folder.temporary_bytes for folder in self.folders) + self.scratch_bytes
 
     @property
     def input_bytes(self) -> int:
@@ -150,6 +152,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
         walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
+        scratch_bytes=scratch_bytes(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
         seconds=seconds(model, artifacts, threads, tokens, servers),
         runtimes=runtimes,
     )
@@ -259,7 +262,8 @@ def _check_resources(plan: ExportPlan) -> None:
     for folder in plan.folders:
         parent = _existing_parent(folder.out)
         device = parent.stat().st_dev
-        needed[device] += folder.nbytes + folder.temporary_bytes + _SLACK_BYTES - staged_bytes(folder.out)
+        scratch = plan.scratch_bytes if folder is plan.folders[0] else 0
+        needed[device] += folder.nbytes + folder.temporary_bytes + scratch + _SLACK_BYTES - staged_bytes(folder.out)
         free[device] = (parent, shutil.disk_usage(parent).free)
     for device, nbytes in needed.items():
         parent, available = free[device]
@@ -290,8 +294,8 @@ def _existing_parent(out: Path) -> Path:
 
 def staged_bytes(out: Path) -> int:
     """Bytes that an earlier run left in the staging folder of an output."""
-    files = out.parent / f".{out.name}.staging" / "files"
-    return sum(file.stat().st_blocks * 512 for file in files.rglob("*") if file.is_file()) if files.is_dir() else 0
+    staging = out.parent / f".{out.name}.staging"
+    return sum(file.stat().st_blocks * 512 for file in staging.rglob("*") if file.is_file()) if staging.is_dir() else 0
 
 
 def describe(plan: ExportPlan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from exporter.backends.gptq.names import BITS, GROUP_SIZES
 from exporter.errors import RefusalError
 
-# Normal float16 numbers that bfloat16 has as well: kernels that flush subnormal ones to zero would lose the whole group.
+# Normal float16 numbers that bfloat16 has as well: kernels that flush subnormal ones to zero would lose the group.
 SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65280.0
 
