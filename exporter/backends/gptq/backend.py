@@ -98,9 +98,9 @@ class GptqBackend:
             tensors=tensors,
             documents=documents,
             copies=copies_of(model),
-            runtimes=("transformers",) if refusals else ("vllm", "transformers"),
+            runtimes=_runtimes(refusals, mixed="dynamic" in quantization),
             packed_bits=max(scheme.bits for scheme in schemes.values()),
-            notes=_notes(model, schemes, refusals),
+            notes=_notes(model, schemes, refusals, mixed="dynamic" in quantization),
             needs="hessians",
             calibrated=frozenset(schemes),
             sequential=settings.true_sequential,
@@ -262,7 +262,12 @@ def _names(group: Sequence[str]) -> list[str]:
     return modules + [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
 
 
-def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str]) -> tuple[str, ...]:
+def _runtimes(refusals: list[str], *, mixed: bool) -> tuple[str, ...]:
+    """What takes the result: optimum, through which transformers loads GPTQ, does not look at `dynamic`."""
+    return ("vllm",) * (not refusals) + ("transformers",) * (not mixed)
+
+
+def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str], *, mixed: bool) -> tuple[str, ...]:
     notes = []
     tensors = [tensor for tensor in model.tensors if tensor.name in schemes]
     if refusals:
@@ -275,6 +280,8 @@ def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str
             + (f" ({len(unfit)} matrices are padded or slower: not multiples of 128 by 64)" if unfit else "")
             + (", on the CPU too" if bits == [4] else "; vLLM on the CPU takes 4 bits only")
         )
+    if mixed:
+        notes.append("modules differ in their settings, which transformers does not support for GPTQ")
     kept = sum(1 for tensor in model.tensors if len(tensor.shape) == 2 and tensor.name not in schemes)
     packed = sum(tensor.elements for tensor in tensors)
     notes.append(
