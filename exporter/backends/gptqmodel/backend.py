@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
-from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
+from exporter.backends.gptq.names import QUANTS, quant_name
+from exporter.backends.gptq.options import bits_and_group
 from exporter.backends.safetensors import SafetensorsBackend
 from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
-from exporter.errors import RecipeError, UnknownQuantizationError, UnsupportedModelError
+from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
 from exporter.runtimes import gptqmodel
 
@@ -60,13 +61,7 @@ class GptqModelBackend:
                 "format gptqmodel", found=f"no {' and no '.join(missing)}", expected="GPTQModel, which does the work",
                 remedy=f"{gptqmodel.INSTALL}, or choose another format.",
             )  # fmt: skip
-        parsed = parse_quant(quant)
-        if parsed is None:
-            raise UnknownQuantizationError(
-                f"gptqmodel type {quant!r}", found="no such type", expected="one of " + " ".join(QUANTS),
-                remedy="See `exporter formats`.",
-            )  # fmt: skip
-        bits, group_size = parsed
+        bits, group_size = bits_and_group(quant)
         settings = _settings(bits, group_size, options)
         _check_shapes(model, bits, group_size)
         # GPTQModel loads float32 and float16 as bf16 as well: rounded once, here, and the configuration says so.
