@@ -317,6 +317,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         "outputs": [_describe_folder(folder, plan) for folder in plan.folders],
         "tokens": _describe_tokens(plan.tokens),
         "disk_bytes": plan.disk_bytes,
+        "scratch_bytes": plan.scratch_bytes,
         "memory_bytes": {"merge": plan.merge_bytes, "walk": plan.walk_bytes},
         "seconds": round(plan.seconds, 1),
         "threads": plan.threads,

@@ -262,7 +262,8 @@ def test_plan_writes_nothing(workplace: Path, inputs: Arguments) -> None:
         # Rows of 64 are no multiple of 256: the real types are shown, and counted.
         assert bool(artifact["fallbacks"]) is (artifact["quant"] == "Q4_K_M")
     assert planned["model"]["tensors_updated"] == 14
-    assert planned["disk_bytes"] == sum(artifact["bytes"] for artifact in artifacts)
+    assert planned["scratch_bytes"] > 0
+    assert planned["disk_bytes"] == sum(artifact["bytes"] for artifact in artifacts) + planned["scratch_bytes"]
     assert planned["memory_bytes"]["merge"] > 0
     assert planned["memory_bytes"]["walk"] > 0
     assert planned["seconds"] > 0

@@ -82,7 +82,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(
     ("changes", "named"),
     [
         ({"--base": "/nowhere"}, "no such folder"),
-        ({"--format": "onnx"}, "gguf, gptq, safetensors"),
+        ({"--format": "onnx"}, "gguf, gptq, gptqmodel, safetensors"),
         ({"--quant": "Q9"}, "Q4_K_M"),
         ({"--device": "tpu"}, "cuda:N"),
     ],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import logging
 import os
 import sys
 from contextlib import redirect_stdout
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import RuntimeScoreError
+from exporter.quiet import quietly
 
 # What transformers needs to load a GPTQ folder (transformers/quantizers/quantizer_gptq.py).
 PACKAGES = ("optimum", "gptqmodel")
@@ -45,10 +45,8 @@ def import_quietly() -> None:
     if "gptqmodel" in sys.modules or importlib.util.find_spec("gptqmodel") is None:
         return
     before = dict(os.environ)
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with redirect_stdout(io.StringIO()):
+        with quietly(), redirect_stdout(io.StringIO()):
             from logbar import LogBar
 
             LogBar.shared().setLevel("CRITICAL")
@@ -57,7 +55,6 @@ def import_quietly() -> None:
         # Whoever needs it will say what is wrong with it.
         pass
     finally:
-        logging.disable(disabled)
         os.environ.clear()
         os.environ.update(before)
     # Read when its threads are first needed.

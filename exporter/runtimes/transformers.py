@@ -11,6 +11,7 @@ import psutil
 
 from exporter.calibration import Windows
 from exporter.errors import RuntimeScoreError
+from exporter.quiet import import_transformers
 from exporter.runtimes import gptqmodel
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, score_logits
 
@@ -63,11 +64,10 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers = import_transformers()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     arguments = gptqmodel.loading_arguments(folder)
     # What gptqmodel raises for a configuration that it cannot take is of many kinds.
@@ -76,7 +76,7 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
         with warnings.catch_warnings():
             # It says at length that the folder's own quantization counts.
             warnings.simplefilter("ignore")
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, **arguments
             )
     except errors as error:

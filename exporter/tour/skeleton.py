@@ -19,6 +19,7 @@ from torch import nn
 from exporter.adapter import Adapter
 from exporter.errors import RuntimeScoreError
 from exporter.model import MergedModel
+from exporter.quiet import import_transformers
 from exporter.tour.experts import unfuse
 
 Arguments = Mapping[str, Any]
@@ -160,14 +161,13 @@ class _Recorder(nn.Module):
 
 def _without_weights(model: MergedModel, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    transformers = import_transformers()
+    transformers.utils.logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(model.base.folder)
+        config = transformers.AutoConfig.from_pretrained(model.base.folder)
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise RuntimeScoreError(
             "config.json", found=str(error)[:300], expected="a model that transformers knows", remedy="Check the model."
@@ -181,7 +181,7 @@ def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype
     names = [f"adapter_{index}" for index in range(len(adapters))]
     options: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": device}
     try:
-        with warnings.catch_warnings(), _without_gptqmodel():
+        with warnings.catch_warnings(), _without_quantizers():
             # peft warns about tied embeddings; here the adapter is never merged into them.
             warnings.simplefilter("ignore")
             wrapped: Any = PeftModel.from_pretrained(whole, adapters[0].folder, adapter_name=names[0], **options)
@@ -198,18 +198,19 @@ def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype
 
 
 @contextmanager
-def _without_gptqmodel() -> Iterator[None]:
-    """Let peft believe that GPTQModel is not installed: it would import it, in 5 s and 250 MB, for layers that are not
-    here."""
-    name = "is_gptqmodel_available"
-    modules = [module for key, module in sys.modules.items() if key.startswith("peft.") and hasattr(module, name)]
-    before = [getattr(module, name) for module in modules]
-    for module in modules:
-        setattr(module, name, lambda: False)
+def _without_quantizers() -> Iterator[None]:
+    """Let peft believe that GPTQModel and torchao are not installed: it would import them, in 5 s, 250 MB and a few
+    lines on the screen, for layers that are not here."""
+    before: list[tuple[Any, str, Any]] = []
+    for key, module in list(sys.modules.items()):
+        for name in ("is_gptqmodel_available", "is_torchao_available"):
+            if key.startswith("peft.") and hasattr(module, name):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, lambda: False)
     try:
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
+        for module, name, value in before:
             setattr(module, name, value)
 
 

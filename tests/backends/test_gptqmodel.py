@@ -68,9 +68,9 @@ def test_without_the_packages_it_is_refused(model: MergedModel, monkeypatch: pyt
 @pytest.mark.usefixtures("_installed")
 def test_the_plan(model: MergedModel) -> None:
     backend = GptqModelBackend()
-    assert backend.default_quant(model) == "int4-g64"
+    assert backend.default_quant(model) == "gptq-int4-g64"
     plan = backend.plan(model, "INT4-G32", {})
-    assert (plan.quant, plan.needs, plan.entry) == ("int4-g32", "tokens", ".")
+    assert (plan.quant, plan.needs, plan.entry) == ("gptq-int4-g32", "tokens", ".")
     assert plan.runtimes == ("vllm", "transformers")
     assert plan.temporary_bytes > model.parameters * 2
     assert {tensor.source for tensor in plan.tensors} == {tensor.name for tensor in model.tensors}

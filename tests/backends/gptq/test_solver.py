@@ -111,7 +111,7 @@ def test_sweep_against_coordinate_descent(ordering: Ordering, sym: bool) -> None
         # The value that takes the derivative by this column to zero, all others fixed.
         best = weight[:, column].double() + miss @ exact[:, column] / exact[column, column]
         codes[:, column] = (torch.round(best / scales[:, column]) + zeros[:, column]).clamp(0, 7)
-    assert (start.codes.double() == codes).double().mean().item() < 0.99, "the sweep has something to do"
+    assert (start.codes.double() != codes).sum().item() >= 20, "the sweep has something to do"
     assert (ours.codes.double() == codes).double().mean().item() > 0.998
 
 
