@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace, outputs: list[dict[str, Any]], text: Path
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    manifests: list[dict[str, Any]] = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    manifests: list[dict[str, Any]] = found if isinstance(found, list) else [found]
     return [artifact for manifest in manifests for artifact in manifest["artifacts"]]
 
 

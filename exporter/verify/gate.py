@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from exporter.backends.gptq.names import GROUP_SIZES, quant_name
 from exporter.verify.metrics import Comparison
 
 
@@ -47,6 +48,12 @@ DEFAULT_GATES: Mapping[str, Gate] = {
     "safetensors fp32": Gate(0.001, 0.99),
     "safetensors fp16": Gate(0.003, 0.97),
     "safetensors bf16": Gate(0.010, 0.95),
+} | {
+    # Smaller groups lose less, and are held to the limit of the largest.
+    f"{backend} {quant_name(bits, group)}": gate
+    for backend in ("gptq", "gptqmodel")
+    for bits, gate in ((8, Gate(0.010, 0.95)), (4, Gate(0.150, 0.80)), (3, Gate(0.600, 0.60)), (2, Gate(1.000, 0.50)))
+    for group in GROUP_SIZES
 }
 # For formats of other packages, until they say better with --gate.
 FALLBACK_GATE = Gate(0.10, 0.85)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-# Layers of 30 MB in float32: twenty more of them would show.
+# Layers of 26 MB in float32: twenty more of them would be 520 MB. Their modules, adapters and plans were 27 MB.
 WIDE = {"hidden": 768, "intermediate": 2048, "heads": 12, "kv_heads": 4, "head_dim": 64}
-TOLERANCE_BYTES = 25 << 20
+TOLERANCE_BYTES = 40 << 20
 
 
 def peak_of(command: Sequence[str]) -> int:

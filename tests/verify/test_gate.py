@@ -59,8 +59,9 @@ def test_a_broken_limit_names_figure_and_limit() -> None:
 
 
 def test_every_type_of_every_backend_has_limits_of_its_own() -> None:
-    labels = {f"{name} {quant}" for name in ("gguf", "safetensors") for quant in load_backend(name).quants}
-    assert {"gguf", "safetensors"} <= set(backend_names())
+    names = ("gguf", "gptq", "gptqmodel", "safetensors")
+    labels = {f"{name} {quant}" for name in names for quant in load_backend(name).quants}
+    assert set(names) <= set(backend_names())
     assert labels == DEFAULT_GATES.keys()
     for gate in DEFAULT_GATES.values():
         assert 0 < gate.max_delta <= 1
