@@ -65,7 +65,7 @@ def test_every_type_of_every_backend_has_limits_of_its_own() -> None:
     assert labels == DEFAULT_GATES.keys()
     for gate in DEFAULT_GATES.values():
         assert 0 < gate.max_delta <= 1
-        assert 0.5 <= gate.min_same_top < 1
+        assert 0.4 <= gate.min_same_top < 1
 
 
 def test_a_wider_type_is_held_to_a_stricter_limit() -> None:
