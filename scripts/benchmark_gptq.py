@@ -62,10 +62,12 @@ def theirs(args: argparse.Namespace, quant: str) -> Step:
             "offload_to_disk_path": str((args.work / "offload").absolute()),
         },
     }
-    file = args.work / "job.json"
+    file = args.work.absolute() / "job.json"
     file.write_text(json.dumps(job))
+    # GPTQModel leaves a log in the folder that it is run in.
+    command = ["env", "-C", str(args.work), sys.executable, "-I", str(WORKER), str(file)]
     environment = {"GPTQMODEL_CPU_WORKERS": str(max(2, measure.cores())), "HF_HUB_OFFLINE": "1"}
-    return Step(f"gptqmodel {quant}", [sys.executable, "-I", str(WORKER), str(file)], output, environment)
+    return Step(f"gptqmodel {quant}", command, output, environment)
 
 
 def calibration_windows(args: argparse.Namespace) -> list[list[int]]:
