@@ -36,6 +36,11 @@ class Windows:
     sha256: str
 
     @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return len(self.ids) * self.n_ctx
+
+    @property
     def first_scored(self) -> int:
         """Index of the first position whose prediction is scored: the token at this index + 1 is the target."""
         return self.n_ctx // 2

@@ -9,7 +9,8 @@ from exporter.backends.base import OutputPlan
 from exporter.calibration import TokenSets
 from exporter.checkpoint import DTYPE_BYTES
 from exporter.model import MergedModel
-from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS, shared_inputs
+from exporter.tour.inputs import shared_inputs
+from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS
 
 # Interpreter, torch and this package, and the buffers for hashing.
 _RESIDENT_BYTES = 250 << 20
@@ -53,7 +54,7 @@ def tour_memory(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: Tok
         for adapter in model.adapters
         for update in adapter.updates.values()
     )
-    evaluated = len(tokens.evaluation.ids) * tokens.evaluation.n_ctx if tokens.evaluation else 0
+    evaluated = tokens.evaluation.tokens if tokens.evaluation else 0
     solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]
     states = sum(min(KEEP_BYTES, nbytes) for nbytes in hidden_bytes(model, artifacts, tokens, compute_dtype))
     longest = max(
@@ -75,7 +76,7 @@ def hidden_bytes(
     """Bytes of the hidden states of each group of windows that travels: the trained model's, and one for each artifact
     that is solved for."""
     item = int(model.config.get("hidden_size") or 0) * (2 if compute_dtype == "bfloat16" else 4)
-    evaluated = len(tokens.evaluation.ids) * tokens.evaluation.n_ctx if tokens.evaluation else 0
+    evaluated = tokens.evaluation.tokens if tokens.evaluation else 0
     calibrated = tokens.calibration.tokens if tokens.calibration else 0
     observed = calibrated * any(artifact.needs == "moments" for artifact in artifacts)
     return [item * evaluated, item * observed] + [
@@ -132,7 +133,7 @@ def seconds(
     duration = _STARTUP_SECONDS + work / threads
     passed = 0
     if tokens.evaluation:
-        passed += (1 + len(artifacts)) * len(tokens.evaluation.ids) * tokens.evaluation.n_ctx
+        passed += (1 + len(artifacts)) * tokens.evaluation.tokens
         duration += _STARTUP_SECONDS
     if tokens.calibration:
         solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]

@@ -92,9 +92,9 @@ def main() -> int:
         "all": whole,
     }
     print(table(["part", "s", "share"], [[name, f"{took:.1f}", f"{took / whole:.0%}"] for name, took in parts.items()]))
-    tokens = len(windows.ids) * N_CTX
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{tokens} tokens, {tokens / whole:.1f} a second; peak {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f} GB)")
+    print(f"{windows.tokens} tokens, {windows.tokens / whole:.1f} a second")
+    print(f"peak {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f} GB)")
     return 0
 
 

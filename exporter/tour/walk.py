@@ -20,11 +20,12 @@ from exporter.errors import BackendError, MissingTensorError
 from exporter.merge import DTYPES
 from exporter.model import EMBEDDING, HEAD, MergedModel, MergedTensor
 from exporter.tour.activations import SecondMoments, SeenEnoughError, watching
+from exporter.tour.inputs import shared_inputs
 from exporter.tour.loading import Load, Loader, Slot
 from exporter.tour.passengers import Passengers, Settings, Solver, Walked
 from exporter.tour.progress import Findings, load_moments, load_progress, save_moments, save_progress
 from exporter.tour.rows import gather_rows, keep_freed_memory, release_free_memory
-from exporter.tour.sizes import BATCH_TOKENS, shared_inputs
+from exporter.tour.sizes import BATCH_TOKENS
 from exporter.tour.skeleton import Arguments, Skeleton
 from exporter.tour.states import Group, States
 from exporter.tour.stream import Rider, Stream, Target

@@ -10,19 +10,17 @@ from typing import Any, ClassVar
 
 from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
-from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, quant_name
+from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import GptqOptions, Scheme
 from exporter.errors import RecipeError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
-from exporter.tour.sizes import SHARED_INPUT, shared_inputs
+from exporter.tour.inputs import SHARED_INPUT, shared_inputs
 from exporter.version import __version__
 
 # What vLLM 0.32 has kernels for (TYPE_MAP in model_executor/layers/quantization/auto_gptq.py); it refuses desc_act.
 SERVED_BITS = (4, 8)
 # What its Marlin kernel takes without padding (GPTQ_MARLIN_MIN_THREAD_K and _N in utils/marlin_utils.py).
 MARLIN_IN, MARLIN_OUT = 128, 64
-# Codes of 32 bits are packed whole, along inputs and along outputs.
-_WORD_BITS = 32
 
 _LINEAR = re.compile(r"^.+\.layers\.\d+\..*_proj\.weight$")
 # What vLLM calls the matrices that it makes one of.
@@ -158,7 +156,7 @@ def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[
 
 def _check_shape(tensor: MergedTensor, scheme: Scheme) -> None:
     rows, columns = tensor.shape
-    word = _WORD_BITS if _WORD_BITS % scheme.bits else _WORD_BITS // scheme.bits
+    word = packing_multiple(scheme.bits)
     width = columns if scheme.group_size == -1 else scheme.group_size
     if columns % width or columns % word or rows % word:
         raise UnsupportedModelError(
@@ -204,8 +202,8 @@ def _entries(model: MergedModel, schemes: Mapping[str, Scheme], dtype: str) -> l
         groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
         module = tensor.name.removesuffix(".weight")
         for part, shape, kind in (
-            ("qweight", (columns * scheme.bits // _WORD_BITS, rows), "I32"),
-            ("qzeros", (groups, rows * scheme.bits // _WORD_BITS), "I32"),
+            ("qweight", (columns * scheme.bits // WORD_BITS, rows), "I32"),
+            ("qzeros", (groups, rows * scheme.bits // WORD_BITS), "I32"),
             ("scales", (groups, rows), "F16"),
             ("g_idx", (columns,), "I32"),
         ):

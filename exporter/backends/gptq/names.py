@@ -9,6 +9,7 @@ import re
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
+WORD_BITS = 32
 
 
 def quant_name(bits: int, group_size: int) -> str:
@@ -18,6 +19,11 @@ def quant_name(bits: int, group_size: int) -> str:
 
 # Widest first, and from small groups to large ones.
 QUANTS = tuple(quant_name(bits, group) for bits in reversed(BITS) for group in (*GROUP_SIZES[1:], -1))
+
+
+def packing_multiple(bits: int) -> int:
+    """What in and out features must be a multiple of, so that codes fill whole words of 32 bits."""
+    return WORD_BITS if WORD_BITS % bits else WORD_BITS // bits
 
 
 def parse_quant(name: str) -> tuple[int, int] | None:

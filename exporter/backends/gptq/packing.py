@@ -14,11 +14,10 @@ from typing import Literal
 import torch
 
 from exporter.backends.gptq.grid import check_bits
+from exporter.backends.gptq.names import WORD_BITS, packing_multiple
 from exporter.errors import RefusalError
 
 CheckpointFormat = Literal["gptq", "gptq_v2"]
-
-WORD_BITS = 32
 
 
 class PackingError(RefusalError):
@@ -179,14 +178,10 @@ def unpack_words(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.reshape(-1, packed.shape[1])
 
 
-def packing_multiple(bits: int) -> int:
-    """What in and out features must be a multiple of, so that codes fill whole words."""
-    return _period(bits)[0]
-
-
 def _period(bits: int) -> tuple[int, int]:
     """Codes and words after which the pattern repeats."""
-    return (WORD_BITS, bits) if WORD_BITS % bits else (WORD_BITS // bits, 1)
+    codes = packing_multiple(bits)
+    return codes, codes * bits // WORD_BITS
 
 
 def _stores_less_one(checkpoint_format: str) -> bool:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.backends.gptq.grid import GridError
-from exporter.backends.gptq.packing import CheckpointFormat, Packed, PackingError, pack, packing_multiple, unpack
+from exporter.backends.gptq.names import packing_multiple
+from exporter.backends.gptq.packing import CheckpointFormat, Packed, PackingError, pack, unpack
 
 BITS = st.sampled_from([2, 3, 4, 8])
 FORMATS: st.SearchStrategy[CheckpointFormat] = st.sampled_from(["gptq", "gptq_v2"])
