@@ -16,6 +16,8 @@ from exporter.tokenizer import TokenizerFiles
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# Ends of the names of buffers that older checkpoints carry and every runtime computes anew.
+RECOMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 # Dtypes that only a quantized checkpoint stores weights in.
 QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I32", "U32"})

@@ -111,7 +111,7 @@ def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:
     stagings: list[Staging] = []
     try:
         for folder in plan.folders:
-            stagings.append(Staging(folder.out, _key(plan, folder), force=plan.recipe.force))
+            stagings.append(Staging(folder.out, staging_key(plan, folder), force=plan.recipe.force))
             stack.callback(stagings[-1].close)
     except RefusalError:
         # Another run is at one of them: what an earlier run of this plan left stays, what is new goes.
@@ -122,8 +122,8 @@ def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:
     return stagings
 
 
-def _key(plan: ExportPlan, folder: FolderPlan) -> str:
-    """Identifies what a staging folder is for: inputs (by size and time), plan, versions and kind of device."""
+def staging_key(plan: ExportPlan, folder: FolderPlan) -> str:
+    """Identifies what a staging folder is for: inputs by size and time, plan, options, versions and kind of device."""
     inputs = [
         (role, path.name, path.stat().st_size, path.stat().st_mtime_ns) for role, path in sorted(input_files(plan))
     ]
@@ -138,7 +138,8 @@ def _key(plan: ExportPlan, folder: FolderPlan) -> str:
     tokens = [sets.sha256 if sets else None for sets in (plan.tokens.evaluation, plan.tokens.calibration)]
     how = [plan.execution.device.partition(":")[0], plan.recipe.compute_dtype, tokens]
     versions = {package: version(package) for package in ("exporter", "torch", "llama-cpp-python")}
-    text = json.dumps([inputs, artifacts, versions, how])
+    options = {key: str(value) for key, value in folder.options.items()}
+    text = json.dumps([inputs, artifacts, versions, how, options], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -43,11 +43,13 @@ class FolderPlan:
         out: the folder that publishing creates.
         backend: the backend that writes it.
         artifacts: one for each quantization type.
+        options: the backend's options, as they were asked for.
     """
 
     out: Path
     backend: Backend
     artifacts: tuple[OutputPlan, ...]
+    options: Mapping[str, Any]
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +175,7 @@ def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> Folde
             expected="one type a folder for this format",
             remedy="Give each type an output of its own in a recipe.",
         )
-    return FolderPlan(output.out, backend, artifacts)
+    return FolderPlan(output.out, backend, artifacts, output.options)
 
 
 def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:

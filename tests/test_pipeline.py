@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import yaml
 from exporter import ExporterError, Recipe, export
 from exporter.artifact.staging import Staging
 from exporter.errors import OutputExistsError, StagingInUseError, WriteError
+from exporter.pipeline import staging_key
+from exporter.plan import make_plan
 from exporter.recipe import Execution
 from exporter.reporter import Reporter
 from tests.commands import invoke
@@ -380,6 +383,17 @@ def test_other_options_do_not_go_on_from_an_earlier_run(
     export_to(out, base, adapter, quant="fp32")
     export_to(tmp_path / "undisturbed", base, adapter, quant="fp32")
     assert hashes(out) == hashes(tmp_path / "undisturbed")
+
+
+def test_key_of_a_staging_folder_knows_every_option(deep: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = deep
+    output = {"format": "gguf", "out": str(tmp_path / "out"), "quant": "Q8_0"}
+    values = {"base": str(base), "adapters": str(adapter), "outputs": [output], "verify": False}
+    plan = make_plan(Recipe.build(values), Execution(device="cpu", threads=1))
+    (folder,) = plan.folders
+    assert staging_key(plan, folder) == staging_key(plan, replace(folder))
+    # One that shows in no header and no document, as GPTQModel's damping.
+    assert staging_key(plan, folder) != staging_key(plan, replace(folder, options={"damp": 0.1}))
 
 
 def test_changed_input_does_not_go_on_from_an_earlier_run(

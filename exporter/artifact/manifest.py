@@ -125,13 +125,12 @@ def adapter_summary(adapter: Adapter) -> dict[str, Any]:
 def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
     """The recipe with every default resolved; folders by name only."""
     recipe = plan.recipe
-    options = next(output.options for output in recipe.outputs if output.out == folder.out)
     return {
         "base": plan.base.hub_id or plan.base.name,
         "adapters": [source.hub_id or source.name for source in plan.adapters],
         "format": folder.backend.name,
         "quant": [artifact.quant for artifact in folder.artifacts],
-        "options": {key: _without_folder(value) for key, value in options.items()},
+        "options": {key: _without_folder(value) for key, value in folder.options.items()},
         "verify": recipe.verify,
         "compute_dtype": recipe.compute_dtype,
         "calibration": {

@@ -103,7 +103,6 @@ class OutputPlan:
         sequential: solve for the matrices of a layer one input after the other, each with those before it solved.
         made: files that are made at the end, once every tensor is written: name to bytes, which may be an estimate.
         temporary_bytes: what writing it takes on the disk for a while, beyond its files.
-        settings: what the backend's own writer needs to know.
     """
 
     format: str
@@ -121,7 +120,6 @@ class OutputPlan:
     sequential: bool = False
     made: Mapping[str, int] = field(default_factory=dict)
     temporary_bytes: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:

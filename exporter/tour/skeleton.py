@@ -18,14 +18,11 @@ from torch import nn
 
 from exporter.adapter import Adapter
 from exporter.errors import RuntimeScoreError
-from exporter.model import MergedModel
+from exporter.model import RECOMPUTED, MergedModel
 from exporter.quiet import import_transformers
 from exporter.tour.experts import unfuse
 
 Arguments = Mapping[str, Any]
-
-# Buffers that older checkpoints carry and the model's code computes.
-_RECOMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
 class Skeleton:
@@ -95,7 +92,7 @@ class Skeleton:
             RuntimeScoreError: one has none.
         """
         wanted = self.slots(index).keys()
-        stored = {name for name in names if not name.endswith(_RECOMPUTED)}
+        stored = {name for name in names if not name.endswith(RECOMPUTED)}
         for problem, found in (("missing", sorted(wanted - stored)), ("unexpected", sorted(stored - wanted))):
             if found:
                 raise RuntimeScoreError(

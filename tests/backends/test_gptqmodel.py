@@ -179,15 +179,11 @@ def test_what_it_makes_is_the_model_rounded(
     windows = random_windows(2, 32, 384)
     scores = [Transformers().score(folder, windows, lambda _: None) for folder in (out, tmp_path / "unpacked")]
     assert np.abs(scores[0].log_probabilities - scores[1].log_probabilities).mean() < 0.02
-    # A run that goes on makes nothing again, and takes nothing else for the same.
+    # A run that goes on makes nothing again.
     assert not (tmp_path / "staging" / "scratch" / f"gptqmodel-gptq-{quant}" / "merged").exists()
     before = hashes(out)
     assert write(model, plan, out, resume=True).finish(CALIBRATION) == made
     assert hashes(out) == before
-    with pytest.raises(BackendError, match="another calibration"):
-        write(model, plan, out, resume=True).finish(calibrated(CALIBRATION.ids[1:]))
-    with pytest.raises(BackendError, match="other options"):
-        write(model, GptqModelBackend().plan(model, quant, options | {"damp": 0.2}), out, resume=True)
 
 
 @pytest.mark.slow

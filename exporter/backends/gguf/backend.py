@@ -31,13 +31,10 @@ from exporter.errors import (
 )
 from exporter.families import FAMILIES, Family, find_family
 from exporter.families.base import number
-from exporter.model import MergedModel, MergedTensor
+from exporter.model import RECOMPUTED, MergedModel, MergedTensor
 
 if TYPE_CHECKING:
     import torch
-
-# Buffers that some checkpoints carry and every runtime recomputes; llama.cpp's converter leaves them out too.
-_RECOMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
 class GgufBackend:
@@ -235,7 +232,7 @@ def _named_tensors(model: MergedModel, family: Family) -> list[tuple[str, Merged
     import gguf
 
     expected = family.expected_tensors(model.config)
-    actual = {tensor.name: tensor for tensor in model.tensors if not tensor.name.endswith(_RECOMPUTED)}
+    actual = {tensor.name: tensor for tensor in model.tensors if not tensor.name.endswith(RECOMPUTED)}
     if model.config.get("tie_word_embeddings"):
         # Some tied checkpoints store the head again; the runtime takes the embedding.
         actual.pop("lm_head.weight", None)

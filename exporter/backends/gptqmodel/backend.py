@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,21 @@ DEFAULT_DAMP = 0.05
 _HEADER_BYTES = 128
 # Of `quantization_config`, likewise.
 _CONFIG_BYTES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptqModelPlan(OutputPlan):
+    """The plan of a folder that GPTQModel writes.
+
+    Attributes:
+        merged: the model folder that it is given.
+        quantize: arguments of its QuantizeConfig.
+        max_shard_bytes: largest size of one of its files.
+    """
+
+    merged: OutputPlan
+    quantize: Mapping[str, Any]
+    max_shard_bytes: int
 
 
 class GptqModelBackend:
@@ -68,7 +84,7 @@ class GptqModelBackend:
         merged = SafetensorsBackend().plan(model, "bf16", {})
         types = {tensor.source: tensor.type for tensor in merged.tensors}
         tensors = tuple(_estimate(tensor, types[tensor.name], bits, group_size) for tensor in model.tensors)
-        return OutputPlan(
+        return GptqModelPlan(
             format=self.name,
             quant=quant_name(bits, group_size),
             entry=".",
@@ -84,13 +100,17 @@ class GptqModelBackend:
                 "config.json": len(merged.documents["config.json"]) + _CONFIG_BYTES,
             },
             temporary_bytes=merged.nbytes,
-            settings=settings | {"merged": merged},
+            merged=merged,
+            quantize=settings,
+            max_shard_bytes=parse_size(options.get("max_shard_size", DEFAULT_MAX_SHARD_BYTES)),
         )
 
     def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
         """See `Backend`. The merged folder lies beside the artifact's, in `scratch`, and goes when it is not needed."""
         from exporter.backends.gptqmodel.writer import GptqModelWriter
 
+        if not isinstance(plan, GptqModelPlan):
+            raise TypeError(f"{type(plan).__name__} is not a plan of this backend")
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
 
 
@@ -132,7 +152,7 @@ def _check_shapes(model: MergedModel, bits: int, group_size: int) -> None:
 
 
 def _settings(bits: int, group_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of GPTQModel's QuantizeConfig, and the size of a shard."""
+    """Arguments of GPTQModel's QuantizeConfig."""
     known = ("desc_act", "sym", "damp", "max_shard_size")
     if unknown := options.keys() - set(known):
         raise RecipeError(
@@ -152,7 +172,6 @@ def _settings(bits: int, group_size: int, options: Mapping[str, Any]) -> dict[st
         "desc_act": _flag("desc_act", options.get("desc_act", False)),
         "sym": _flag("sym", options.get("sym", True)),
         "damp_percent": damp,
-        "max_shard_bytes": parse_size(options.get("max_shard_size", DEFAULT_MAX_SHARD_BYTES)),
     }
 
 

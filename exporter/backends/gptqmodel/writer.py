@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.backends.base import Made, OutputPlan, TensorPlan, Writer
+from exporter.backends.gptqmodel.backend import GptqModelPlan
 from exporter.backends.safetensors import SafetensorsBackend
 from exporter.checkpoint import INDEX_NAME
 from exporter.errors import BackendError
@@ -40,21 +40,16 @@ class GptqModelWriter:
         resume: keep what is in the merged folder.
     """
 
-    def __init__(self, plan: OutputPlan, folder: Path, work: Path, *, resume: bool) -> None:
+    def __init__(self, plan: GptqModelPlan, folder: Path, work: Path, *, resume: bool) -> None:
         self._plan, self._folder, self._work = plan, folder, work
-        self._merged_plan: OutputPlan = plan.settings["merged"]
-        self._quantize = {key: value for key, value in plan.settings.items() if key != "merged"}
-        self._made, settings = work / "made.json", work / "settings.json"
+        self._made = work / "made.json"
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
-        if settings.is_file() and json.loads(settings.read_text("utf-8")) != self._quantize:
-            raise _of_another_run(plan, "other options")
         self._inner: Writer | None = None
         if not self._made.is_file():
             (work / "merged").mkdir(parents=True, exist_ok=True)
-            settings.write_text(json.dumps(self._quantize))
-            self._inner = SafetensorsBackend().open(self._merged_plan, work / "merged", resume=resume)
-        self._tensors = {tensor.source: tensor for tensor in self._merged_plan.tensors}
+            self._inner = SafetensorsBackend().open(plan.merged, work / "merged", resume=resume)
+        self._tensors = {tensor.source: tensor for tensor in self._plan.merged.tensors}
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
@@ -78,14 +73,11 @@ class GptqModelWriter:
             BackendError: there is no calibration, GPTQModel fails, or it quantizes other matrices than planned.
         """
         windows = calibration.ids if calibration else ()
-        digest = hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest()
         if self._inner is None:
             earlier = json.loads(self._made.read_text("utf-8"))
-            if earlier["calibration"] != digest:
-                raise _of_another_run(self._plan, "another calibration")
             return _made(earlier["names"], earlier["rounded"])
         # GPTQModel takes ids beyond the vocabulary without a word.
-        rows = next((t.rows for t in self._merged_plan.tensors if t.source == EMBEDDING), math.inf)
+        rows = next((t.rows for t in self._plan.merged.tensors if t.source == EMBEDDING), math.inf)
         if not windows or max(map(max, windows)) >= rows:
             raise BackendError(
                 self._plan.label, found="tokens beyond the vocabulary" if windows else "no calibration tokens",
@@ -94,9 +86,9 @@ class GptqModelWriter:
         self._inner.sync()
         self._inner.close()
         merged, target = self._work / "merged", self._work / "target"
-        for name, content in self._merged_plan.documents.items():
+        for name, content in self._plan.merged.documents.items():
             (merged / name).write_bytes(content)
-        for name, source in self._merged_plan.copies.items():
+        for name, source in self._plan.merged.copies.items():
             shutil.copyfile(source, merged / name)
         shutil.rmtree(target, ignore_errors=True)
         self._run(merged, target, windows)
@@ -108,7 +100,7 @@ class GptqModelWriter:
         for name in made:
             os.replace(target / name, self._folder / name)
         # From here on, a run that goes on needs no tensor again.
-        self._made.write_text(json.dumps({"names": made, "calibration": digest, "rounded": rounded}))
+        self._made.write_text(json.dumps({"names": made, "rounded": rounded}))
         shutil.rmtree(merged)
         shutil.rmtree(target)
         return _made(made, rounded)
@@ -117,13 +109,12 @@ class GptqModelWriter:
         from exporter.runtimes.server import ServerProcess
         from exporter.runtimes.vllm_server import last_words
 
-        settings = dict(self._quantize)
         job = {
             "model": str(merged.absolute()),
             "target": str(target.absolute()),
             "windows": [list(window) for window in windows],
-            "max_shard_bytes": settings.pop("max_shard_bytes"),
-            "quantize": settings | {"offload_to_disk_path": str((self._work / "offload").absolute())},
+            "max_shard_bytes": self._plan.max_shard_bytes,
+            "quantize": {**self._plan.quantize, "offload_to_disk_path": str((self._work / "offload").absolute())},
         }
         (self._work / "job.json").write_text(json.dumps(job))
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -150,15 +141,6 @@ class GptqModelWriter:
 def _made(names: Sequence[str], rounded: Sequence[str]) -> Made:
     notes = (f"GPTQModel rounded {len(rounded)} matrices to nearest: {', '.join(rounded)}",) if rounded else ()
     return Made(tuple(names), notes)
-
-
-def _of_another_run(plan: OutputPlan, found: str) -> BackendError:
-    return BackendError(
-        plan.label,
-        found=f"{found} than those that a run was interrupted with",
-        expected="the same",
-        remedy="Remove the folder .OUT.staging beside the output, and run again.",
-    )
 
 
 def clean_config(base: Path, made: Path) -> bytes:
