@@ -40,8 +40,8 @@ from exporter.verify.pack import (
 from exporter.verify.reference import Head, Reference
 from exporter.version import __version__
 
-# Largest mean KL(float32 states || bfloat16 states) in nats; beyond it, states stay in float32. On the demo it is 1.0e-6,
-# and Q8_0, the closest of the quantized types, is at 7.5e-5.
+# Largest mean KL(float32 states || bfloat16 states) in nats; beyond it, states stay in float32. On the demo it is
+# 1.0e-6, and Q8_0, the closest of the quantized types, is 7.5e-5 away from the reference.
 MAX_STATE_LOSS = 1e-5
 # A staging folder is used again under this key. Every file is written anew, so nothing of an earlier run can remain;
 # the walk has a key of its own for what it goes on from.
