@@ -250,7 +250,7 @@ def _check_resources(plan: ExportPlan) -> None:
     if plan.pack is not None:
         written.append((plan.pack.out, plan.pack.nbytes))
     check_disk(written)
-    check_memory(plan.walk_bytes)
+    check_memory(plan.walk_bytes, ", or with --no-verify")
 
 
 def describe(plan: ExportPlan) -> dict[str, Any]:

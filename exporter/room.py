@@ -107,8 +107,12 @@ def check_disk(written: Sequence[tuple[Path, int]]) -> None:
             )
 
 
-def check_memory(walk_bytes: int) -> None:
+def check_memory(walk_bytes: int, otherwise: str = "") -> None:
     """There must be memory for the walk.
+
+    Args:
+        walk_bytes: estimated peak.
+        otherwise: how to do without a walk, to end the remedy with.
 
     Raises:
         NotEnoughMemoryError: there is less.
@@ -119,8 +123,8 @@ def check_memory(walk_bytes: int) -> None:
             "the walk through the layers",
             found=f"{memory / 1e9:.1f} GB of memory available",
             expected=f"{walk_bytes / 1e9:.1f} GB",
-            remedy="Run on a machine with more memory, with fewer tokens, with --compute-dtype bfloat16, or with "
-            "--no-verify.",
+            remedy="Run on a machine with more memory, with fewer tokens, or with --compute-dtype "
+            f"bfloat16{otherwise}.",
         )
 
 
