@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from exporter.errors import ExporterError, RefusalError
     from exporter.pipeline import ExportResult, export
     from exporter.plan import ExportPlan, make_plan
-    from exporter.recipe import Calibration, Evaluation, Execution, Output, Recipe
+    from exporter.recipe import Calibration, Evaluation, Execution, Output, Recipe, ReferenceRecipe
+    from exporter.verify.standalone import make_reference
 
 __all__ = [
     "Calibration",
@@ -27,16 +28,19 @@ __all__ = [
     "ExporterError",
     "Output",
     "Recipe",
+    "ReferenceRecipe",
     "RefusalError",
     "__version__",
     "export",
     "make_plan",
+    "make_reference",
 ]
 
 _HOMES = {
     "export": "pipeline", "ExportResult": "pipeline", "make_plan": "plan", "ExportPlan": "plan", "Recipe": "recipe",
     "Output": "recipe", "Calibration": "recipe", "Evaluation": "recipe", "Execution": "recipe",
-    "ExporterError": "errors", "RefusalError": "errors",
+    "ReferenceRecipe": "recipe", "make_reference": "verify.standalone", "ExporterError": "errors",
+    "RefusalError": "errors",
 }  # fmt: skip
 
 

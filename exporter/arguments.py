@@ -10,7 +10,7 @@ import typer
 from exporter.errors import RecipeError
 
 if TYPE_CHECKING:
-    from exporter.recipe import Evaluation, Execution, Recipe
+    from exporter.recipe import Evaluation, Execution, Recipe, ReferenceRecipe
 
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe, in place of the options.")]
 Base = Annotated[str | None, typer.Option(help="The base: a folder or a hub id, with @revision if need be.")]
@@ -54,6 +54,21 @@ ComputeDtype = Annotated[
     str | None,
     typer.Option("--compute-dtype", help="What the walk computes in: float32 or bfloat16.", show_default="float32"),
 ]
+KeepReference = Annotated[
+    bool, typer.Option("--keep-reference", help="Write a reference pack too, to OUT.reference beside the first output.")
+]
+ReferenceDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--reference-dtype",
+        help="What a reference pack keeps hidden states in: float32 or bfloat16.",
+        show_default="float32",
+    ),
+]
+ReferencePack = Annotated[
+    Path | None,
+    typer.Option("--reference", metavar="DIR", help="A reference pack, in place of base, adapter and text."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one a core.")]
 Runtime = Annotated[
@@ -72,7 +87,7 @@ def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
     names = (
         "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
         "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "force", "max_shard_size", "option",
-        "imatrix", "force_unservable", "compute_dtype",
+        "imatrix", "force_unservable", "compute_dtype", "keep_reference", "reference_dtype",
     )  # fmt: skip
     return {name: values[name] for name in names}
 
@@ -99,6 +114,8 @@ def recipe_from(
     imatrix: str | None,
     force_unservable: bool,
     compute_dtype: str | None,
+    keep_reference: bool,
+    reference_dtype: str | None,
 ) -> Recipe:
     """Make a recipe from a file or from options.
 
@@ -110,17 +127,23 @@ def recipe_from(
     if recipe_file is not None:
         given = (
             base, adapter, format_, quant, out, name, calibration, calibration_tokens, window, seed, eval_tokens,
-            eval_window, gate, max_shard_size, option, imatrix, compute_dtype,
+            eval_window, gate, max_shard_size, option, imatrix, compute_dtype, reference_dtype,
         )  # fmt: skip
         if force_unservable or any(value is not None and value != [] for value in given):
             raise RecipeError(
                 str(recipe_file),
                 found="a recipe and options beside it",
-                expected="one of the two (only --force and --no-verify go with a recipe)",
+                expected="one of the two (only --force, --no-verify and --keep-reference go with a recipe)",
                 remedy="Put the options into the recipe.",
             )
         recipe = Recipe.load(recipe_file)
-        return recipe.model_copy(update={"force": recipe.force or force, "verify": recipe.verify and not no_verify})
+        return recipe.model_copy(
+            update={
+                "force": recipe.force or force,
+                "verify": recipe.verify and not no_verify,
+                "keep_reference": recipe.keep_reference or keep_reference,
+            }
+        )
     for flag, value in (("--base", base), ("--format", format_), ("--out", out)):
         if value is None:
             raise RecipeError(flag, found="nothing", expected="a value", remedy="See `exporter export --help`.")
@@ -139,11 +162,73 @@ def recipe_from(
             "name": name,
             "verify": not no_verify,
             "force": force,
-            **_given(compute_dtype=compute_dtype),
+            "keep_reference": keep_reference,
+            **_given(compute_dtype=compute_dtype, reference_dtype=reference_dtype),
             "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
             "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])),
         }
     )
+
+
+def reference_recipe_from(
+    base: str | None,
+    adapter: list[str] | None,
+    out: Path | None,
+    name: str | None,
+    calibration: str | None,
+    eval_tokens: int | None,
+    eval_window: int | None,
+    force: bool,
+    compute_dtype: str | None,
+    reference_dtype: str | None,
+) -> ReferenceRecipe:
+    """What a reference pack is made from.
+
+    Raises:
+        RecipeError: an option that is needed is not given, or a value is wrong.
+    """
+    from exporter.recipe import ReferenceRecipe
+
+    for flag, value in (("--base", base), ("--out", out)):
+        if value is None:
+            raise RecipeError(flag, found="nothing", expected="a value", remedy="See `exporter reference --help`.")
+    return ReferenceRecipe.build(
+        {
+            "base": base,
+            "adapters": adapter or (),
+            "out": out,
+            "name": name,
+            "force": force,
+            **_given(compute_dtype=compute_dtype, reference_dtype=reference_dtype),
+            "calibration": _given(text=calibration),
+            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window),
+        }
+    )
+
+
+def check_verify_options(reference: Path | None, **others: Any) -> None:
+    """Either a reference pack, or what the reference is made from.
+
+    Args:
+        reference: the pack, or None.
+        others: the options that it stands for, by name.
+
+    Raises:
+        RecipeError: both are given, or neither.
+    """
+    if reference is None:
+        if others["base"] is None:
+            raise RecipeError(
+                "--base", found="nothing", expected="--base with --adapter, or --reference",
+                remedy="Say what to judge the artifact by.",
+            )  # fmt: skip
+        return
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None and value != []]
+    if given:
+        raise RecipeError(
+            f"--reference {reference}", found=f"{' '.join(given)} beside it",
+            expected="the pack alone, which holds what they stand for", remedy=f"Leave out {' '.join(given)}.",
+        )  # fmt: skip
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from exporter.arguments import (
     Format,
     Gates,
     Imatrix,
+    KeepReference,
     MaxShard,
     Name,
     NoVerify,
@@ -35,15 +36,19 @@ from exporter.arguments import (
     Quants,
     Quiet,
     RecipeFile,
+    ReferenceDtype,
+    ReferencePack,
     Runtime,
     Seed,
     Text,
     Threads,
     Window,
     arguments_of,
+    check_verify_options,
     evaluation_from,
     execution_from,
     recipe_from,
+    reference_recipe_from,
 )
 from exporter.errors import ExporterError
 from exporter.version import __version__
@@ -98,6 +103,8 @@ def export_command(
     imatrix: Imatrix = None,
     force_unservable: ForceUnservable = False,
     compute_dtype: ComputeDtype = None,
+    keep_reference: KeepReference = False,
+    reference_dtype: ReferenceDtype = None,
     device: Device = "auto",
     threads: Threads = None,
     runtime: Runtime = None,
@@ -151,6 +158,8 @@ def plan_command(
     imatrix: Imatrix = None,
     force_unservable: ForceUnservable = False,
     compute_dtype: ComputeDtype = None,
+    keep_reference: KeepReference = False,
+    reference_dtype: ReferenceDtype = None,
     device: Device = "auto",
     threads: Threads = None,
     runtime: Runtime = None,
@@ -178,8 +187,9 @@ def plan_command(
 @app.command("verify")
 def verify_command(
     artifact: Annotated[Path, typer.Argument(help="A published output folder.")],
-    base: Annotated[str, typer.Option(help="The base it was made from.")],
+    base: Base = None,
     adapter: Adapters = None,
+    reference: ReferencePack = None,
     runtime: Runtime = None,
     endpoint: Endpoint = None,
     calibration: Text = None,
@@ -189,25 +199,71 @@ def verify_command(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Check a published folder's hashes, and score it again against base and adapter."""
+    """Check a published folder's hashes, and score it again against base and adapter or a reference pack."""
     from exporter.screen import Screen, stderr_console
 
     console = stderr_console()
     screen = Screen(console)
 
     def run() -> int:
-        from exporter.merge import resolve_device
         from exporter.recipe import Calibration
-        from exporter.verify.published import verify_published
 
         text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate)
-        resolve_device(execution_from(device, None, runtime, endpoint).device)
-        adapters = tuple(adapter or ())
-        result = verify_published(artifact, base, adapters, text, evaluation, runtime, device, screen, endpoint)
+        check_verify_options(
+            reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
+            eval_window=eval_window,
+        )  # fmt: skip
+        from exporter.merge import resolve_device
+        from exporter.verify.published import verify_published, verify_with_pack
+
+        place = resolve_device(execution_from(device, None, runtime, endpoint).device)
+        if reference is not None:
+            result = verify_with_pack(artifact, reference, evaluation.gate, runtime, place, screen, endpoint)
+        else:
+            adapters = tuple(adapter or ())
+            result = verify_published(
+                artifact, base or "", adapters, text, evaluation, runtime, place, screen, endpoint
+            )
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
         result.show(console)
         return 0 if result.passed else 3
+
+    _guarded(console, run, screen.stop)
+
+
+@app.command("reference")
+def reference_command(
+    base: Base = None,
+    adapter: Adapters = None,
+    out: Out = None,
+    name: Name = None,
+    calibration: Text = None,
+    eval_tokens: EvalTokens = None,
+    eval_window: EvalWindow = None,
+    force: Force = False,
+    compute_dtype: ComputeDtype = None,
+    reference_dtype: ReferenceDtype = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a reference pack, which artifacts are verified with where the base is not."""
+    from exporter.screen import Screen, stderr_console
+
+    console = stderr_console()
+    screen = Screen(console, quiet=quiet)
+
+    def run() -> int:
+        recipe = reference_recipe_from(
+            base, adapter, out, name, calibration, eval_tokens, eval_window, force, compute_dtype, reference_dtype
+        )
+        from exporter.verify.standalone import make_reference
+
+        description = make_reference(recipe, execution_from(device, threads, None, None), screen)
+        print(json.dumps(description, indent=2, ensure_ascii=False) if as_json else recipe.out)
+        return 0
 
     _guarded(console, run, screen.stop)
 

@@ -187,6 +187,10 @@ class ArtifactError(RefusalError):
     """A published artifact is not what its manifest says."""
 
 
+class ReferencePackError(ArtifactError):
+    """A reference pack is not what its description says, or does not belong to the artifact."""
+
+
 class GateFailedError(ExporterError):
     """At least one artifact is too far from the reference."""
 

@@ -49,10 +49,12 @@ class ExportResult:
     Attributes:
         plan: what was planned.
         folders: what became of each output folder, in the order of the recipe.
+        reference: where the reference pack is, if one was kept.
     """
 
     plan: ExportPlan
     folders: tuple[FolderResult, ...]
+    reference: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -90,6 +92,7 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             _finish_files(plan, folder, staging, written)
             for folder, staging, written in zip(plan.folders, stagings, toured.written, strict=True)
         ]
+        pack = _stage_pack(plan, toured, inputs, stack)
         staged = [(folder, staging.files) for folder, staging in zip(plan.folders, stagings, strict=True)]
         verdicts: list[dict[str, Verification]] = [{} for _ in staged]
         if toured.reference is not None:
@@ -102,7 +105,9 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()
             results.append(FolderResult(path, published, manifest, verdicts[number]))
-    result = ExportResult(plan, tuple(results))
+        # It is of the trained model, so it is kept whatever became of the outputs.
+        kept = pack.publish() if pack else None
+    result = ExportResult(plan, tuple(results), kept)
     reporter.finished(result)
     return result
 
@@ -120,6 +125,18 @@ def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:
                 staging.discard()
         raise
     return stagings
+
+
+def _stage_pack(plan: ExportPlan, toured: Toured, inputs: Mapping[Path, str], stack: ExitStack) -> Staging | None:
+    """Write the reference pack that was asked for, so that nothing but a rename is left to do."""
+    if plan.pack is None or toured.reference is None:
+        return None
+    from exporter.verify.packing import STAGING_KEY, write_pack
+
+    staging = Staging(plan.pack.out, STAGING_KEY, force=plan.recipe.force)
+    stack.callback(staging.close)
+    write_pack(plan.pack, toured.reference, inputs, staging, toured.device, plan.threads)
+    return staging
 
 
 def staging_key(plan: ExportPlan, folder: FolderPlan) -> str:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from exporter.adapter import Adapter
 from exporter.backends.base import Backend, OutputPlan
@@ -18,21 +14,16 @@ from exporter.backends.registry import load_backend
 from exporter.calibration import TokenSets, make_token_sets
 from exporter.checkpoint import Checkpoint
 from exporter.errors import (
-    MissingFileError,
-    NotEnoughDiskError,
-    NotEnoughMemoryError,
     OutputExistsError,
-    OverlappingPathsError,
     RecipeError,
 )
 from exporter.estimate import merge_memory, scratch_bytes, seconds, tour_memory
 from exporter.model import MergedModel, plan_merge
-from exporter.recipe import Execution, Output, Recipe
+from exporter.recipe import Execution, Inputs, Output, Recipe
+from exporter.room import check_disk, check_memory, check_paths
 from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
-
-# export.json and the like, beside the planned files.
-_SLACK_BYTES = 8 << 20
+from exporter.verify.pack import PackPlan
 
 
 @dataclass(frozen=True)
@@ -80,6 +71,7 @@ class ExportPlan:
         scratch_bytes: disk that the walk takes for a while, in the staging folder of the first output.
         seconds: rough duration on this machine.
         runtimes: what will score each artifact, by its label; empty without verification.
+        pack: the reference pack that is kept, or None.
     """
 
     recipe: Recipe
@@ -95,6 +87,7 @@ class ExportPlan:
     scratch_bytes: int
     seconds: float
     runtimes: Mapping[str, str]
+    pack: PackPlan | None = None
 
     @property
     def artifacts(self) -> tuple[OutputPlan, ...]:
@@ -109,7 +102,8 @@ class ExportPlan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files that will be written, those that are removed again too."""
-        return sum(folder.nbytes + folder.temporary_bytes for folder in self.folders) + self.scratch_bytes
+        kept = self.pack.nbytes if self.pack else 0
+        return sum(folder.nbytes + folder.temporary_bytes for folder in self.folders) + self.scratch_bytes + kept
 
     @property
     def input_bytes(self) -> int:
@@ -123,13 +117,9 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     Raises:
         RefusalError: see `exporter.errors`; the first thing that is wrong.
     """
-    base_source = resolve_base(recipe.base)
-    adapter_sources = tuple(resolve_adapter(source) for source in recipe.adapters)
-    _check_paths(recipe, (base_source, *adapter_sources))
-    base = Checkpoint.open(base_source.folder)
-    adapters = tuple(Adapter.open(source.folder) for source in adapter_sources)
-    name = recipe.name or "-".join(source.name for source in (base_source, *adapter_sources))
-    model = plan_merge(base, adapters, name)
+    kept = _pack_folder(recipe)
+    outs = [output.out for output in recipe.outputs] + ([kept] if kept else [])
+    base_source, adapter_sources, model = open_model(recipe, outs)
     folders = tuple(_plan_folder(output, model, verified=recipe.verify) for output in recipe.outputs)
     threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
@@ -157,9 +147,52 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         scratch_bytes=scratch_bytes(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
         seconds=seconds(model, artifacts, threads, tokens, servers),
         runtimes=runtimes,
+        pack=PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation)
+        if kept and tokens.evaluation
+        else None,
     )
     _check_resources(plan)
     return plan
+
+
+def open_model(recipe: Inputs, outs: Sequence[Path]) -> tuple[Source, tuple[Source, ...], MergedModel]:
+    """Resolve and open base and adapters, and check the folders that will be written.
+
+    Returns:
+        The base's source, the adapters' sources, and the merged model.
+
+    Raises:
+        RefusalError: see `exporter.errors`.
+    """
+    base_source = resolve_base(recipe.base)
+    adapter_sources = tuple(resolve_adapter(source) for source in recipe.adapters)
+    check_paths(recipe, outs, (base_source, *adapter_sources))
+    base = Checkpoint.open(base_source.folder)
+    adapters = tuple(Adapter.open(source.folder) for source in adapter_sources)
+    name = recipe.name or "-".join(source.name for source in (base_source, *adapter_sources))
+    return base_source, adapter_sources, plan_merge(base, adapters, name)
+
+
+def _pack_folder(recipe: Recipe) -> Path | None:
+    """Where the reference pack is kept, if it is: beside the first output.
+
+    Raises:
+        RecipeError: it cannot be, since nothing is scored; or its dtype is given and no pack is kept.
+    """
+    if not recipe.keep_reference:
+        if recipe.reference_dtype:
+            raise RecipeError(
+                "--reference-dtype", found="no reference that is kept", expected="--keep-reference beside it",
+                remedy="Add --keep-reference, or leave it out.",
+            )  # fmt: skip
+        return None
+    if not recipe.verify:
+        raise RecipeError(
+            "--keep-reference", found="--no-verify beside it, without which there is no reference",
+            expected="one of the two", remedy="Leave one out, or make the pack with `exporter reference`.",
+        )  # fmt: skip
+    first = recipe.outputs[0].out
+    return first.parent / f"{first.name}.reference"
 
 
 def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> FolderPlan:
@@ -176,51 +209,6 @@ def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> Folde
             remedy="Give each type an output of its own in a recipe.",
         )
     return FolderPlan(output.out, backend, artifacts, output.options)
-
-
-def _check_paths(recipe: Recipe, sources: tuple[Source, ...]) -> None:
-    """Outputs must not exist, must have a parent that can be made, and must be apart from the inputs."""
-    text = recipe.calibration.file
-    if text is not None and not text.is_file():
-        raise MissingFileError(
-            str(text), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
-        )
-    inputs = [(source.name, source.folder.resolve()) for source in sources]
-    if text is not None:
-        inputs.append((text.name, text.resolve()))
-    others = [output.out.resolve() for output in recipe.outputs]
-    for output in recipe.outputs:
-        out = output.out.absolute()
-        if output.out.name in ("", ".."):
-            raise RecipeError(
-                "--out", found=repr(str(output.out)), expected="a folder with a name", remedy="Choose another --out."
-            )
-        if not all(above.is_dir() for above in out.parents if above.exists()):
-            raise OverlappingPathsError(
-                str(output.out),
-                found="a file on the way",
-                expected="folders down to it",
-                remedy="Choose another --out.",
-            )
-        if os.path.lexists(out) and not recipe.force:
-            raise OutputExistsError(
-                str(output.out),
-                found="a file or folder",
-                expected="nothing there",
-                remedy="Choose another --out, or use --force to replace it.",
-            )
-        # A failed gate replaces OUT.rejected, and a run works in .OUT.staging.
-        inside = out.resolve()
-        for place in (inside, inside.with_name(f"{inside.name}.rejected"), inside.with_name(f".{inside.name}.staging")):
-            apart = inputs + [("of another output", other) for other in others if place != inside or other != inside]
-            for name, path in apart:
-                if place == path or path in place.parents or place in path.parents:
-                    raise OverlappingPathsError(
-                        str(output.out),
-                        found=f"an output that overlaps {name}",
-                        expected="files and folders apart from each other",
-                        remedy="Choose another --out.",
-                    )
 
 
 def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[OutputPlan]) -> dict[str, str]:
@@ -258,46 +246,13 @@ def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[Ou
 
 
 def _check_resources(plan: ExportPlan) -> None:
-    """Disk for each file system that is written to, and memory for the reference."""
-    needed: Counter[int] = Counter()
-    free: dict[int, tuple[Path, int]] = {}
-    for folder in plan.folders:
-        parent = _existing_parent(folder.out)
-        device = parent.stat().st_dev
-        scratch = plan.scratch_bytes if folder is plan.folders[0] else 0
-        needed[device] += folder.nbytes + folder.temporary_bytes + scratch + _SLACK_BYTES - staged_bytes(folder.out)
-        free[device] = (parent, shutil.disk_usage(parent).free)
-    for device, nbytes in needed.items():
-        parent, available = free[device]
-        if nbytes > available:
-            raise NotEnoughDiskError(
-                str(parent),
-                found=f"{available / 1e9:.2f} GB free",
-                expected=f"{nbytes / 1e9:.2f} GB for the planned files",
-                remedy="Free some disk, or choose another --out.",
-            )
-    memory = psutil.virtual_memory().available
-    if plan.walk_bytes > memory:
-        raise NotEnoughMemoryError(
-            "the walk through the layers",
-            found=f"{memory / 1e9:.1f} GB of memory available",
-            expected=f"{plan.walk_bytes / 1e9:.1f} GB",
-            remedy="Run on a machine with more memory, with fewer tokens, with --compute-dtype bfloat16, or with "
-            "--no-verify.",
-        )
-
-
-def _existing_parent(out: Path) -> Path:
-    parent = out.absolute().parent
-    while not parent.is_dir():
-        parent = parent.parent
-    return parent
-
-
-def staged_bytes(out: Path) -> int:
-    """Bytes that an earlier run left in the staging folder of an output."""
-    staging = out.parent / f".{out.name}.staging"
-    return sum(file.stat().st_blocks * 512 for file in staging.rglob("*") if file.is_file()) if staging.is_dir() else 0
+    """Disk for every folder that is written, and memory for the walk."""
+    written = [(folder.out, folder.nbytes + folder.temporary_bytes) for folder in plan.folders]
+    written[0] = (written[0][0], written[0][1] + plan.scratch_bytes)
+    if plan.pack is not None:
+        written.append((plan.pack.out, plan.pack.nbytes))
+    check_disk(written)
+    check_memory(plan.walk_bytes, ", or with --no-verify")
 
 
 def describe(plan: ExportPlan) -> dict[str, Any]:
@@ -318,6 +273,14 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         },
         "outputs": [_describe_folder(folder, plan) for folder in plan.folders],
         "tokens": _describe_tokens(plan.tokens),
+        "reference": {
+            "out": str(plan.pack.out),
+            "dtype": plan.pack.dtype,
+            "bytes": plan.pack.nbytes,
+            "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.pack.files.items()],
+        }
+        if plan.pack
+        else None,
         "disk_bytes": plan.disk_bytes,
         "scratch_bytes": plan.scratch_bytes,
         "memory_bytes": {"merge": plan.merge_bytes, "walk": plan.walk_bytes},

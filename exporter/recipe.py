@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -113,29 +113,27 @@ class Evaluation(_Frozen):
     gate: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
 
 
-class Recipe(_Frozen):
-    """Everything that decides the bytes of the outputs.
+class Inputs(_Frozen):
+    """What a trained model is made of, and how it is scored.
 
     Attributes:
         base: a folder or a hub id, with `@revision` if need be.
         adapters: likewise, added in this order.
-        outputs: at least one.
         name: name of the merged model; by default made from the names of base and adapters.
-        verify: whether to score the outputs and let the gate decide.
         calibration: the text, and what is calibrated on.
         evaluation: what is scored.
         compute_dtype: what the walk through the layers computes in: statistics and the reference come from it.
+        reference_dtype: what a reference pack keeps hidden states in; None for float32.
         force: replace output folders that exist.
     """
 
     base: str
     adapters: Names = ()
-    outputs: tuple[Output, ...] = Field(min_length=1)
     name: str | None = None
-    verify: bool = True
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    reference_dtype: Literal["float32", "bfloat16"] | None = None
     force: bool = False
 
     @field_validator("name")
@@ -145,15 +143,8 @@ class Recipe(_Frozen):
             raise ValueError("letters, digits, dots, dashes, underscores and spaces only, since it names files")
         return value
 
-    @model_validator(mode="after")
-    def _separate(self) -> Recipe:
-        folders = [output.out.resolve() for output in self.outputs]
-        if len(set(folders)) != len(folders):
-            raise ValueError("every output needs a folder of its own")
-        return self
-
     @classmethod
-    def build(cls, values: Mapping[str, Any]) -> Recipe:
+    def build(cls, values: Mapping[str, Any]) -> Self:
         """Validate a mapping.
 
         Raises:
@@ -167,6 +158,37 @@ class Recipe(_Frozen):
             raise RecipeError(
                 where, found=repr(first.get("input"))[:120], expected=first["msg"], remedy="Correct the recipe."
             ) from None
+
+
+class ReferenceRecipe(Inputs):
+    """A reference pack by itself.
+
+    Attributes:
+        out: the folder that publishing creates.
+    """
+
+    out: Path
+
+
+class Recipe(Inputs):
+    """Everything that decides the bytes of the outputs.
+
+    Attributes:
+        outputs: at least one.
+        verify: whether to score the outputs and let the gate decide.
+        keep_reference: whether to write a reference pack beside the first output, as `OUT.reference`.
+    """
+
+    outputs: tuple[Output, ...] = Field(min_length=1)
+    verify: bool = True
+    keep_reference: bool = False
+
+    @model_validator(mode="after")
+    def _separate(self) -> Recipe:
+        folders = [output.out.resolve() for output in self.outputs]
+        if len(set(folders)) != len(folders):
+            raise ValueError("every output needs a folder of its own")
+        return self
 
     @classmethod
     def load(cls, file: Path) -> Recipe:

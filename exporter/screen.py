@@ -94,6 +94,9 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
             )
     if tokens := _tokens(plan):
         console.print(f"  {tokens}", highlight=False)
+    if plan.pack:
+        kept = f"{escape(str(plan.pack.out))}, states in {plan.pack.dtype}, at most {size(plan.pack.nbytes)}"
+        console.print(f"  reference kept in {kept}", highlight=False, soft_wrap=True)
     memory = f"memory {size(plan.merge_bytes)} to merge"
     if plan.walk_bytes:
         memory += f", {size(plan.walk_bytes)} to walk through the layers"
@@ -261,6 +264,8 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
         else:
             kept = f"nothing at {escape(str(folder.out))}; the files are kept in {escape(str(outcome.path))}"
             console.print(f"[bold red]rejected[/]  {kept}", highlight=False, soft_wrap=True)
+    if result.reference is not None:
+        console.print(f"[bold]reference[/] {escape(str(result.reference))}", highlight=False, soft_wrap=True)
 
 
 def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:

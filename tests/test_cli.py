@@ -89,7 +89,7 @@ def test_version() -> None:
 
 def test_help_names_every_command() -> None:
     text = invoke("--help").stdout
-    for command in ("export", "plan", "verify", "formats"):
+    for command in ("export", "plan", "verify", "reference", "formats"):
         assert command in text
         assert invoke(command, "--help").exit_code == 0
     nothing = invoke()
@@ -155,6 +155,31 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "verify with a small window": (["verify", ".", "--base", "b", "--eval-window", "3"], "n_ctx"),
     "verify with calibration tokens": (["verify", ".", "--base", "b", "--calibration-tokens", "64"], "tokens"),
     "verify without a base": (["verify", "."], "--base"),
+    "verify with a base and a reference": (["verify", ".", "--reference", "r", "--base", "b"], "--base"),
+    "verify with an adapter and a reference": (["verify", ".", "--reference", "r", "--adapter", "a"], "--adapter"),
+    "verify with a text and a reference": (["verify", ".", "--reference", "r", "--calibration", "t"], "--calibration"),
+    "verify with tokens and a reference": (["verify", ".", "--reference", "r", "--eval-tokens", "64"], "--eval-tokens"),
+    "verify with a window and a reference": (
+        ["verify", ".", "--reference", "r", "--eval-window", "64"],
+        "--eval-window",
+    ),
+    "reference without a base": (["reference", "--out", "o"], "--base"),
+    "reference without an output": (["reference", "--base", "b"], "--out"),
+    "reference of too few tokens": (["reference", "--base", "b", "--out", "o", "--eval-tokens", "3"], "tokens"),
+    "reference in another dtype": (
+        ["reference", "--base", "b", "--out", "o", "--reference-dtype", "float16"],
+        "reference_dtype",
+    ),
+    "reference of a base that is missing": (["reference", "--base", "./b", "--out", "o"], "./b"),
+    "recipe and a dtype of the reference": (["plan", "recipe.yaml", "--reference-dtype", "float32"], "recipe.yaml"),
+    "kept reference without verification": (
+        ["plan", "--base", "./b", "--format", "gguf", "--out", "o", "--keep-reference", "--no-verify"],
+        "--no-verify",
+    ),
+    "dtype of a reference that is not kept": (
+        ["plan", "--base", "./b", "--format", "gguf", "--out", "o", "--reference-dtype", "bfloat16"],
+        "--reference-dtype",
+    ),
 }
 
 
@@ -336,3 +361,40 @@ def test_base_alone(workplace: Path, inputs: Arguments) -> None:
     manifest = json.loads(result.stdout)
     assert manifest["merge"]["tensors_updated"] == 0
     assert [entry["role"] for entry in manifest["inputs"]] == ["base"]
+
+
+def test_reference_pack_from_one_command_to_the_next(workplace: Path, inputs: Arguments) -> None:
+    scored = ("--eval-tokens", "64", "--eval-window", "64")
+    made = invoke("reference", *inputs, *scored, "--out", "kept", "--device", "cpu", "--json")
+    assert made.exit_code == 0, made.stderr
+    assert json.loads(made.stdout) == json.loads((workplace / "kept" / "reference.json").read_text())
+    assert "walking reference" in made.stderr
+    assert "Traceback" not in made.stderr
+    again = invoke("reference", *inputs, *scored, "--out", "kept")
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+    replaced = invoke("reference", *inputs, *scored, "--out", "kept", "--force", "--quiet")
+    assert (replaced.exit_code, replaced.stdout, replaced.stderr) == (0, "kept\n", "")
+    assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
+    result = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["safetensors bf16"]["verdict"] == "passed"
+    assert invoke("verify", "out", "--reference", "kept", "--gate", "0").exit_code == 3
+    assert invoke("verify", "out", "--reference", "out").exit_code == 2
+
+
+def test_recipe_file_and_a_kept_reference(workplace: Path, inputs: Arguments) -> None:
+    outputs = [{"format": "safetensors", "out": name, "quant": name} for name in ("bf16", "fp32")]
+    evaluation = {"tokens": 64, "n_ctx": 64, "gate": {"*": 1.0}}
+    values = {"base": str(inputs[1]), "adapters": str(inputs[3]), "outputs": outputs, "evaluation": evaluation}
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(values))
+    planned = json.loads(invoke("plan", "recipe.yaml", "--keep-reference", "--json").stdout)["reference"]
+    assert "bf16.reference" in invoke("plan", "recipe.yaml", "--keep-reference").stdout
+    result = invoke("export", "recipe.yaml", "--keep-reference")
+    assert result.exit_code == 0, result.stderr
+    assert f"reference {planned['out']}" in result.stderr
+    assert {path.name for path in workplace.iterdir()} == {"recipe.yaml", "bf16", "fp32", "bf16.reference"}
+    written = {path.name: path.stat().st_size for path in Path(planned["out"]).iterdir()}
+    del written["reference.json"]
+    assert {file["name"]: file["bytes"] for file in planned["files"]} == written
+    assert planned["bytes"] == sum(written.values())

@@ -212,3 +212,47 @@ def test_plan_is_what_gets_written(base: Path, adapter: Path, tmp_path: Path, op
     assert {file["name"]: file["bytes"] for file in artifact["files"]} == written
     assert planned["disk_bytes"] == artifact["bytes"] == sum(written.values())
     assert sum(kind["share"] for kind in artifact["types"].values()) == pytest.approx(1, abs=1e-3)
+
+
+# --- the reference pack ----------------------------------------------------------------------------------------------
+
+KEPT: dict[str, Any] = {"verify": True, "keep_reference": True, "evaluation": {"n_ctx": 64, "tokens": 64}}
+
+
+def test_kept_reference_counts_in_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = make_plan(recipe(base, [], tmp_path / "out", **(KEPT | {"keep_reference": False})), Execution())
+    plan = make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
+    assert plan.pack is not None
+    assert plan.disk_bytes == without.disk_bytes + plan.pack.nbytes
+    slack = 8 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, plan.disk_bytes + 2 * slack))
+    make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, plan.disk_bytes + 2 * slack - 1))
+    with pytest.raises(NotEnoughDiskError):
+        make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
+
+
+def test_kept_reference_that_exists(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.reference").mkdir()
+    assert refused(OutputExistsError, tmp_path / "out", base, **KEPT).thing == str(tmp_path / "out.reference")
+    assert make_plan(recipe(base, [], tmp_path / "out", force=True, **KEPT), Execution()).pack is not None
+
+
+def test_kept_reference_that_overlaps_an_input(base: Path, tmp_path: Path) -> None:
+    inside = base.rename(tmp_path / "out.reference")
+    before = hashes(inside)
+    with pytest.raises(OverlappingPathsError):
+        make_plan(recipe(inside, [], tmp_path / "out", force=True, **KEPT), Execution())
+    assert hashes(inside) == before
+
+
+@pytest.mark.parametrize("other", ["out.reference", "out.reference/inner"])
+def test_kept_reference_that_overlaps_another_output(base: Path, tmp_path: Path, other: str) -> None:
+    outputs = [{"format": "safetensors", "out": tmp_path / name} for name in ("out", other)]
+    with pytest.raises(OverlappingPathsError):
+        make_plan(Recipe.build({"base": str(base), "outputs": outputs} | KEPT), Execution())
+
+
+@pytest.mark.parametrize("values", [{"verify": False, "keep_reference": True}, {"reference_dtype": "bfloat16"}])
+def test_reference_that_cannot_be_kept(base: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    assert "reference" in refused(RecipeError, tmp_path / "out", base, **values).thing

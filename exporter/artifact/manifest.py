@@ -9,12 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.adapter import Adapter
+from exporter.artifact.inputs import describe_inputs, model_files
 from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
-from exporter.checkpoint import INDEX_NAME
 from exporter.plan import ExportPlan, FolderPlan, type_shares
-from exporter.sources import Source
 from exporter.verify.gate import Verification
 from exporter.version import __version__
 
@@ -28,22 +26,11 @@ _PACKAGES = ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "safet
 
 def input_files(plan: ExportPlan) -> list[tuple[str, Path]]:
     """Every file of the inputs that decides the outputs: its role (`base`, `adapter`, `adapter.1`, …) and its path."""
-    base = plan.base.folder
-    names = ["config.json", "generation_config.json", INDEX_NAME, "README.md"]
-    files = [("base", base / name) for name in names if (base / name).is_file()]
-    files += [("base", shard) for shard in plan.model.base.shards]
-    for index, adapter in enumerate(plan.model.adapters):
-        files += [(_role(index), file) for file in adapter.files]
-    for path in plan.model.tokenizer.files.values():
-        owner = next((_role(i) for i, a in enumerate(plan.model.adapters) if path.parent == a.folder), "base")
-        files.append((owner, path))
+    files, base = model_files(plan.model), plan.base.folder
+    files += [("base", base / name) for name in ("generation_config.json", "README.md") if (base / name).is_file()]
     known = {path for _, path in files}
     carried = {path: None for artifact in plan.artifacts for path in artifact.copies.values() if path not in known}
     return files + [("base", path) for path in carried]
-
-
-def _role(index: int) -> str:
-    return "adapter" if index == 0 else f"adapter.{index}"
 
 
 def build_manifest(
@@ -70,7 +57,7 @@ def build_manifest(
         "schema_version": SCHEMA_VERSION,
         "exporter": __version__,
         "name": plan.model.name,
-        "inputs": _inputs(plan, inputs),
+        "inputs": describe_inputs(plan.base, plan.adapters, plan.model, input_files(plan), inputs),
         "recipe": _recipe(plan, folder),
         "merge": {
             "device": device,
@@ -88,37 +75,6 @@ def build_manifest(
             for artifact in folder.artifacts
         ],
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(outputs.items())},
-    }
-
-
-def _inputs(plan: ExportPlan, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
-    files: dict[str, list[dict[str, Any]]] = {}
-    for role, path in input_files(plan):
-        files.setdefault(role, []).append({"name": path.name, "bytes": path.stat().st_size, "sha256": hashes[path]})
-    described = [{"role": "base", **_source(plan.base), "files": files["base"]}]
-    for index, (source, adapter) in enumerate(zip(plan.adapters, plan.model.adapters, strict=True)):
-        described.append(
-            {"role": "adapter", **_source(source), "adapter": adapter_summary(adapter), "files": files[_role(index)]}
-        )
-    return described
-
-
-def _source(source: Source) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": source.name}
-    if source.hub_id:
-        found |= {"hub_id": source.hub_id, "revision": source.revision}
-    return found
-
-
-def adapter_summary(adapter: Adapter) -> dict[str, Any]:
-    """What kind of adapter it is: method, ranks, scales, number and kinds of targets."""
-    updates = adapter.updates.values()
-    return {
-        "method": "rslora" if adapter.config.get("use_rslora") else "lora",
-        "ranks": sorted({update.rank for update in updates}),
-        "scales": sorted({update.scale for update in updates}),
-        "targets": len(adapter.updates),
-        "modules": sorted({update.module.rsplit(".", 1)[-1] for update in updates}),
     }
 
 

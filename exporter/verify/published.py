@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from exporter.adapter import Adapter
+from exporter.artifact.files import FileRecord, check_files, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
-from exporter.artifact.staging import sha256
-from exporter.calibration import Windows, make_windows
+from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
-from exporter.model import MergedModel, plan_merge
+from exporter.model import plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
+from exporter.verify.pack import InputRecord, check_belongs, read_description
+from exporter.verify.standalone import walk_reference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,48 +90,83 @@ def verify_published(
         RefusalError: base or adapters cannot be read, or do not fit.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
+    manifest, serving = _open(folder, runtime, endpoint)
+    check_files(folder, manifest.files)
+    checkpoint = Checkpoint.open(resolve_base(base).folder)
+    opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
+    model = plan_merge(checkpoint, opened, manifest.name)
+    windows = make_windows(calibration, evaluation, model.tokenizer)
+    reference = walk_reference(model, windows, device, reporter, threads=Execution().workers)
+    return _judge(folder, manifest, serving, reference, evaluation.gate, device, endpoint, reporter)
+
+
+def verify_with_pack(
+    folder: Path,
+    pack: Path,
+    gate: Mapping[str, float],
+    runtime: str | None,
+    device: str,
+    reporter: Reporter,
+    endpoint: str | None = None,
+) -> PublishedResult:
+    """Check hashes, then score every artifact against a reference pack, on the pack's windows.
+
+    Args:
+        folder: what was published.
+        pack: the folder of a reference pack that was made from the same base and adapters.
+        gate: limits in place of the built-in ones, as in `Evaluation`.
+        runtime: as in `verify_published`.
+        device: where the reference's logits and transformers compute.
+        reporter: told about every window.
+        endpoint: address of a running vLLM server to score with.
+
+    Raises:
+        RecipeError: the runtime is unknown or not here, or the endpoint is of no use.
+        ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
+        ReferencePackError: the same of the pack; or it was made from another base or other adapters.
+        RuntimeScoreError: a runtime cannot load or run an artifact.
+    """
+    manifest, serving = _open(folder, runtime, endpoint)
+    description = read_description(pack)
+    check_belongs(description, folder.resolve().name, manifest.inputs)
+    check_files(folder, manifest.files)
+    from exporter.verify.packing import opened_reference
+
+    with opened_reference(pack, description, device, Execution().workers) as reference:
+        return _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter)
+
+
+def _open(folder: Path, runtime: str | None, endpoint: str | None) -> tuple[_Manifest, list[str]]:
+    """The manifest, and the runtime that will score each artifact. A folder may be older than one that serves it."""
     manifest = read_manifest(folder)
-    # A folder may be older than a runtime that serves it.
     serving = [
         choose_runtime((runtime,) if runtime else artifact.runtimes, endpoint=endpoint, wanted=runtime)
         for artifact in manifest.artifacts
     ]
     check_endpoint(endpoint, serving)
-    check_files(folder, manifest)
-    checkpoint = Checkpoint.open(resolve_base(base).folder)
-    opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
-    model = plan_merge(checkpoint, opened, manifest.name)
-    windows = make_windows(calibration, evaluation, model.tokenizer)
-    reference = _reference(model, windows, device, reporter)
+    return manifest, serving
+
+
+def _judge(
+    folder: Path,
+    manifest: _Manifest,
+    serving: Sequence[str],
+    reference: Reference,
+    limits: Mapping[str, float],
+    device: str,
+    endpoint: str | None,
+    reporter: Reporter,
+) -> PublishedResult:
     verdicts, sizes = {}, {}
     for artifact, name in zip(manifest.artifacts, serving, strict=True):
         label = f"{artifact.format} {artifact.quant}"
         scorer = load_runtime(name, device, endpoint)
         entry = folder if artifact.entry == "." else folder / artifact.entry
         comparison = compare_in(scorer, entry, label, reference, reporter)
-        gate = gate_for(label, artifact.quant, evaluation.gate)
+        gate = gate_for(label, artifact.quant, limits)
         verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate), artifact.bytes
     reporter.scored()
     return PublishedResult(folder, sizes, verdicts)
-
-
-def _reference(model: MergedModel, windows: Windows, device: str, reporter: Reporter) -> Reference:
-    """Walk for the reference alone, and tell the reporter."""
-    from exporter.verify.reference import score_reference
-
-    reporter.walking(windows)
-
-    def on_layer(done: int, layers: int) -> None:
-        reporter.layer(done, layers)
-        if done == layers:
-            reporter.scoring("reference", windows)
-
-    return score_reference(model, windows, device, reporter.window, threads=Execution().workers, on_layer=on_layer)
-
-
-class _File(BaseModel):
-    bytes: int
-    sha256: str
 
 
 class _Artifact(BaseModel):
@@ -144,13 +182,13 @@ class _Manifest(BaseModel):
 
     name: str
     artifacts: list[_Artifact] = Field(min_length=1)
-    files: dict[str, _File]
+    files: dict[str, FileRecord]
+    inputs: list[InputRecord] = []
 
     @model_validator(mode="after")
     def _inside(self) -> _Manifest:
         for name in [*self.files, *(artifact.entry for artifact in self.artifacts)]:
-            path = PurePath(name)
-            if path.is_absolute() or ".." in path.parts:
+            if not is_inside(name):
                 raise ValueError(f"{name} is outside of the folder")
         for artifact in self.artifacts:
             if artifact.entry != "." and artifact.entry not in self.files:
@@ -174,25 +212,3 @@ def read_manifest(folder: Path) -> _Manifest:
             expected="the manifest of a published folder",
             remedy="Check the path, or export again.",
         ) from None
-
-
-def check_files(folder: Path, manifest: _Manifest) -> None:
-    """Every file of the manifest must be there, with its size and hash.
-
-    Raises:
-        ArtifactError: one is not.
-    """
-    for name, entry in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise ArtifactError(
-                name, found="no such file", expected="every file of the manifest", remedy="Copy it again."
-            )
-        if file.stat().st_size != entry.bytes or (found := sha256(file)) != entry.sha256:
-            size = file.stat().st_size
-            raise ArtifactError(
-                name,
-                found=f"{size} bytes" if size != entry.bytes else f"sha256 {found[:16]}…",
-                expected=f"{entry.bytes} bytes" if size != entry.bytes else f"sha256 {entry.sha256[:16]}…",
-                remedy="The file was changed or damaged after publishing: copy or export it again.",
-            )

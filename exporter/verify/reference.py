@@ -7,76 +7,121 @@ they change the embedding or the head are the merged rows taken.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from exporter.calibration import Windows
 from exporter.checkpoint import TensorReader
-from exporter.merge import make_merger
+from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger
 from exporter.model import MergedModel
 from exporter.runtimes.base import OnWindow, TokenScores, score_logits
 from exporter.tour.passengers import Passengers, Settings, Walked
-from exporter.tour.sizes import HEAD_ROWS, LOGIT_ROWS
+from exporter.tour.sizes import HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS
 from exporter.tour.states import Group
 from exporter.tour.stream import Progress, Stream
 from exporter.tour.walk import Walk
 
 
-@dataclass(frozen=True)
-class Head:
-    """The matrix from final hidden states to logits.
+class Head(ABC):
+    """The matrix from final hidden states to logits, wherever its rows are.
 
     Attributes:
-        weight: shape (vocabulary, hidden); in the base's own dtype where no adapter changes it, else float32.
+        shape: (vocabulary, hidden).
+        dtype: of its rows: the base's own where no adapter changes it, else float32.
     """
 
-    weight: torch.Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows `first` to `first + count`, in `dtype`, on the device that computes."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in float32: (positions, hidden) to (positions, vocabulary)."""
-        found = torch.empty(hidden.shape[0], self.weight.shape[0], device=hidden.device)
-        for first in range(0, self.weight.shape[0], HEAD_ROWS):
-            rows = self.weight[first : first + HEAD_ROWS].float()
+        found = torch.empty(hidden.shape[0], self.shape[0], device=hidden.device)
+        for first in range(0, self.shape[0], HEAD_ROWS):
+            rows = self.rows(first, min(HEAD_ROWS, self.shape[0] - first)).float()
             torch.mm(hidden, rows.T, out=found[:, first : first + HEAD_ROWS])
         return found
+
+
+class HeldHead(Head):
+    """A head that is in memory.
+
+    Args:
+        weight: shape (vocabulary, hidden).
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """See `Head`."""
+        return self._weight[first : first + count]
 
 
 class Reference:
     """What the trained model says about the scored positions of all windows.
 
-    Args:
-        windows: what is scored.
-        hidden: final hidden states of the scored positions, after the norm: float32, (windows, scored, hidden).
-        head: turns them into logits.
-        on_window: called with 1 after each window.
-
     Attributes:
+        windows: what is scored.
+        hidden: final hidden states of the scored positions of a window by its number, after the norm: float32,
+            (scored, hidden).
+        head: turns them into logits.
         scores: log-probabilities of the right tokens, and the likeliest tokens.
     """
 
-    def __init__(self, windows: Windows, hidden: torch.Tensor, head: Head, on_window: OnWindow) -> None:
-        self.windows, self._hidden, self._head = windows, hidden, head
-        log_probabilities, top_tokens = [], []
-        for number, window in enumerate(windows.ids):
-            targets = torch.tensor(window[windows.first_scored + 1 :], device=hidden.device)
-            right, top = zip(
-                *(score_logits(logits, targets[rows]) for rows, logits in self.logits(number)), strict=True
-            )
-            log_probabilities.append(np.concatenate(right))
-            top_tokens.append(np.concatenate(top))
-            on_window(1)
-        self.scores = TokenScores(np.stack(log_probabilities), np.stack(top_tokens))
+    def __init__(
+        self, windows: Windows, hidden: Callable[[int], torch.Tensor], head: Head, scores: TokenScores
+    ) -> None:
+        self.windows, self.hidden, self.head, self.scores = windows, hidden, head, scores
 
     def logits(self, window: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of one window, a few positions at a time: which, and float32 (positions, vocabulary)."""
+        return window_logits(self.windows, self.hidden(window), self.head)
+
+
+def window_logits(windows: Windows, hidden: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits of one window's scored positions, a few at a time.
+
+    Args:
+        windows: say how many positions are scored.
+        hidden: final hidden states of the window: float32, (scored, hidden).
+        head: turns them into logits.
+
+    Yields:
+        Which positions, and float32 (positions, vocabulary).
+    """
+    for first in range(0, windows.scored, LOGIT_ROWS):
+        rows = slice(first, min(first + LOGIT_ROWS, windows.scored))
         with torch.inference_mode():
-            for first in range(0, self.windows.scored, LOGIT_ROWS):
-                rows = slice(first, min(first + LOGIT_ROWS, self.windows.scored))
-                yield rows, self._head.logits(self._hidden[window, rows])
+            logits = head.logits(hidden[rows])
+        yield rows, logits
+
+
+def score_windows(
+    windows: Windows, hidden: Callable[[int], torch.Tensor], head: Head, on_window: OnWindow
+) -> TokenScores:
+    """Scores of all windows; the arguments are those of `Reference`, and `on_window` is called with 1 after each."""
+    log_probabilities, top_tokens = [], []
+    for number, ids in enumerate(windows.ids):
+        states = hidden(number)
+        targets = torch.tensor(ids[windows.first_scored + 1 :], device=states.device)
+        right, top = zip(
+            *(score_logits(logits, targets[rows]) for rows, logits in window_logits(windows, states, head)), strict=True
+        )
+        log_probabilities.append(np.concatenate(right))
+        top_tokens.append(np.concatenate(top))
+        on_window(1)
+    return TokenScores(np.stack(log_probabilities), np.stack(top_tokens))
 
 
 def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str, on_window: OnWindow) -> Reference:
@@ -98,7 +143,8 @@ def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str, 
         scored[number] = walk.normalize(last, walked.norm)[0, windows.first_scored : -1].float()
     states.close()
     walk.set_threads()
-    return Reference(windows, scored, Head(walked.head), on_window)
+    head = HeldHead(walked.head)
+    return Reference(windows, scored.__getitem__, head, score_windows(windows, scored.__getitem__, head, on_window))
 
 
 def evaluation_group(windows: Windows) -> Group:
@@ -114,6 +160,10 @@ def score_reference(
     *,
     threads: int = 1,
     on_layer: Callable[[int, int], None] = lambda _done, _layers: None,
+    on_file: Callable[[Path], None] = lambda _: None,
+    compute_dtype: str = "float32",
+    scratch: Path | None = None,
+    key: str = "",
 ) -> Reference:
     """Walk through the model for the reference alone; nothing is written.
 
@@ -124,6 +174,11 @@ def score_reference(
         on_window: called with 1 after each window is scored.
         threads: threads on the CPU.
         on_layer: called after each layer with the number of layers that are done, and of all.
+        on_file: called with each file of the base when the walk gets to it.
+        compute_dtype: what the layers compute in: float32 or bfloat16.
+        scratch: folder for what a killed walk goes on from, and for hidden states that are too many for memory; None
+            for neither.
+        key: what the walk is for; it goes on from what is in `scratch` only under the same key.
 
     Raises:
         RuntimeScoreError: transformers or peft cannot make the model.
@@ -132,10 +187,24 @@ def score_reference(
     with ExitStack() as stack:
         reader = stack.enter_context(TensorReader())
         stream = Stream(
-            model, (), make_merger(device, reader), threads=threads, block_bytes=4 << 20, progress=Progress()
+            model,
+            (),
+            make_merger(device, reader),
+            threads=threads,
+            block_bytes=DEFAULT_BLOCK_BYTES,
+            progress=Progress(reached=on_file),
         )
         stack.callback(stream.close)
-        settings = Settings(device, threads=threads, on_layer=on_layer)
+        settings = Settings(
+            device,
+            dtype=getattr(torch, compute_dtype),
+            threads=threads,
+            keep_bytes=min(KEEP_BYTES, psutil.virtual_memory().available // 4),
+            scratch=scratch,
+            key=key,
+            ahead=device != "cpu",
+            on_layer=on_layer,
+        )
         walk = Walk(
             model, stream, Passengers(), evaluation=evaluation_group(windows), calibration=None, settings=settings
         )

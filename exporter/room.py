@@ -1,0 +1,141 @@
+"""Where a run may write and whether there is room: output folders, disk and memory, checked before anything is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from exporter.errors import (
+    MissingFileError,
+    NotEnoughDiskError,
+    NotEnoughMemoryError,
+    OutputExistsError,
+    OverlappingPathsError,
+    RecipeError,
+)
+from exporter.recipe import Inputs
+from exporter.sources import Source
+
+# export.json and the like, beside the planned files.
+_SLACK_BYTES = 8 << 20
+
+
+def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...]) -> None:
+    """Outputs must not exist, must have a parent that can be made, and must be apart from the inputs and each other.
+
+    Args:
+        recipe: says whether existing folders are replaced, and which text is read.
+        outs: every folder that publishing creates.
+        sources: base and adapters.
+
+    Raises:
+        MissingFileError: the text is not there.
+        RecipeError, OutputExistsError, OverlappingPathsError: an output cannot be where it is to be.
+    """
+    text = recipe.calibration.file
+    if text is not None and not text.is_file():
+        raise MissingFileError(
+            str(text), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
+        )
+    inputs = [(source.name, source.folder.resolve()) for source in sources]
+    if text is not None:
+        inputs.append((text.name, text.resolve()))
+    resolved = [out.resolve() for out in outs]
+    for number, given in enumerate(outs):
+        out = given.absolute()
+        if given.name in ("", ".."):
+            raise RecipeError(
+                "--out", found=repr(str(given)), expected="a folder with a name", remedy="Choose another --out."
+            )
+        if not all(above.is_dir() for above in out.parents if above.exists()):
+            raise OverlappingPathsError(
+                str(given),
+                found="a file on the way",
+                expected="folders down to it",
+                remedy="Choose another --out.",
+            )
+        if os.path.lexists(out) and not recipe.force:
+            raise OutputExistsError(
+                str(given),
+                found="a file or folder",
+                expected="nothing there",
+                remedy="Choose another --out, or use --force to replace it.",
+            )
+        # A failed gate replaces OUT.rejected, and a run works in .OUT.staging.
+        inside = resolved[number]
+        others = [("of another output", other) for index, other in enumerate(resolved) if index != number]
+        for place in (inside, inside.with_name(f"{inside.name}.rejected"), inside.with_name(f".{inside.name}.staging")):
+            for name, path in inputs + others:
+                if place == path or path in place.parents or place in path.parents:
+                    raise OverlappingPathsError(
+                        str(given),
+                        found=f"an output that overlaps {name}",
+                        expected="files and folders apart from each other",
+                        remedy="Choose another --out.",
+                    )
+
+
+def check_disk(written: Sequence[tuple[Path, int]]) -> None:
+    """Each file system must have room for what is written to it.
+
+    Args:
+        written: output folders with the bytes that go there.
+
+    Raises:
+        NotEnoughDiskError: one has less.
+    """
+    needed: Counter[int] = Counter()
+    free: dict[int, tuple[Path, int]] = {}
+    for out, nbytes in written:
+        parent = _existing_parent(out)
+        device = parent.stat().st_dev
+        needed[device] += nbytes + _SLACK_BYTES - staged_bytes(out)
+        free[device] = (parent, shutil.disk_usage(parent).free)
+    for device, nbytes in needed.items():
+        parent, available = free[device]
+        if nbytes > available:
+            raise NotEnoughDiskError(
+                str(parent),
+                found=f"{available / 1e9:.2f} GB free",
+                expected=f"{nbytes / 1e9:.2f} GB for the planned files",
+                remedy="Free some disk, or choose another --out.",
+            )
+
+
+def check_memory(walk_bytes: int, otherwise: str = "") -> None:
+    """There must be memory for the walk.
+
+    Args:
+        walk_bytes: estimated peak.
+        otherwise: how to do without a walk, to end the remedy with.
+
+    Raises:
+        NotEnoughMemoryError: there is less.
+    """
+    memory = psutil.virtual_memory().available
+    if walk_bytes > memory:
+        raise NotEnoughMemoryError(
+            "the walk through the layers",
+            found=f"{memory / 1e9:.1f} GB of memory available",
+            expected=f"{walk_bytes / 1e9:.1f} GB",
+            remedy="Run on a machine with more memory, with fewer tokens, or with --compute-dtype "
+            f"bfloat16{otherwise}.",
+        )
+
+
+def _existing_parent(out: Path) -> Path:
+    parent = out.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent
+
+
+def staged_bytes(out: Path) -> int:
+    """Bytes that an earlier run left in the staging folder of an output."""
+    staging = out.parent / f".{out.name}.staging"
+    return sum(file.stat().st_blocks * 512 for file in staging.rglob("*") if file.is_file()) if staging.is_dir() else 0

@@ -1,0 +1,136 @@
+"""The reference by itself: plan → walk → write → publish, for a pack that artifacts are judged with elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.artifact.inputs import model_files
+from exporter.artifact.staging import Staging
+from exporter.calibration import TokenSets, Windows, make_windows
+from exporter.errors import RefusalError
+from exporter.estimate import scratch_bytes, tour_memory
+from exporter.hashing import InputHasher
+from exporter.model import MergedModel
+from exporter.plan import open_model
+from exporter.recipe import Execution, ReferenceRecipe
+from exporter.reporter import Reporter
+from exporter.room import check_disk, check_memory
+from exporter.verify.pack import PackPlan
+
+if TYPE_CHECKING:
+    from exporter.verify.reference import Reference
+
+
+def make_reference(
+    recipe: ReferenceRecipe, execution: Execution | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Walk through the trained model and write a reference pack.
+
+    Args:
+        recipe: what to score, and where the pack goes.
+        execution: how to run; by default on the best device, on all cores.
+        reporter: told about every layer and window; by default nothing is printed.
+
+    Returns:
+        The pack's description, as in its `reference.json`.
+
+    Raises:
+        RefusalError: arguments or inputs are wrong; nothing is left written.
+        ExporterError: something failed on the way; the staging folder is kept, and the same call goes on from it.
+    """
+    execution, reporter = execution or Execution(), reporter or Reporter()
+    plan = plan_reference(recipe)
+    with ExitStack() as stack:
+        from exporter.merge import resolve_device
+        from exporter.verify.packing import STAGING_KEY, write_pack
+
+        device = resolve_device(execution.device)
+        staging = Staging(recipe.out, STAGING_KEY, force=recipe.force)
+        stack.callback(staging.close)
+        hasher = stack.enter_context(closing(InputHasher()))
+        try:
+            reference = walk_reference(
+                plan.model,
+                plan.windows,
+                device,
+                reporter,
+                threads=execution.workers,
+                on_file=hasher.reach,
+                compute_dtype=plan.compute_dtype,
+                scratch=staging.scratch,
+                key=_key(plan, device),
+            )
+            hashes = hasher.finish(path for _, path in model_files(plan.model))
+        except RefusalError:
+            # The inputs turned out to be wrong on the way (a NaN in the base, say): leave nothing behind.
+            staging.discard()
+            raise
+        reporter.scored()
+        description = write_pack(plan, reference, hashes, staging, device, execution.workers)
+        staging.publish()
+    return description
+
+
+def plan_reference(recipe: ReferenceRecipe) -> PackPlan:
+    """Resolve the inputs and check everything that can be checked. Writes nothing.
+
+    Raises:
+        RefusalError: see `exporter.errors`; the first thing that is wrong.
+    """
+    base, adapters, model = open_model(recipe, [recipe.out])
+    windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
+    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows)
+    tokens = TokenSets(windows, None)
+    check_disk([(recipe.out, plan.nbytes + scratch_bytes(model, (), tokens, recipe.compute_dtype))])
+    check_memory(tour_memory(model, (), tokens, recipe.compute_dtype))
+    return plan
+
+
+def walk_reference(
+    model: MergedModel,
+    windows: Windows,
+    device: str,
+    reporter: Reporter,
+    *,
+    threads: int,
+    on_file: Callable[[Path], None] = lambda _: None,
+    compute_dtype: str = "float32",
+    scratch: Path | None = None,
+    key: str = "",
+) -> Reference:
+    """Walk for the reference alone, and tell the reporter; see `score_reference`."""
+    from exporter.verify.reference import score_reference
+
+    reporter.walking(windows)
+
+    def on_layer(done: int, layers: int) -> None:
+        reporter.layer(done, layers)
+        if done == layers:
+            reporter.scoring("reference", windows)
+
+    return score_reference(
+        model,
+        windows,
+        device,
+        reporter.window,
+        threads=threads,
+        on_layer=on_layer,
+        on_file=on_file,
+        compute_dtype=compute_dtype,
+        scratch=scratch,
+        key=key,
+    )
+
+
+def _key(plan: PackPlan, device: str) -> str:
+    """Identifies what a walk is for: inputs (by size and time), windows, versions and kind of device."""
+    inputs = [(role, path.name, path.stat().st_size, path.stat().st_mtime_ns) for role, path in model_files(plan.model)]
+    versions = {package: version(package) for package in ("exporter", "torch")}
+    text = json.dumps([inputs, plan.windows.sha256, plan.compute_dtype, device.partition(":")[0], versions])
+    return hashlib.sha256(text.encode()).hexdigest()
