@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
     from exporter.plan import ExportPlan
     from exporter.verify.gate import Verification
+    from exporter.verify.metrics import Comparison
 
 
 # Columns of a terminal that is none: wide enough that no table is cut.
@@ -268,6 +269,18 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
         console.print(f"[bold]reference[/] {escape(str(result.reference))}", highlight=False, soft_wrap=True)
 
 
+def _interval(figures: Comparison) -> str:
+    """Of the change; one window gives none."""
+    return "-" if figures.delta_interval is None else " … ".join(f"{end:+.2%}" for end in figures.delta_interval)
+
+
+def _divergence(figures: Comparison) -> str:
+    """The mean in nats. The top-k form says what it is: a lower bound, not to be compared with the full one."""
+    if coarse := figures.top_k_divergence:
+        return f"top {coarse.k}: ≥ {coarse.mean:.5f}"
+    return f"{figures.divergence.mean:.5f}" if figures.divergence else "-"
+
+
 def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
     """A row an artifact: its figures against the reference's and their limits, then every limit that is broken."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
@@ -277,9 +290,10 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
         "perplexity",
         "reference",
         "change",
-        "± paired",
+        "95 % interval",
         "limit",
         "KL",
+        "RMS Δp",
         "same top",
         "verdict",
     )
@@ -293,9 +307,10 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             f"{figures.perplexity:.4f}",
             f"{figures.reference_perplexity:.4f}",
             f"{figures.delta:+.3%}",
-            f"{figures.delta_stderr:.3%}",
+            _interval(figures),
             f"±{verdict.gate.max_delta:.1%}",
-            f"{figures.divergence.mean:.5f}" if figures.divergence else "-",
+            _divergence(figures),
+            f"{figures.probability_rms.value:.2%}",
             f"{figures.same_top:.1%}",
             "[green]passed[/]" if verdict.passed else "[red]failed[/]",
         )

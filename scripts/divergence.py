@@ -62,7 +62,7 @@ def compare_with(reference: Reference, path: Path) -> Comparison:
         scores = LlamaCpp().score(path, reference.windows, silent, divergence.take)
     else:
         scores = score_gptq(path, reference, divergence.take)
-    return compare(scores, reference.scores, divergence.values)
+    return compare(scores, reference.scores, divergence.found(scores))
 
 
 def main() -> int:

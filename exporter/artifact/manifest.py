@@ -186,13 +186,24 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "perplexity_stderr": figures.perplexity_stderr,
         "reference_perplexity": figures.reference_perplexity,
         "delta": figures.delta,
+        "delta_interval": _ends(figures.delta_interval),
         "delta_log": figures.delta_log,
         "delta_stderr": figures.delta_stderr,
+        "delta_log_interval": _ends(figures.delta_log_interval),
         "same_top": figures.same_top,
+        "same_top_stderr": figures.same_top_stderr,
+        "probability_change": asdict(figures.probability_change),
+        "probability_rms": asdict(figures.probability_rms),
         "kl_divergence": asdict(figures.divergence) if figures.divergence else None,
+        "jensen_shannon": asdict(figures.jensen_shannon) if figures.jensen_shannon else None,
+        "top_k_divergence": asdict(figures.top_k_divergence) if figures.top_k_divergence else None,
         "gate": {"max_delta": verdict.gate.max_delta, "min_same_top": verdict.gate.min_same_top},
         "broken": list(verdict.broken),
     }
+
+
+def _ends(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def dump(manifest: Mapping[str, Any]) -> bytes:

@@ -74,9 +74,11 @@ def compare_in(runtime: Runtime, entry: Path, label: str, reference: Reference, 
     divergence = Divergence(reference)
     reporter.scoring(f"{label} in {runtime.name}", reference.windows)
     scores = runtime.score(entry, reference.windows, reporter.window, divergence.take)
-    if not np.isfinite(scores.log_probabilities).all():
+    found = divergence.found(scores)
+    arrays = (scores.log_probabilities, found.kl, found.jensen_shannon, found.top_k)
+    if not all(np.isfinite(values).all() for values in arrays if values is not None):
         raise RuntimeScoreError(
             f"{label} in {runtime.name}", found="log-probabilities that are not finite",
             expected="numbers", remedy="Choose a type with a wider range, such as bf16.",
         )  # fmt: skip
-    return compare(scores, reference.scores, divergence.values)
+    return compare(scores, reference.scores, found)

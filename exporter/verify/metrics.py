@@ -10,41 +10,101 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.runtimes.base import TokenScores
+from exporter.verify.intervals import clustered_stderr, interval
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Divergences:
+    """How far an artifact's predictions are from the reference's, position by position; each None where not known.
+
+    Attributes:
+        kl: KL(reference ‖ artifact) over the vocabulary in nats, float64, shape (windows, scored).
+        jensen_shannon: Jensen-Shannon divergence over the vocabulary in bits, same shape.
+        top_k: KL(reference ‖ artifact) in nats over the artifact's k likeliest tokens and one bucket for all others,
+            same shape: at most `kl`, and never to be compared with it.
+        k: tokens of the top-k form.
+    """
+
+    kl: Floats | None = None
+    jensen_shannon: Floats | None = None
+    top_k: Floats | None = None
+    k: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its standard error.
+
+    Attributes:
+        value: the figure.
+        stderr: its standard error over the windows; None for one window.
+    """
+
+    value: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far an artifact's predictions are from the reference's, KL(reference ‖ artifact) in nats.
+    """How far an artifact's predictions are from the reference's, over all positions.
 
     Attributes:
         mean: over all positions.
-        stderr: standard error of the mean.
+        stderr: standard error of the mean over the windows; None for one window.
         median: half of the positions are closer.
+        p90: 90 % of the positions are closer.
+        p95: 95 % of the positions are closer.
         p99: 99 % of the positions are closer.
         largest: the farthest position.
     """
 
     mean: float
-    stderr: float
+    stderr: float | None
     median: float
+    p90: float
+    p95: float
     p99: float
     largest: float
+
+
+@dataclass(frozen=True)
+class TopKSpread(Spread):
+    """KL divergence in the top-k form: a lower bound of the full one, and not comparable with it.
+
+    Attributes:
+        k: likeliest tokens of the artifact that count on their own.
+    """
+
+    k: int
 
 
 @dataclass(frozen=True)
 class Comparison:
     """An artifact against the reference, on the same tokens.
 
+    Standard errors and intervals rest on the means of the windows (`clustered_stderr`) but for `perplexity_stderr`.
+    They say what other windows of such text would give, and nothing about text of another kind.
+
     Attributes:
         tokens_scored: number of predictions.
         perplexity: exp of the artifact's mean negative log-probability.
-        perplexity_stderr: its own standard error, as llama-perplexity prints it (unpaired).
+        perplexity_stderr: its own standard error, as llama-perplexity prints it (unpaired, position by position).
         reference_perplexity: the reference's perplexity.
         delta: perplexity / reference_perplexity - 1.
+        delta_interval: 95 % interval of `delta`: exp of the ends of `delta_log_interval`, minus 1.
         delta_log: difference of the mean negative log-probabilities.
-        delta_stderr: standard error of `delta_log` by the differences token by token.
+        delta_stderr: standard error of `delta_log` by the differences token by token; None for one window.
+        delta_log_interval: 95 % interval of `delta_log`; None for one window.
         same_top: share of predictions whose likeliest token is the same.
-        divergence: of the whole predictions; None from a runtime that does not give them.
+        same_top_stderr: standard error of `same_top`; None for one window.
+        probability_change: mean change of the right token's probability, artifact minus reference.
+        probability_rms: root of the mean square of that change.
+        divergence: KL(reference ‖ artifact) of the whole predictions in nats; None from a runtime that does not give
+            them.
+        jensen_shannon: Jensen-Shannon divergence of the whole predictions in bits, from 0 to 1; None likewise.
+        top_k_divergence: KL divergence in the top-k form in nats, from a runtime that gives no more.
     """
 
     tokens_scored: int
@@ -52,61 +112,83 @@ class Comparison:
     perplexity_stderr: float
     reference_perplexity: float
     delta: float
+    delta_interval: tuple[float, float] | None
     delta_log: float
-    delta_stderr: float
+    delta_stderr: float | None
+    delta_log_interval: tuple[float, float] | None
     same_top: float
+    same_top_stderr: float | None
+    probability_change: Estimate
+    probability_rms: Estimate
     divergence: Spread | None = None
+    jensen_shannon: Spread | None = None
+    top_k_divergence: TopKSpread | None = None
 
 
-def spread(values: npt.NDArray[np.float64]) -> Spread | None:
-    """Summarize divergences by position; None if there are none (NaN everywhere).
+def spread(values: Floats) -> Spread:
+    """Summarize divergences by position.
+
+    Args:
+        values: shape (windows, scored).
 
     Raises:
-        ValueError: some are there and some are not.
+        ValueError: one is not finite.
     """
-    if np.isnan(values).all():
-        return None
     if not np.isfinite(values).all():
         raise ValueError("a divergence is not finite")
-    flat = values.ravel()
-    median, p99 = np.quantile(flat, (0.5, 0.99))
-    return Spread(float(flat.mean()), _stderr(flat), float(median), float(p99), float(flat.max()))
+    median, p90, p95, p99 = map(float, np.quantile(values, (0.5, 0.9, 0.95, 0.99)))
+    return Spread(float(values.mean()), clustered_stderr(values), median, p90, p95, p99, float(values.max()))
 
 
-def compare(
-    artifact: TokenScores, reference: TokenScores, divergences: npt.NDArray[np.float64] | None = None
-) -> Comparison:
+def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergences | None = None) -> Comparison:
     """Compare two runs over the same windows.
 
-    The standard error of the difference is the paired one, sd(d) / sqrt(N) over the per-token differences d: the two
-    models stumble over the same tokens, so it is far smaller than the error of either perplexity.
+    The difference is taken token by token: the two models stumble over the same tokens, so its error is far smaller
+    than that of either perplexity.
 
     Args:
         artifact: its scores.
         reference: the trained model's.
-        divergences: KL(reference ‖ artifact) by position, if they are known.
+        divergences: by position, as far as they are known.
 
     Raises:
-        ValueError: the shapes differ, or a score is not finite.
+        ValueError: the shapes differ, or a score or a divergence is not finite.
     """
-    if artifact.log_probabilities.shape != reference.log_probabilities.shape:
-        raise ValueError(f"{artifact.log_probabilities.shape} against {reference.log_probabilities.shape}")
-    ours, theirs = -artifact.log_probabilities.ravel(), -reference.log_probabilities.ravel()
+    ours, theirs = -artifact.log_probabilities, -reference.log_probabilities
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{ours.shape} against {theirs.shape}")
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise ValueError("a log-probability is not finite")
     perplexity, reference_perplexity = _exp(ours.mean()), _exp(theirs.mean())
-    difference = ours - theirs
+    difference, change = ours - theirs, np.exp(-ours) - np.exp(-theirs)
+    same_top = (artifact.top_tokens == reference.top_tokens).astype(np.float64)
+    delta_log, delta_stderr = float(difference.mean()), clustered_stderr(difference)
+    ends = None if delta_stderr is None else interval(delta_log, delta_stderr, len(difference))
+    known = divergences or Divergences()
     return Comparison(
         tokens_scored=ours.size,
         perplexity=perplexity,
         perplexity_stderr=min(perplexity * _stderr(ours), sys.float_info.max),
         reference_perplexity=reference_perplexity,
         delta=perplexity / reference_perplexity - 1,
-        delta_log=float(difference.mean()),
-        delta_stderr=_stderr(difference),
-        same_top=float((artifact.top_tokens == reference.top_tokens).mean()),
-        divergence=None if divergences is None else spread(divergences),
+        delta_interval=None if ends is None else (_exp(ends[0]) - 1, _exp(ends[1]) - 1),
+        delta_log=delta_log,
+        delta_stderr=delta_stderr,
+        delta_log_interval=ends,
+        same_top=float(same_top.mean()),
+        same_top_stderr=clustered_stderr(same_top),
+        probability_change=Estimate(float(change.mean()), clustered_stderr(change)),
+        probability_rms=_root_mean_square(change),
+        divergence=None if known.kl is None else spread(known.kl),
+        jensen_shannon=None if known.jensen_shannon is None else spread(known.jensen_shannon),
+        top_k_divergence=None if known.top_k is None else TopKSpread(**vars(spread(known.top_k)), k=known.k),
     )
+
+
+def _root_mean_square(values: Floats) -> Estimate:
+    """Its error is that of the mean square by the delta method: d sqrt(x) = dx / (2 sqrt(x))."""
+    root, stderr = math.sqrt(float(np.square(values).mean())), clustered_stderr(np.square(values))
+    return Estimate(root, stderr / (2 * root) if stderr and root else stderr)
 
 
 def _exp(value: float) -> float:
@@ -117,6 +199,6 @@ def _exp(value: float) -> float:
         return sys.float_info.max
 
 
-def _stderr(values: npt.NDArray[np.float64]) -> float:
+def _stderr(values: Floats) -> float:
     """Standard error of the mean, sqrt(var / (N - 1)) with the biased variance, as in llama-perplexity."""
     return math.sqrt(float(values.var()) / max(1, values.size - 1))

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from exporter import Execution, export
-from exporter.artifact.manifest import MANIFEST_NAME
+from exporter.artifact.manifest import MANIFEST_NAME, verification_json
+from exporter.runtimes.base import TokenScores
+from exporter.verify.gate import FALLBACK_GATE, judge
+from exporter.verify.metrics import Divergences, compare
 from tests.exports import export_to, recipe
 from tests.folders import copy, edit_json, unpack
 from tests.merged import tensor_types
@@ -141,6 +145,10 @@ def _with(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
         _without("files"),
         _without("artifacts", 0, "verification", "delta_stderr"),
         _without("artifacts", 0, "verification", "runtime"),
+        _with([0.1], "artifacts", 0, "verification", "delta_interval"),
+        _without("artifacts", 0, "verification", "jensen_shannon", "p95"),
+        _with(20, "artifacts", 0, "verification", "kl_divergence", "k"),
+        _with({"value": 2.0, "stderr": None}, "artifacts", 0, "verification", "probability_rms"),
         _without("inputs", 0, "files", 0, "sha256"),
         _with("2026-01-01", "time"),
         _with("host", "merge", "host"),
@@ -303,8 +311,31 @@ def test_verdicts(folders: dict[str, Path]) -> None:
     evaluation = read(folders["gguf"])["evaluation"]
     assert figures["tokens_scored"] == evaluation["tokens_scored"] == evaluation["windows"] * 31
     assert figures["delta"] == pytest.approx(figures["perplexity"] / figures["reference_perplexity"] - 1)
+    low, high = figures["delta_interval"]
+    assert low < figures["delta"] < high
+    assert figures["kl_divergence"]["median"] <= figures["kl_divergence"]["p90"] <= figures["kl_divergence"]["largest"]
+    # At most half of the sum of both KL divergences, which for near predictions are alike.
+    assert 0 < figures["jensen_shannon"]["mean"] < figures["kl_divergence"]["mean"]
+    assert figures["top_k_divergence"] is None
     assert figures["runtime"].startswith("llama-cpp-python ")
     assert read(folders["hf"])["artifacts"][0]["verification"]["runtime"].startswith("transformers ")
+
+
+def test_figures_of_the_likeliest_tokens_or_of_one_window_validate(schema: dict[str, Any]) -> None:
+    """What a server gives that has no whole predictions; and one window, which has no errors over windows."""
+    for windows in (2, 1):
+        values = np.full((windows, 4), -1.0)
+        scores = TokenScores(values, np.zeros(values.shape, np.int64))
+        comparison = compare(scores, scores, Divergences(top_k=-values, k=20))
+        found = json.loads(json.dumps(verification_json(judge("vllm 1", comparison, FALLBACK_GATE))))
+        assert found["top_k_divergence"]["k"] == 20
+        assert found["kl_divergence"] is found["jensen_shannon"] is None
+        assert (found["delta_interval"] is None) == (windows == 1)
+        one = {"$ref": "#/$defs/verified", "$defs": schema["$defs"]}
+        jsonschema.Draft202012Validator(one).validate(found)
+        _with(found["top_k_divergence"], "kl_divergence")(found)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft202012Validator(one).validate(found)
 
 
 # --- what it does not say ------------------------------------------------------------------------------------------

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from exporter import Execution, export
 from exporter.calibration import Windows, make_windows
-from exporter.errors import ExporterError
+from exporter.errors import ExporterError, RuntimeScoreError
 from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
+from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, TopK, TopKScores
 from exporter.runtimes.llamacpp import LlamaCpp
 from exporter.runtimes.transformers import Transformers
+from exporter.verify.check import compare_in
 from exporter.verify.metrics import compare
 from exporter.verify.reference import score_reference
 from tests.exports import export_to, recipe
 from tests.folders import copy, edit_json, edit_tensors, listing
 from tests.merged import merged_model
+from tests.predictions import reference_of, top_of
 
 # A short text, so that tokenizing it takes no time: this file.
 TEXT: dict[str, Any] = {"text": Path(__file__), "tokens": 128, "window": 64}
@@ -112,3 +117,63 @@ def test_a_model_whose_scores_are_not_finite_is_an_error_with_a_name(
         result = export_to(tmp_path / "out", base, format=format_, quant=(quant,), verify=True, **values)
         assert not result.passed
     assert not (tmp_path / "out").exists()
+
+
+@dataclass
+class Given:
+    """A runtime that has these scores of every artifact, and these logits, if any."""
+
+    scores: TokenScores
+    logits: torch.Tensor | None = None
+    name: str = "given"
+
+    def version(self) -> str:
+        return "given 1"
+
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TokenScores:
+        for number in range(len(windows.ids)):
+            if on_logits is not None and self.logits is not None:
+                on_logits(number, self.logits[number])
+        return self.scores
+
+
+LOGITS = np.random.default_rng(0).standard_normal((2, 9, 24)).astype(np.float32)
+REFERENCE = reference_of(LOGITS)
+
+
+def compare_given(runtime: Given) -> Any:
+    return compare_in(runtime, Path("model"), "gguf Q8_0", REFERENCE, Reporter())
+
+
+def test_whole_predictions_have_every_divergence_but_the_top_k_form() -> None:
+    found = compare_given(Given(REFERENCE.scores, torch.from_numpy(LOGITS)))
+    assert (found.divergence.largest, found.jensen_shannon.largest) == pytest.approx((0.0, 0.0), abs=1e-6)
+    assert found.top_k_divergence is None
+
+
+def test_the_likeliest_tokens_have_the_top_k_form_alone() -> None:
+    given = top_of(2 * LOGITS, 5)
+    found = compare_given(Given(TopKScores(REFERENCE.scores.log_probabilities, given.ids[:, :, 0], given)))
+    assert found.divergence is found.jensen_shannon is None
+    assert found.top_k_divergence.k == 5
+    assert found.top_k_divergence.mean > 0.01
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_is_an_error_with_the_artifact_s_name(value: float) -> None:
+    """The right tokens may all have finite scores where another token's logit has none."""
+    spoilt = torch.from_numpy(LOGITS.copy())
+    spoilt[1, 3, 7] = value
+    with pytest.raises(RuntimeScoreError, match="gguf Q8_0 in given"):
+        compare_given(Given(REFERENCE.scores, spoilt))
+
+
+def test_a_log_probability_of_the_top_k_that_is_no_number_is_an_error() -> None:
+    given = top_of(LOGITS, 5)
+    spoilt = given.log_probabilities.copy()
+    spoilt[0, 2, 4] = np.nan
+    scores = TopKScores(REFERENCE.scores.log_probabilities, given.ids[:, :, 0], TopK(given.ids, spoilt))
+    with pytest.raises(RuntimeScoreError, match="gguf Q8_0 in given"):
+        compare_given(Given(scores))

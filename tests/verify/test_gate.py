@@ -8,7 +8,7 @@ import pytest
 
 from exporter.backends.registry import backend_names, load_backend
 from exporter.verify.gate import DEFAULT_GATES, FALLBACK_GATE, Gate, gate_for, judge
-from exporter.verify.metrics import Comparison
+from exporter.verify.metrics import Comparison, Estimate
 
 GATE = Gate(max_delta=0.05, min_same_top=0.9)
 
@@ -20,9 +20,14 @@ def comparison(delta: float = 0.0, same_top: float = 1.0) -> Comparison:
         perplexity_stderr=0.1,
         reference_perplexity=10.0,
         delta=delta,
+        delta_interval=None,
         delta_log=math.log1p(delta) if delta > -1 else math.nan,
         delta_stderr=0.001,
+        delta_log_interval=None,
         same_top=same_top,
+        same_top_stderr=None,
+        probability_change=Estimate(0.0, None),
+        probability_rms=Estimate(0.0, None),
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from exporter.runtimes.base import TokenScores
 from exporter.verify.gate import FALLBACK_GATE, judge
-from exporter.verify.metrics import compare
+from exporter.verify.metrics import Divergences, Estimate, compare, spread
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,11 +35,19 @@ def test_a_small_example_by_hand() -> None:
     assert found.reference_perplexity == pytest.approx(2.0)
     assert found.delta == pytest.approx(2**0.5 - 1)
     assert found.delta_log == pytest.approx(0.5 * math.log(2))
+    # Differences 0, 1 and 2, -1 in units of ln 2: both windows have the mean 0.5.
+    assert found.delta_stderr == pytest.approx(0.0)
+    assert found.delta_interval == pytest.approx((2**0.5 - 1, 2**0.5 - 1))
+    # Same in 1 of 2, and in 2 of 2: means 0.5 and 1, whose error is half of their distance.
     assert found.same_top == 0.75
-    differences = math.log(2) * np.array([0.0, 1.0, 2.0, -1.0])
-    assert found.delta_stderr == pytest.approx(differences.std(ddof=1) / 2)
+    assert found.same_top_stderr == pytest.approx(0.25)
     own = math.log(2) * np.array([1.0, 2.0, 3.0, 0.0])
     assert found.perplexity_stderr == pytest.approx(2**1.5 * own.std(ddof=1) / 2)
+    # Changes of probability 0, -1/4 and -3/8, 1/2; squares 0, 4/64 and 9/64, 16/64.
+    assert found.probability_change.value == pytest.approx(-1 / 32)
+    assert found.probability_change.stderr == pytest.approx((1 / 8 + 1 / 16) / 2)
+    assert found.probability_rms.value == pytest.approx(math.sqrt(29 / 256))
+    assert found.probability_rms.stderr == pytest.approx((25 / 128 - 4 / 128) / 2 / (2 * math.sqrt(29 / 256)))
 
 
 MATRICES = arrays(np.float64, (3, 7), elements=st.floats(-30, 0))
@@ -53,10 +61,18 @@ def test_against_the_formulas(ours: Floats, theirs: Floats) -> None:
     assert found.reference_perplexity == pytest.approx(math.exp(-theirs.mean()))
     assert found.delta == pytest.approx(math.exp(theirs.mean() - ours.mean()) - 1, rel=1e-6, abs=1e-9)
     assert found.delta_log == pytest.approx((theirs - ours).mean(), rel=1e-9, abs=1e-9)
-    assert found.delta_stderr == pytest.approx((theirs - ours).std(ddof=1) / math.sqrt(21), rel=1e-9, abs=1e-9)
+    error = (theirs - ours).mean(axis=1).std(ddof=1) / math.sqrt(3)
+    assert found.delta_stderr == pytest.approx(error, rel=1e-9, abs=1e-9)
+    # 4.302652730: the 97.5 % quantile of Student's t with two degrees of freedom.
+    ends = found.delta_log - 4.302652730 * error, found.delta_log + 4.302652730 * error
+    assert found.delta_log_interval == pytest.approx(ends, rel=1e-5, abs=1e-6)
+    assert found.delta_interval == pytest.approx([math.exp(end) - 1 for end in found.delta_log_interval or ()])
     assert found.perplexity_stderr == pytest.approx(
         found.perplexity * ours.std(ddof=1) / math.sqrt(21), rel=1e-9, abs=1e-9
     )
+    change = np.exp(ours) - np.exp(theirs)
+    assert found.probability_change.value == pytest.approx(change.mean(), abs=1e-12)
+    assert found.probability_rms.value == pytest.approx(math.sqrt((change**2).mean()), abs=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -64,24 +80,59 @@ def test_against_the_formulas(ours: Floats, theirs: Floats) -> None:
 def test_a_model_against_itself(values: Floats) -> None:
     found = compare(scores(values), scores(values))
     assert (found.delta, found.delta_log, found.delta_stderr, found.same_top) == (0.0, 0.0, 0.0, 1.0)
+    assert found.delta_interval == (0.0, 0.0)
+    assert found.probability_change == found.probability_rms == Estimate(0.0, 0.0)
 
 
 def test_the_paired_error_is_the_spread_of_repeated_measurements() -> None:
     """Draw many evaluation sets: the spread of the measured difference is the error that each of them reports."""
     generator = np.random.default_rng(0)
-    measured, reported, unpaired = [], [], []
+    measured, squares, unpaired = [], [], []
     for _ in range(400):
-        reference = -generator.gamma(1.0, 2.0, (4, 255))
-        artifact = reference - 0.02 + generator.normal(0, 0.1, (4, 255))
+        reference = -generator.gamma(1.0, 2.0, (8, 255))
+        # Half of the difference's spread is the window's.
+        common = generator.normal(0, 0.1 / math.sqrt(255), (8, 1))
+        artifact = reference - 0.02 + common + generator.normal(0, 0.1, (8, 255))
         found = compare(scores(artifact), scores(reference))
+        assert found.delta_stderr is not None
         measured.append(found.delta_log)
-        reported.append(found.delta_stderr)
+        squares.append(found.delta_stderr**2)
         unpaired.append(found.perplexity_stderr / found.perplexity)
     assert np.mean(measured) == pytest.approx(0.02, abs=1e-3)
-    assert np.std(measured) == pytest.approx(np.mean(reported), rel=0.1)
+    assert np.var(measured) == pytest.approx(np.mean(squares), rel=0.2)
     # The unpaired error of either perplexity would hide the difference.
-    assert np.mean(unpaired) > 10 * np.mean(reported)
-    assert np.mean(np.abs(np.array(measured) - 0.02) < 2 * np.array(reported)) == pytest.approx(0.954, abs=0.03)
+    assert np.mean(unpaired) > 10 * math.sqrt(np.mean(squares))
+
+
+def test_a_spread_by_hand() -> None:
+    values = np.arange(1000, dtype=np.float64).reshape(4, 250)
+    found = spread(values)
+    assert (found.mean, found.median, found.largest) == (499.5, 499.5, 999.0)
+    # Linear between the values: 0.9 · 999 and so on.
+    assert (found.p90, found.p95, found.p99) == pytest.approx((899.1, 949.05, 989.01))
+    # Means 124.5, 374.5, 624.5, 874.5.
+    assert found.stderr == pytest.approx(np.std([0, 250, 500, 750], ddof=1) / 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_divergence_that_is_not_finite_is_an_error(value: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        spread(np.array([[0.1, value]]))
+
+
+def test_each_divergence_has_a_field_of_its_own() -> None:
+    values = scores(np.full((2, 3), -1.0))
+    one, two = np.full((2, 3), 0.1), np.full((2, 3), 0.2)
+    full = compare(values, values, Divergences(kl=one, jensen_shannon=two))
+    assert full.divergence is not None
+    assert full.jensen_shannon is not None
+    assert (full.divergence.mean, full.jensen_shannon.mean) == pytest.approx((0.1, 0.2))
+    assert full.top_k_divergence is None
+    coarse = compare(values, values, Divergences(top_k=one, k=20))
+    assert coarse.top_k_divergence is not None
+    assert coarse.top_k_divergence.k == 20
+    assert coarse.top_k_divergence.mean == pytest.approx(0.1)
+    assert coarse.divergence is coarse.jensen_shannon is None
 
 
 def test_same_top_counts_tokens() -> None:
@@ -92,10 +143,15 @@ def test_same_top_counts_tokens() -> None:
     assert compare(scores(values, tops), scores(values, other)).same_top == pytest.approx(0.93)
 
 
-def test_a_single_token_has_no_error() -> None:
+def test_one_window_has_no_paired_error_and_no_interval() -> None:
     found = compare(scores([[-1.0]]), scores([[-2.0]]))
-    assert found.delta_stderr == 0.0
+    assert found.delta_stderr is None
+    assert found.delta_interval is None
+    assert found.delta_log_interval is None
+    assert found.same_top_stderr is None
+    assert found.probability_rms.stderr is None
     assert found.perplexity == pytest.approx(math.e)
+    assert found.perplexity_stderr == 0.0
 
 
 def test_other_shapes_are_an_error() -> None:
@@ -116,3 +172,7 @@ def test_a_perplexity_beyond_every_float_fails_the_gate() -> None:
     found = compare(scores([[-800.0, -900.0]]), scores([[-1.0, -2.0]]))
     assert not judge("x", found, FALLBACK_GATE).passed
     assert found.delta_log == pytest.approx(848.5)
+    wide = compare(scores([[-800.0], [-9000.0]]), scores([[-1.0], [-2.0]])).delta_interval
+    assert wide is not None
+    assert np.isfinite(wide).all()
+    assert wide[0] == -1.0
