@@ -17,10 +17,11 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def reference_of(logits: npt.NDArray[np.float32]) -> Reference:
+def reference_of(logits: npt.NDArray[np.float32], windows: Windows | None = None) -> Reference:
     """A reference with these logits, shape (windows, scored, vocabulary): its head is the identity."""
     count, scored, vocabulary = logits.shape
-    windows = Windows(((0,) * (2 * scored + 1),) * count, 2 * scored + 1, "made", "0" * 64)
+    if windows is None:
+        windows = Windows(((0,) * (2 * scored + 1),) * count, 2 * scored + 1, "made", "0" * 64)
     assert windows.scored == scored
     return Reference(windows, torch.from_numpy(logits), Head(torch.eye(vocabulary)), lambda _: None)
 
