@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from functools import cache
@@ -26,6 +27,9 @@ DIFFERENT_METADATA = {
     "tokenizer.chat_template*": "of several named templates only the default one is taken, the adapter's goes before "
     "the base's, and a file of its own goes before tokenizer_config.json, as in transformers",
 }
+
+# A line of the tables at the end of llama-perplexity --kl-divergence: a name, a figure, perhaps its error.
+STATISTIC = re.compile(r"^([^:\n]*\S)\s*:\s+(-?[0-9.]+)", re.MULTILINE)
 
 
 @cache
@@ -82,3 +86,35 @@ def perplexity(file: Path, text: Path, n_ctx: int, windows: int, batch: int | No
         if found := FINAL_ESTIMATE.search(done.stdout + done.stderr):
             return float(found[1]), float(found[2])
     raise AssertionError(f"no final estimate in 20 runs:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def kl_divergence(reference: Path, file: Path, text: Path, logits: Path, windows: int) -> dict[str, float]:
+    """The statistics that llama-perplexity prints for a file against another one, by the names that it prints.
+
+    Windows of 512 tokens, decoded one at a time. `logits` is where the log-probabilities of `reference` go; shares of
+    probability are in percent, as printed. It is asked again where its last line is lost.
+    """
+    command = [
+        str(prepared().perplexity_tool),
+        "-c",
+        "512",
+        "-b",
+        "512",
+        "-t",
+        "2",
+        "--kl-divergence-base",
+        str(logits),
+    ]
+    subprocess.run(
+        [*command, "-m", str(reference), "-f", str(text), "--chunks", str(windows)], capture_output=True, check=True
+    )
+    for _ in range(20):
+        done = subprocess.run(
+            [*command, "-m", str(file), "--kl-divergence"],
+            capture_output=True, encoding="utf-8", errors="replace", check=True,
+        )  # fmt: skip
+        printed = done.stdout + done.stderr
+        found = {" ".join(name.split()): float(value) for name, value in STATISTIC.findall(printed)}
+        if "Same top p" in found:
+            return found
+    raise AssertionError(f"no statistics in 20 runs:\n{printed[-2000:]}")
