@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Execution, Output, Recipe
 from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
+from exporter.stopping import stop_tokens
 
 # export.json and the like, beside the planned files.
 _SLACK_BYTES = 8 << 20
@@ -163,7 +164,9 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
 def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> FolderPlan:
     backend = load_backend(output.format)
     quants = output.quant or (backend.default_quant(model),)
-    artifacts = tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants)
+    planned = [backend.plan(model, quant, output.options, verified=verified) for quant in quants]
+    ends = stop_tokens(model).notes
+    artifacts = tuple(replace(artifact, notes=(*artifact.notes, *ends)) if ends else artifact for artifact in planned)
     entries = Counter(file.name for artifact in artifacts for file in artifact.files)
     clash = next((name for name, count in entries.items() if count > 1), None)
     if clash:
