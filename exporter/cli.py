@@ -29,6 +29,7 @@ from exporter.arguments import (
     Imatrix,
     MaxShard,
     Name,
+    NoAnswers,
     NoVerify,
     Options,
     Out,
@@ -92,6 +93,7 @@ def export_command(
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
+    no_answers: NoAnswers = False,
     force: Force = False,
     max_shard_size: MaxShard = None,
     option: Options = None,
@@ -145,6 +147,7 @@ def plan_command(
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
+    no_answers: NoAnswers = False,
     force: Force = False,
     max_shard_size: MaxShard = None,
     option: Options = None,
@@ -186,6 +189,7 @@ def verify_command(
     eval_tokens: EvalTokens = None,
     eval_window: EvalWindow = None,
     gate: Gates = None,
+    no_answers: NoAnswers = False,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -200,7 +204,7 @@ def verify_command(
         from exporter.recipe import Calibration
         from exporter.verify.published import verify_published
 
-        text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate)
+        text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate, no_answers)
         resolve_device(execution_from(device, None, runtime, endpoint).device)
         adapters = tuple(adapter or ())
         result = verify_published(artifact, base, adapters, text, evaluation, runtime, device, screen, endpoint)

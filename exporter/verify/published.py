@@ -19,6 +19,7 @@ from exporter.recipe import Calibration, Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
+from exporter.verify.answers.run import Served, answers_of, with_answers
 from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
 
@@ -49,7 +50,10 @@ class PublishedResult:
 
     def as_json(self) -> dict[str, Any]:
         """The verdicts as JSON, by artifact label."""
-        return {label: verification_json(verdict) for label, verdict in self.verdicts.items()}
+        return {
+            label: verification_json(verdict) | {"answers": verdict.answers.as_json() if verdict.answers else None}
+            for label, verdict in self.verdicts.items()
+        }
 
     def show(self, console: Console) -> None:
         """Print the verdict table."""
@@ -101,6 +105,7 @@ def verify_published(
     windows = make_windows(calibration, evaluation, model.tokenizer)
     reference = _reference(model, windows, device, reporter)
     verdicts, sizes = {}, {}
+    served: list[Served] = []
     for artifact, name in zip(manifest.artifacts, serving, strict=True):
         label = f"{artifact.format} {artifact.quant}"
         scorer = load_runtime(name, device, endpoint)
@@ -108,7 +113,12 @@ def verify_published(
         comparison = compare_in(scorer, entry, label, reference, reporter)
         gate = gate_for(label, artifact.quant, evaluation.gate)
         verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate), artifact.bytes
+        served.append(Served(label, entry, scorer))
     reporter.scored()
+    if evaluation.answers:
+        answers = answers_of(model, served, device, reporter, threads=Execution().workers)
+        for one, found in zip(served, answers, strict=True):
+            verdicts[one.label] = with_answers(verdicts[one.label], found)
     return PublishedResult(folder, sizes, verdicts)
 
 
