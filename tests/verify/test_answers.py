@@ -21,6 +21,7 @@ from exporter.verify.answers.judge import MAX_SHORTFALL, Answers, judge_answers,
 from exporter.verify.answers.run import Served, answers_of
 from exporter.verify.answers.source import MAX_NEW
 from exporter.verify.answers.texts import TEXTS
+from tests.commands import invoke
 from tests.exports import export_to
 from tests.folders import copy, edit_json, edit_tensors
 from tests.merged import export_gguf, load_peft, merged_model, random_windows
@@ -264,3 +265,19 @@ def test_what_fails_and_what_is_reported(model: MergedModel, gguf: Path) -> None
     assert "goes on after" in faults([1, ending, *range(30)], [0.0] * 32)[0]
     assert faults([1, 2, ending], [0.0] * 3, stopped=True) == ()
     assert "no token follows" in faults([], [])[0]
+
+
+def test_no_answers_goes_with_a_recipe_and_with_verify(base: Path, tmp_path: Path) -> None:
+    settings = {
+        "base": str(base), "outputs": [{"format": "gguf", "quant": "F32", "out": str(tmp_path / "out")}],
+        "calibration": {"text": __file__}, "evaluation": {"tokens": 128, "n_ctx": 64},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    assert invoke("export", tmp_path / "recipe.yaml", "--no-answers", "--quiet").exit_code == 0
+    manifest = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert manifest["recipe"]["evaluation"]["answers"] is False
+    options = ("--base", base, "--calibration", __file__, "--eval-tokens", "128", "--eval-window", "64", "--json")
+    for flags, asked in (((), True), (("--no-answers",), False)):
+        result = invoke("verify", tmp_path / "out", *options, *flags)
+        assert result.exit_code == 0
+        assert (json.loads(result.stdout)["gguf F32"]["answers"] is not None) == asked
