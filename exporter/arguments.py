@@ -40,6 +40,7 @@ Gates = Annotated[
     list[str] | None, typer.Option("--gate", help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type.")
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and say so in the manifest.")]
+NoAnswers = Annotated[bool, typer.Option("--no-answers", help="Score only: do not ask the artifacts for answers.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
@@ -86,8 +87,8 @@ def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments that make a recipe, out of a command's locals."""
     names = (
         "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
-        "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "force", "max_shard_size", "option",
-        "imatrix", "force_unservable", "compute_dtype", "keep_reference", "reference_dtype",
+        "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "no_answers", "force", "max_shard_size",
+        "option", "imatrix", "force_unservable", "compute_dtype", "keep_reference", "reference_dtype",
     )  # fmt: skip
     return {name: values[name] for name in names}
 
@@ -108,6 +109,7 @@ def recipe_from(
     eval_window: int | None,
     gate: list[str] | None,
     no_verify: bool,
+    no_answers: bool,
     force: bool,
     max_shard_size: str | None,
     option: list[str] | None,
@@ -133,17 +135,18 @@ def recipe_from(
             raise RecipeError(
                 str(recipe_file),
                 found="a recipe and options beside it",
-                expected="one of the two (only --force, --no-verify and --keep-reference go with a recipe)",
+                expected="one of the two (only --force, --no-verify, --no-answers, --keep-reference go with it)",
                 remedy="Put the options into the recipe.",
             )
         recipe = Recipe.load(recipe_file)
-        return recipe.model_copy(
-            update={
-                "force": recipe.force or force,
-                "verify": recipe.verify and not no_verify,
-                "keep_reference": recipe.keep_reference or keep_reference,
-            }
-        )
+        update: dict[str, Any] = {
+            "force": recipe.force or force,
+            "verify": recipe.verify and not no_verify,
+            "keep_reference": recipe.keep_reference or keep_reference,
+        }
+        if no_answers:
+            update["evaluation"] = recipe.evaluation.model_copy(update={"answers": False})
+        return recipe.model_copy(update=update)
     for flag, value in (("--base", base), ("--format", format_), ("--out", out)):
         if value is None:
             raise RecipeError(flag, found="nothing", expected="a value", remedy="See `exporter export --help`.")
@@ -165,7 +168,9 @@ def recipe_from(
             "keep_reference": keep_reference,
             **_given(compute_dtype=compute_dtype, reference_dtype=reference_dtype),
             "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
-            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])),
+            "evaluation": _given(
+                tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or []), answers=not no_answers
+            ),
         }
     )
 
@@ -236,7 +241,9 @@ def _given(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def evaluation_from(eval_tokens: int | None, eval_window: int | None, gate: list[str] | None) -> Evaluation:
+def evaluation_from(
+    eval_tokens: int | None, eval_window: int | None, gate: list[str] | None, no_answers: bool = False
+) -> Evaluation:
     """What is scored.
 
     Raises:
@@ -247,7 +254,8 @@ def evaluation_from(eval_tokens: int | None, eval_window: int | None, gate: list
     from exporter.recipe import Evaluation
 
     try:
-        return Evaluation.model_validate(_given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or [])))
+        values = _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or []), answers=not no_answers)
+        return Evaluation.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(

@@ -30,6 +30,7 @@ from exporter.arguments import (
     KeepReference,
     MaxShard,
     Name,
+    NoAnswers,
     NoVerify,
     Options,
     Out,
@@ -97,6 +98,7 @@ def export_command(
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
+    no_answers: NoAnswers = False,
     force: Force = False,
     max_shard_size: MaxShard = None,
     option: Options = None,
@@ -152,6 +154,7 @@ def plan_command(
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
+    no_answers: NoAnswers = False,
     force: Force = False,
     max_shard_size: MaxShard = None,
     option: Options = None,
@@ -196,6 +199,7 @@ def verify_command(
     eval_tokens: EvalTokens = None,
     eval_window: EvalWindow = None,
     gate: Gates = None,
+    no_answers: NoAnswers = False,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -208,7 +212,7 @@ def verify_command(
     def run() -> int:
         from exporter.recipe import Calibration
 
-        text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate)
+        text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate, no_answers)
         check_verify_options(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
             eval_window=eval_window,

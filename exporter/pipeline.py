@@ -18,6 +18,7 @@ from exporter.hashing import InputHasher, hash_all
 from exporter.plan import ExportPlan, FolderPlan, make_plan
 from exporter.recipe import Execution, Recipe
 from exporter.reporter import Reporter
+from exporter.verify.answers.run import answer_artifacts
 from exporter.verify.check import verify_artifacts
 from exporter.verify.gate import Verification
 
@@ -97,6 +98,8 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
         verdicts: list[dict[str, Verification]] = [{} for _ in staged]
         if toured.reference is not None:
             verdicts = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
+            if plan.recipe.evaluation.answers:
+                verdicts = answer_artifacts(plan, staged, verdicts, toured.device, reporter)
         results = []
         for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True)):
             kind, written = toured.device.partition(":")[0], toured.written[number]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from exporter.recipe import Execution, Inputs, Output, Recipe
 from exporter.room import check_disk, check_memory, check_paths
 from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
+from exporter.stopping import stop_tokens
 from exporter.verify.pack import PackPlan
 
 
@@ -198,7 +199,9 @@ def _pack_folder(recipe: Recipe) -> Path | None:
 def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> FolderPlan:
     backend = load_backend(output.format)
     quants = output.quant or (backend.default_quant(model),)
-    artifacts = tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants)
+    planned = [backend.plan(model, quant, output.options, verified=verified) for quant in quants]
+    ends = stop_tokens(model).notes
+    artifacts = tuple(replace(artifact, notes=(*artifact.notes, *ends)) if ends else artifact for artifact in planned)
     entries = Counter(file.name for artifact in artifacts for file in artifact.files)
     clash = next((name for name, count in entries.items() if count > 1), None)
     if clash:

@@ -106,11 +106,13 @@ class Evaluation(_Frozen):
         tokens: evaluation tokens; whole windows of `n_ctx` are used, at least one.
         n_ctx: window in tokens, as llama-perplexity's `--ctx-size`.
         gate: largest relative change of perplexity by quantization type, in place of the built-in limits.
+        answers: whether artifacts are asked for answers as well.
     """
 
     tokens: int = Field(default=4096, ge=64)
     n_ctx: int = Field(default=512, ge=16, le=32768)
     gate: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    answers: bool = True
 
 
 class Inputs(_Frozen):

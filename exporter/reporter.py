@@ -34,6 +34,9 @@ class Reporter:
     def scoring(self, what: str, windows: Windows) -> None:
         """Scoring of the reference or of an artifact begins."""
 
+    def answering(self, what: str) -> None:
+        """Asking an artifact for answers begins, or the reference's walk along them."""
+
     def window(self, count: int) -> None:
         """That many more windows are scored."""
 

@@ -207,6 +207,13 @@ class Screen(Reporter):
         self._layers = 0
         self._begin(f"scoring {what}", len(windows.ids), MofNCompleteColumn(), TextColumn("windows"))
 
+    def answering(self, what: str) -> None:
+        """See `Reporter`."""
+        if self._what:
+            self._end(self._outcome())
+        self._layers = 0
+        self._begin(what, 0)
+
     def window(self, count: int) -> None:
         """See `Reporter`."""
         self._advance(count)
@@ -221,8 +228,10 @@ class Screen(Reporter):
             show_verdicts(self._console, result)
 
     def _outcome(self) -> str:
-        count = f"{self._layers} layers" if self._layers else f"{self._total} windows"
-        return f"{count} in {time.monotonic() - self._started:.1f} s"
+        seconds = f"{time.monotonic() - self._started:.1f} s"
+        if self._layers or self._total:
+            return f"{f'{self._layers} layers' if self._layers else f'{self._total} windows'} in {seconds}"
+        return seconds
 
     def _begin(self, what: str, total: int, *figures: ProgressColumn) -> None:
         """Start a bar; `figures` stand between it and the time left."""
@@ -316,5 +325,7 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
         )
     console.print(table)
     for label, verdict in verdicts.items():
+        if verdict.answers is not None:
+            console.print(f"  {escape(label)}: {verdict.answers.summary()}", highlight=False, soft_wrap=True)
         for reason in verdict.broken:
             console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)

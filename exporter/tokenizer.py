@@ -53,6 +53,13 @@ class TokenizerFiles:
         """`tokenizer_config.json`, or an empty mapping."""
         return self._json("tokenizer_config.json") if "tokenizer_config.json" in self.files else {}
 
+    @cached_property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens beside the vocabulary proper, the special ones among them, by content."""
+        if "tokenizer.json" not in self.files:
+            return {}
+        return {entry["content"]: int(entry["id"]) for entry in self._json("tokenizer.json").get("added_tokens") or []}
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """Special tokens by role, as `eos_token`: what transformers shows to a chat template."""

@@ -73,8 +73,9 @@ def make_base(
 
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
+    tokens = make_tokenizer(folder)
     settings: dict[str, Any] = {
-        "vocab_size": make_tokenizer(folder) + padding,
+        "vocab_size": tokens + padding,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
@@ -82,7 +83,8 @@ def make_base(
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
-        "eos_token_id": None,
+        # The tokenizer's eos, and what ends a turn in its chat template: the last token.
+        "eos_token_id": tokens - 1,
         "bos_token_id": None,
     }
     if family == "qwen3":

@@ -34,6 +34,9 @@ from exporter.runtimes.vllm import available
 needs_vllm = pytest.mark.skipif(not available(), reason="no environment with vLLM: run `make serve-env`")
 
 VOCABULARY = 64
+# What its tokenizer knows, a token a character, and the token that ends an answer.
+CHARACTERS = " .abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+END = 63
 # As vLLM writes them when a weight is missing, shortened.
 CRASH = """
 (EngineCore pid=17) INFO 11-24 09:29:01 [cpu_worker.py:90] Loading weights
@@ -96,6 +99,32 @@ class StandIn(ThreadingHTTPServer):
         own = {"id": self.model, "object": "model", "parent": None, "max_model_len": self.max_model_len}
         return [own, *({"id": name, "object": "model", "parent": self.model} for name in self.adapters)]
 
+    def answer(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """Status and answer of a request."""
+        if path == "/tokenize":
+            text = body["prompt"] if "prompt" in body else _rendered(body)
+            return 200, {"tokens": [CHARACTERS.index(letter) for letter in text], "count": len(text)}
+        if path == "/detokenize":
+            return 200, {"prompt": "".join(CHARACTERS[token] for token in body["tokens"])}
+        return self.generate(body) if body.get("return_token_ids") else self.complete(body)
+
+    def generate(self, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """Status and answer of /v1/completions for a greedy continuation; it ends on the token `END`."""
+        assert body["temperature"] == 0
+        tokens, allowed = list(body["prompt"]), body.get("allowed_token_ids", range(VOCABULARY))
+        reason = "length"
+        for _ in range(body["max_tokens"]):
+            scores = logits(tokens, len(tokens))
+            tokens.append(max(allowed, key=lambda token: (scores[token], -token)))
+            if tokens[-1] == END:
+                reason = "stop"
+                break
+        found = tokens[len(body["prompt"]) :]
+        choice = {"index": 0, "text": "x", "finish_reason": reason, "token_ids": found}
+        if self.fault == "no-token-ids":
+            del choice["token_ids"]
+        return 200, {"object": "text_completion", "choices": [choice]}
+
     def complete(self, body: Mapping[str, Any]) -> tuple[int, Any]:
         """Status and answer of /v1/completions."""
         prompt, k = body["prompt"], body["prompt_logprobs"]
@@ -134,6 +163,13 @@ def _position(prompt: Sequence[int], position: int, k: int) -> dict[str, Any]:
     return {str(token): {"logprob": scores[token], "rank": rank, "decoded_token": "?"} for token, rank in ranks.items()}
 
 
+def _rendered(body: Mapping[str, Any]) -> str:
+    turns = [f"{message['role']} {message['content']}." for message in body["messages"]]
+    tools = [tool["function"]["name"] for tool in body.get("tools", ())]
+    options = [f"{key} {value}" for key, value in body.get("chat_template_kwargs", {}).items()]
+    return " ".join([*tools, *options, *turns, "assistant"][: None if body["add_generation_prompt"] else -1])
+
+
 def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
 
@@ -168,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.fault == "not-json":
             self._answer(200, None)
         else:
-            self._answer(*self.server.complete(body))
+            self._answer(*self.server.answer(self.path, body))
 
     def _answer(self, status: int, content: Any) -> None:
         data = b"" if content is None else json.dumps(content).encode()

@@ -99,6 +99,7 @@ def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
             "tokens": recipe.evaluation.tokens,
             "n_ctx": recipe.evaluation.n_ctx,
             "gate": recipe.evaluation.gate,
+            "answers": recipe.evaluation.answers,
         },
     }
 
@@ -156,6 +157,7 @@ def _artifact(
         ],
         "quantization": _quantization(written.findings),
         "verification": verification_json(verdict),
+        "answers": verdict.answers.as_json() if verdict and verdict.answers else None,
     }
 
 

@@ -14,13 +14,14 @@ from exporter.backends.base import FilePlan, TensorPlan
 from exporter.checkpoint import INDEX_NAME, SINGLE_NAME
 from exporter.errors import RecipeError
 from exporter.model import MergedModel, MergedTensor
+from exporter.stopping import GENERATION_CONFIG, generation_document, stop_tokens
 
 TORCH_NAMES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 ELEMENT_BYTES: Mapping[str, int] = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 DEFAULT_MAX_SHARD_BYTES = 5 * 1000**3
 
 # Small files that a model folder may need beside weights and tokenizer.
-_CARRIED = ("generation_config.json", "preprocessor_config.json", "LICENSE", "LICENSE.txt")
+_CARRIED = (GENERATION_CONFIG, "preprocessor_config.json", "LICENSE", "LICENSE.txt")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -105,7 +106,12 @@ def config_document(model: MergedModel, dtype: str, more: Mapping[str, Any] | No
 def documents_of(
     model: MergedModel, tensors: tuple[TensorPlan, ...], dtype: str, more: Mapping[str, Any] | None = None
 ) -> dict[str, bytes]:
-    """Configuration, and the index if there are several shards; see `config_document`."""
+    """Configuration, the index if there are several shards, and generation settings where the base's would not stop on
+    every token that ends an answer; see `config_document`.
+
+    Raises:
+        TokenizerError: an eos id is not one of the vocabulary's.
+    """
     documents = {"config.json": config_document(model, dtype, more)}
     if len({tensor.file for tensor in tensors}) > 1:
         index = {
@@ -113,12 +119,17 @@ def documents_of(
             "weight_map": {tensor.name: tensor.file for tensor in tensors},
         }
         documents[INDEX_NAME] = json_document(index)
+    if (generation := generation_document(model)) is not None:
+        documents[GENERATION_CONFIG] = json_document(generation)
     return documents
 
 
 def copies_of(model: MergedModel) -> dict[str, Path]:
-    """Files that are taken over as they are: tokenizer, chat template, generation settings."""
+    """Files that are taken over as they are: tokenizer, chat template, generation settings unless `documents_of` has
+    them."""
     carried = {name: model.base.folder / name for name in _CARRIED if (model.base.folder / name).is_file()}
+    if not stop_tokens(model).agree:
+        carried.pop(GENERATION_CONFIG, None)
     return carried | dict(model.tokenizer.files)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,76 @@ class Runtime(Protocol):
 
     def version(self) -> str:
         """Name and version, for the manifest."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a runtime goes on with after a prompt, taking the likeliest token each time.
+
+    Attributes:
+        tokens: ids, with the token that ended it if one did.
+        stopped: whether a token ended it; otherwise there were as many as were asked for.
+    """
+
+    tokens: tuple[int, ...]
+    stopped: bool
+
+
+class Session(Protocol):
+    """An artifact, loaded once, as its server has it.
+
+    Attributes:
+        stop_evidence: how `stops_on` knows: `generation` (the token was forced, and nothing came after it) or
+            `vocabulary` (the server ends an answer on the tokens that its vocabulary calls ends, and this is one).
+    """
+
+    stop_evidence: Literal["generation", "vocabulary"]
+
+    def tokenize(self, text: str, *, special: bool) -> list[int] | None:
+        """Token ids of a text, none added.
+
+        Args:
+            text: any text.
+            special: whether a special token's text stands for the token; else it is plain text.
+
+        Returns:
+            None if the runtime has no such way to tokenize.
+        """
+
+    def render(self, conversation: Mapping[str, Any]) -> str:
+        """A conversation as the artifact's chat template has it, up to where the answer begins.
+
+        Args:
+            conversation: `messages`, perhaps `tools`, and whatever else the template takes.
+
+        Raises:
+            RuntimeScoreError: the artifact has no chat template, or it refuses the conversation.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Continuation]:
+        """Greedy continuations, of so many tokens at most.
+
+        Raises:
+            RuntimeScoreError: the runtime cannot run the artifact.
+        """
+
+    def stops_on(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+
+    def stop_ids(self) -> frozenset[int] | None:
+        """All tokens that answers end with, if the runtime tells."""
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A runtime that does more than score."""
+
+    def session(self, artifact: Path, n_ctx: int) -> AbstractContextManager[Session]:
+        """Load an artifact for prompts and continuations of `n_ctx` tokens together.
+
+        Raises:
+            RuntimeScoreError: the runtime cannot load it.
+        """
 
 
 def score_logits(logits: Any, targets: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import psutil
 from exporter.calibration import Windows
 from exporter.errors import RuntimeScoreError
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, check_vocabulary, score_logits
+from exporter.runtimes.llamacpp_session import LlamaCppSession
 
 _Listeners = tuple[OnWindow, OnLogits | None]
 
@@ -40,6 +43,26 @@ class LlamaCpp:
             return self._load_and_score(llama_cpp, artifact, windows, (on_window, on_logits), lines)
         finally:
             _restore_log(llama_cpp)
+
+    @contextmanager
+    def session(self, artifact: Path, n_ctx: int) -> Iterator[LlamaCppSession]:
+        """See `Answering`."""
+        import llama_cpp
+
+        log, lines = _capture_log(llama_cpp)
+        with ExitStack() as stack:
+            llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+            stack.callback(_restore_log, llama_cpp)
+            llama_cpp.llama_backend_init()
+            model = llama_cpp.llama_model_load_from_file(str(artifact).encode(), llama_cpp.llama_model_default_params())
+            if not model:
+                raise _failed(artifact, "load", lines)
+            stack.callback(llama_cpp.llama_model_free, model)
+            context = self._context(llama_cpp, model, n_ctx)
+            if not context:
+                raise _failed(artifact, "make a context for", lines)
+            stack.callback(llama_cpp.llama_free, context)
+            yield LlamaCppSession(artifact, model, context, lambda action: _failed(artifact, action, lines))
 
     def _load_and_score(
         self, llama_cpp: Any, artifact: Path, windows: Windows, listeners: _Listeners, lines: list[str]

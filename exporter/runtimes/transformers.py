@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from exporter.errors import RuntimeScoreError
 from exporter.quiet import import_transformers
 from exporter.runtimes import gptqmodel
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, score_logits
+from exporter.runtimes.transformers_session import TransformersSession
 
 
 class Transformers:
@@ -47,6 +50,12 @@ class Transformers:
                 expected="a model that runs",
                 remedy="Report it with this message.",
             ) from None
+
+    @contextmanager
+    def session(self, artifact: Path, n_ctx: int) -> Iterator[TransformersSession]:
+        """See `Answering`. A context needs no preparation here."""
+        del n_ctx
+        yield TransformersSession(artifact, load_model(artifact, "auto", self._device))
 
 
 def load_model(folder: Path, dtype: Any, device: str) -> Any:

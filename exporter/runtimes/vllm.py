@@ -27,6 +27,7 @@ from exporter.runtimes.vllm_server import (
     serve_arguments,
     server_environment,
 )
+from exporter.runtimes.vllm_session import VllmSession
 
 # Names the environment that has vLLM; set but empty: none.
 ENVIRONMENT = "EXPORTER_SERVE_ENV"
@@ -162,6 +163,22 @@ class Vllm:
             except RequestError as error:
                 server.stop()
                 raise not_served(artifact.name, str(error), exceptions(server.lines)) from None
+
+    @contextmanager
+    def session(self, artifact: Path, n_ctx: int) -> Iterator[VllmSession]:
+        """See `Answering`."""
+        config = read_config(artifact)
+        if self._endpoint is not None:
+            api = Api(self._endpoint, os.environ.get("VLLM_API_KEY"))
+            try:
+                model = served_model(api, config.vocabulary, n_ctx - 1)
+            except RequestError as error:
+                raise not_served(f"{artifact.name} at {self._endpoint}", str(error), ()) from None
+            yield VllmSession(artifact, api, model)
+            return
+        # A server is started for n_ctx tokens and the one that follows them.
+        with self._started(artifact, config, n_ctx - 1, min(self._k, config.vocabulary)) as (api, model, _server):
+            yield VllmSession(artifact, api, model)
 
     @contextmanager
     def _started(

@@ -70,6 +70,14 @@ class Api:
         """
         return _parse(path, self._send(path, None, seconds=60))
 
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that a path answers a request with.
+
+        Raises:
+            RequestError: the server refuses, or does not answer.
+        """
+        return _parse(path, self._send(path, body, seconds=REQUEST_SECONDS))
+
     def complete(self, model: str, prompt: Sequence[int], k: int) -> Any:
         """Choice of /v1/completions for a prompt of token ids, with the k likeliest tokens at each of its positions.
 

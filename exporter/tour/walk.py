@@ -39,6 +39,7 @@ class Walk:
         stream: merges its tensors.
         passengers: who rides along.
         evaluation: windows whose final hidden states are wanted.
+        more: further such windows, of other lengths; each group with a name of its own.
         calibration: windows that statistics are taken from.
         settings: how to walk.
 
@@ -55,11 +56,12 @@ class Walk:
         evaluation: Group | None,
         calibration: Group | None,
         settings: Settings,
+        more: Sequence[Group] = (),
     ) -> None:
         self._model, self._stream, self._passengers, self._settings = model, stream, passengers, settings
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         watched = calibration if passengers.observers else None
-        self._trained = [group for group in (evaluation, watched) if group is not None]
+        self._trained = [group for group in (evaluation, *more, watched) if group is not None]
         self._evaluation, self._calibration = evaluation, calibration
         if calibration is None and (passengers.observers or passengers.solvers):
             raise BackendError("the tour", found="no calibration tokens", expected="some", remedy="This is a defect.")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from exporter.backends.gptq.names import GROUP_SIZES, quant_name
 from exporter.verify.metrics import Comparison
+
+if TYPE_CHECKING:
+    from exporter.verify.answers.judge import Answers
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,14 @@ class Verification:
         comparison: its scores against the reference's.
         gate: the limits.
         broken: the limits that it breaks; empty if it passed.
+        answers: what it answered, None if it was not asked; faults in it are among what is broken.
     """
 
     runtime: str
     comparison: Comparison
     gate: Gate
     broken: tuple[str, ...]
+    answers: Answers | None = None
 
     @property
     def passed(self) -> bool:

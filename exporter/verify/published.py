@@ -15,11 +15,12 @@ from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
-from exporter.model import plan_merge
+from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
+from exporter.verify.answers.run import Served, answers_of, with_answers
 from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
 from exporter.verify.pack import InputRecord, check_belongs, read_description
@@ -52,7 +53,10 @@ class PublishedResult:
 
     def as_json(self) -> dict[str, Any]:
         """The verdicts as JSON, by artifact label."""
-        return {label: verification_json(verdict) for label, verdict in self.verdicts.items()}
+        return {
+            label: verification_json(verdict) | {"answers": verdict.answers.as_json() if verdict.answers else None}
+            for label, verdict in self.verdicts.items()
+        }
 
     def show(self, console: Console) -> None:
         """Print the verdict table."""
@@ -97,7 +101,17 @@ def verify_published(
     model = plan_merge(checkpoint, opened, manifest.name)
     windows = make_windows(calibration, evaluation, model.tokenizer)
     reference = walk_reference(model, windows, device, reporter, threads=Execution().workers)
-    return _judge(folder, manifest, serving, reference, evaluation.gate, device, endpoint, reporter)
+    return _judge(
+        folder,
+        manifest,
+        serving,
+        reference,
+        evaluation.gate,
+        device,
+        endpoint,
+        reporter,
+        trained=model if evaluation.answers else None,
+    )
 
 
 def verify_with_pack(
@@ -110,6 +124,8 @@ def verify_with_pack(
     endpoint: str | None = None,
 ) -> PublishedResult:
     """Check hashes, then score every artifact against a reference pack, on the pack's windows.
+
+    It is not asked for answers: what the trained model would have said along them cannot be told from a pack.
 
     Args:
         folder: what was published.
@@ -156,8 +172,12 @@ def _judge(
     device: str,
     endpoint: str | None,
     reporter: Reporter,
+    *,
+    trained: MergedModel | None = None,
 ) -> PublishedResult:
+    """Score and judge every artifact; with the trained model at hand, ask for answers as well."""
     verdicts, sizes = {}, {}
+    served: list[Served] = []
     for artifact, name in zip(manifest.artifacts, serving, strict=True):
         label = f"{artifact.format} {artifact.quant}"
         scorer = load_runtime(name, device, endpoint)
@@ -165,7 +185,12 @@ def _judge(
         comparison = compare_in(scorer, entry, label, reference, reporter)
         gate = gate_for(label, artifact.quant, limits)
         verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate), artifact.bytes
+        served.append(Served(label, entry, scorer))
     reporter.scored()
+    if trained is not None:
+        answers = answers_of(trained, served, device, reporter, threads=Execution().workers)
+        for one, found in zip(served, answers, strict=True):
+            verdicts[one.label] = with_answers(verdicts[one.label], found)
     return PublishedResult(folder, sizes, verdicts)
 
 

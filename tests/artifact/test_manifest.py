@@ -272,11 +272,11 @@ def test_the_recipe_has_every_default_resolved(folders: dict[str, Path]) -> None
         "verify": False,
         "compute_dtype": "float32",
         "calibration": {"text": None, "tokens": 16384, "window": 1024, "seed": 0},
-        "evaluation": {"tokens": 4096, "n_ctx": 512, "gate": {}},
+        "evaluation": {"tokens": 4096, "n_ctx": 512, "gate": {}, "answers": True},
     }
     found = read(folders["gguf"])["recipe"]
     assert found["calibration"]["text"] == "test_manifest.py"
-    assert found["evaluation"] == {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}}
+    assert found["evaluation"] == {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}, "answers": True}
 
 
 def test_tensors_are_those_of_the_files(folders: dict[str, Path]) -> None:

@@ -30,7 +30,18 @@ from exporter.tokenizer import TokenizerFiles
 from tests.exports import export_to
 from tests.folders import copy, edit_json
 from tests.merged import random_windows
-from tests.vllm_server import CRASH, VOCABULARY, StandIn, log_probabilities, make_environment, needs_vllm, serve
+from tests.vllm_server import (
+    CHARACTERS,
+    CRASH,
+    END,
+    VOCABULARY,
+    StandIn,
+    log_probabilities,
+    logits,
+    make_environment,
+    needs_vllm,
+    serve,
+)
 
 WINDOWS = random_windows(5, 16, VOCABULARY)
 K = 4
@@ -535,3 +546,44 @@ def test_a_running_vllm_scores_alike_and_another_model_is_told_apart(demo: Path,
         assert "is out of vocabulary" in failure(folder, address, windows=windows).found
     expected = Transformers().score(demo / "base", windows, lambda _: None)
     assert np.abs(found.log_probabilities - expected.log_probabilities).mean() < 0.015
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_it_tokenizes_renders_goes_on_and_stops(model: Path, endpoint: Callable[..., str]) -> None:
+    with Vllm(endpoint()).session(model, 24) as session:
+        assert session.tokenize("a b", special=True) == [CHARACTERS.index(letter) for letter in "a b"]
+        # The server has no way to read a special token's text as plain text.
+        assert session.tokenize("a b", special=False) is None
+        tools = [{"type": "function", "function": {"name": "weather"}}]
+        conversation = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools, "thinking": False}
+        assert session.render(conversation) == "weather thinking False user Hi. assistant"
+        prompt = (3, 4, 5)
+        (found,) = session.generate([prompt], 4)
+        for number, token in enumerate(found.tokens):
+            before = [*prompt, *found.tokens[:number]]
+            scores = logits(before, len(before))
+            assert token == scores.index(max(scores))
+        assert found.stopped == (found.tokens[-1] == END)
+        assert session.stops_on(END)
+        assert not session.stops_on(END - 1)
+        assert session.stop_ids() is None
+
+
+def test_a_server_of_our_own_answers_and_is_gone(model: Path, environment: Callable[..., Path]) -> None:
+    folder = environment()
+    with Vllm().session(model, 24) as session:
+        assert len(session.generate([(1, 2)], 3)[0].tokens) <= 3
+        assert record(folder)["arguments"]["--max-model-len"] == "24"
+    assert running(record(folder)["pids"]) == []
+
+
+@pytest.mark.parametrize("fault", ["no-token-ids", "not-json"])
+def test_an_answer_that_is_none_has_a_name(model: Path, endpoint: Callable[..., str], fault: str) -> None:
+    with (
+        pytest.raises(RuntimeScoreError) as caught,
+        Vllm(endpoint(fault=fault)).session(model, 24) as session,
+    ):
+        session.generate([(1, 2)], 3)
+    assert "/v1/completions" in caught.value.found

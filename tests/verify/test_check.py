@@ -30,7 +30,7 @@ from tests.predictions import reference_of, top_of
 
 # A short text, so that tokenizing it takes no time: this file.
 TEXT: dict[str, Any] = {"text": Path(__file__), "tokens": 128, "window": 64}
-EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64}
+EVALUATION: dict[str, Any] = {"tokens": 128, "n_ctx": 64, "answers": False}
 
 
 class Recorder(Reporter):

@@ -19,7 +19,7 @@ from tests.folders import copy, hashes
 
 # A short text, so that tokenizing it takes no time: this file.
 TEXT = Calibration(text=Path(__file__))
-EVALUATION = Evaluation(tokens=128, n_ctx=64)
+EVALUATION = Evaluation(tokens=128, n_ctx=64, answers=False)
 
 
 @pytest.fixture(scope="session")

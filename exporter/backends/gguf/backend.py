@@ -295,11 +295,12 @@ def _header(
     model: MergedModel, family: Family, file_type: FileType, tensors: list[TensorPlan], imatrix: Mapping[str, Value]
 ) -> bytes:
     from exporter.backends.gguf.metadata import model_metadata
-    from exporter.backends.gguf.vocabulary import vocabulary_metadata
+    from exporter.backends.gguf.vocabulary import end_of_turn_metadata, vocabulary_metadata
 
     parameters = sum(tensor.rows * tensor.columns for tensor in tensors)
     metadata = model_metadata(model, family, file_type, parameters)
     metadata |= vocabulary_metadata(model.tokenizer, model.config)
+    metadata |= end_of_turn_metadata(model)
     metadata |= imatrix
     infos = [TensorInfo(tensor.name, tensor.shape, TYPE_NUMBERS[tensor.type], tensor.offset) for tensor in tensors]
     return pack_header(metadata, infos)

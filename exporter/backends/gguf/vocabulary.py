@@ -13,6 +13,8 @@ from typing import Any
 
 from exporter.backends.gguf.header import Value
 from exporter.errors import TokenizerError
+from exporter.model import MergedModel
+from exporter.stopping import stop_tokens
 from exporter.tokenizer import SPECIAL_ROLES, TokenizerFiles, token_content
 
 # gguf.TokenType
@@ -56,6 +58,23 @@ def vocabulary_metadata(tokenizer: TokenizerFiles, config: Mapping[str, Any]) ->
     if (template := tokenizer.chat_template) is not None:
         metadata["tokenizer.chat_template"] = Value("string", template)
     return metadata
+
+
+def end_of_turn_metadata(model: MergedModel) -> dict[str, Value]:
+    """The token that ends a turn, where llama.cpp would not stop on it by itself.
+
+    It stops on eos, and on `<|im_end|>` and `<|endoftext|>` by their texts (src/llama-vocab.cpp, special_eog_ids),
+    which is why its converter writes no such key for a Qwen.
+
+    Raises:
+        TokenizerError: an eos id is not one of the vocabulary's.
+    """
+    stops = stop_tokens(model)
+    tokens = {token: content for content, token in model.tokenizer.added_tokens.items()}
+    ending = next(iter(stops.template), None)
+    if ending is None or ending in stops.tokenizer or tokens.get(ending) in ("<|im_end|>", "<|endoftext|>"):
+        return {}
+    return {"tokenizer.ggml.eot_token_id": Value("uint32", ending)}
 
 
 # Two roles have keys of another spelling (gguf.constants.Keys.Tokenizer).
