@@ -16,6 +16,7 @@ from exporter.checkpoint import INDEX_NAME
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.sources import Source
 from exporter.verify.gate import Verification
+from exporter.verify.weights import tensor_figures, weights_json
 from exporter.version import __version__
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def _artifact(
     verdict: Verification | None,
 ) -> dict[str, Any]:
     names = artifact.names(written.made.names)
+    weights = verdict.weights if verdict else None
+    figures = tensor_figures(weights)
     return {
         "format": artifact.format,
         "quant": artifact.quant,
@@ -197,9 +200,11 @@ def _artifact(
         "tensors": [
             {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
             | ({"wanted": tensor.fallback_from} if tensor.fallback_from else {})
+            | figures.get(tensor.name, {})
             for tensor in artifact.tensors
         ],
         "quantization": _quantization(written.findings),
+        "weights": weights_json(weights),
         "verification": verification_json(verdict),
     }
 

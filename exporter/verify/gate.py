@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from exporter.backends.gptq.names import GROUP_SIZES, quant_name
 from exporter.verify.metrics import Comparison
+from exporter.verify.weights import WeightsResult
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,14 @@ class Verification:
         comparison: its scores against the reference's.
         gate: the limits.
         broken: the limits that it breaks; empty if it passed.
+        weights: what is in its stored weights; None if they cannot be read back.
     """
 
     runtime: str
     comparison: Comparison
     gate: Gate
     broken: tuple[str, ...]
+    weights: WeightsResult | None = None
 
     @property
     def passed(self) -> bool:
@@ -107,11 +110,11 @@ class Verification:
         return not self.broken
 
 
-def judge(runtime: str, comparison: Comparison, gate: Gate) -> Verification:
-    """Hold an artifact's scores in a runtime against the limits."""
-    broken = []
+def judge(runtime: str, comparison: Comparison, gate: Gate, weights: WeightsResult | None = None) -> Verification:
+    """Hold an artifact's scores in a runtime, and its stored weights, against the limits."""
+    broken = list(weights.broken) if weights else []
     if not math.isfinite(comparison.delta) or abs(comparison.delta) > gate.max_delta:
         broken.append(f"perplexity changes by {comparison.delta:+.2%}, the limit is ±{gate.max_delta:.2%}")
     if comparison.same_top < gate.min_same_top:
         broken.append(f"the same top token in {comparison.same_top:.1%}, the limit is {gate.min_same_top:.1%}")
-    return Verification(runtime, comparison, gate, tuple(broken))
+    return Verification(runtime, comparison, gate, tuple(broken), weights)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from exporter.adapter import Adapter
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.artifact.staging import sha256
+from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import Windows, make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
@@ -21,6 +22,7 @@ from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
+from exporter.verify.weights import read_weights, weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +51,10 @@ class PublishedResult:
 
     def as_json(self) -> dict[str, Any]:
         """The verdicts as JSON, by artifact label."""
-        return {label: verification_json(verdict) for label, verdict in self.verdicts.items()}
+        return {
+            label: verification_json(verdict) | {"weights": weights_json(verdict.weights)}
+            for label, verdict in self.verdicts.items()
+        }
 
     def show(self, console: Console) -> None:
         """Print the verdict table."""
@@ -105,9 +110,16 @@ def verify_published(
         label = f"{artifact.format} {artifact.quant}"
         scorer = load_runtime(name, device, endpoint)
         entry = folder if artifact.entry == "." else folder / artifact.entry
+        # A folder may be of a package that is not here.
+        known = artifact.format in backend_names()
+        weights = (
+            read_weights(load_backend(artifact.format), model, artifact.quant, entry, Execution().workers)
+            if known
+            else None
+        )
         comparison = compare_in(scorer, entry, label, reference, reporter)
         gate = gate_for(label, artifact.quant, evaluation.gate)
-        verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate), artifact.bytes
+        verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate, weights), artifact.bytes
     reporter.scored()
     return PublishedResult(folder, sizes, verdicts)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
 from exporter.backends.gptq.names import QUANTS, quant_name
@@ -92,6 +92,10 @@ class GptqModelBackend:
         from exporter.backends.gptqmodel.writer import GptqModelWriter
 
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """See `ReadingBackend`."""
+        return GptqBackend().read(model, quant, entry)
 
 
 def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> TensorPlan:
