@@ -326,7 +326,7 @@ class StoredWeight:
         source: name of the merged tensor.
         type: the type it is stored in, in the format's own words.
         shape: its dimensions as a weight, outermost first.
-        group: columns that share a scale.
+        group: columns that share a scale; 1 if none is shared and every element is rounded by itself.
         block: columns whose scales share a scale; `group` if there is none above it.
         tolerance: what the type allows.
     """

@@ -19,22 +19,18 @@ from exporter.model import MergedModel
 if TYPE_CHECKING:
     import torch
 
-# Columns that are looked at together where no scale is shared.
-FLOAT_GROUP = 32
-# Half a unit in the last place is at most 2^-11 of a float16 and 2^-8 of a bfloat16. A little more, for merges that
-# differ in the last bits of a float32 (another device, say).
+# Of every element, as no scale is shared. Half a unit in the last place is at most 2^-11 of a float16 and 2^-8 of a
+# bfloat16. A little more, for merges that differ in the last bits of a float32 (another device, say).
 FLOAT_TOLERANCES: Mapping[str, Tolerance] = {
-    "F32": Tolerance(1e-5, 1e-4, 1e-4, 1e-8),
-    "F16": Tolerance(0.0005, 0.0005, 0.0005, 2.0**-25),
-    "BF16": Tolerance(0.004, 0.004, 0.004, 1e-8),
+    "F32": Tolerance(1e-5, 1e-5, 1e-5, 1e-7),
+    "F16": Tolerance(0.0005, 0.0005, 0.0005, 1e-7),
+    "BF16": Tolerance(0.004, 0.004, 0.004, 1e-7),
 }
 
 
 def float_weight(name: str, source: str, dtype: str, shape: tuple[int, ...]) -> StoredWeight:
     """A tensor that is stored as F32, F16 or BF16."""
-    columns = shape[-1] if shape else 1
-    group = FLOAT_GROUP if columns % FLOAT_GROUP == 0 else columns
-    return StoredWeight(name, source, dtype, shape, group, group, FLOAT_TOLERANCES[dtype])
+    return StoredWeight(name, source, dtype, shape, 1, 1, FLOAT_TOLERANCES[dtype])
 
 
 @dataclass(frozen=True)

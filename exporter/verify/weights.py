@@ -11,6 +11,12 @@ error that has nothing to do with D, of the same variance |E|^2 / n in each of n
 |E|^2 |D|^2 / n, so the standard error of survival is |E| / (sqrt(n) |D|). Of several tensors together, inner products
 and variances add up.
 
+The error does have to do with D where the base itself lies on a grid: each element then goes back to where it was, or
+over the edge that it was on, as D decides. A delta may vanish that way, or grow. Every base of bfloat16 is such a grid
+to bfloat16, and one that was dequantized is to other types. So survival is judged where groups of columns share a scale
+and the base's values are as varied as those of 16 bits; where every element is rounded by itself, each has a limit that
+no wrong delta keeps. Survival is reported in any case.
+
 A tensor must keep its type's limits as a whole, and in every group of columns that share a scale: damage to one scale
 or a few rows is lost in the sum over a large tensor. What the limits cannot see is a change that is smaller than what
 rounding leaves anyway, such as a low mantissa bit of a scale.
@@ -47,10 +53,15 @@ SURVIVAL_SLACK = 0.01
 # Squared, the share of its block's largest group that every group is taken to have at least: scales are stored as
 # multiples of their block's, and a group of almost nothing takes what the block leaves it.
 BLOCK_SHARE = 1 / 16
+# Columns among which equal values are counted, and the share of different ones above which a base is not on a grid.
+# Gaussian weights in bfloat16 have 0.97; dequantized from Q8_0 0.9, from Q5_0 0.55.
+VARIED_COLUMNS = 32
+VARIED = 0.94
 # Tensors that the verdict and the summary name.
 NAMED = 5
 # Added to squared norms, so that a group of zeros is infinitely far off or not at all.
 _TINY = 1e-60
+_TINY_ELEMENT = 1e-30
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -85,6 +96,8 @@ class Sums:
         variance: of `error_delta`, by the error alone: |E|^2 |D|^2 / n of each tensor.
         group: the group with the largest relative error.
         gain: the group whose scale is farthest off: |<E, W'>| / |W'|^2.
+        different: different values of the base in runs of columns, of so many `looked_at`; where there is a delta.
+        looked_at: see `different`.
     """
 
     elements: int = 0
@@ -96,6 +109,8 @@ class Sums:
     variance: float = 0.0
     group: Worst = Worst()
     gain: Worst = Worst()
+    different: int = 0
+    looked_at: int = 0
 
     def plus(self, other: Sums) -> Sums:
         """Both together; of groups that are equally far off, the first stays."""
@@ -109,12 +124,19 @@ class Sums:
             self.variance + other.variance,
             max(self.group, other.group, key=lambda one: one.value),
             max(self.gain, other.gain, key=lambda one: one.value),
+            self.different + other.different,
+            self.looked_at + other.looked_at,
         )
 
     def whole(self) -> Sums:
         """Of a whole tensor, whose rows were added up: with its variance."""
         variance = self.error * self.delta / self.elements if self.elements else 0.0
         return replace(self, base_delta=abs(self.base_delta), variance=variance)
+
+    @property
+    def varied(self) -> bool:
+        """Whether the base's values are as varied as those of 16 bits."""
+        return self.different > VARIED * self.looked_at
 
     @property
     def relative_error(self) -> float:
@@ -185,8 +207,9 @@ class WeightsResult:
         rest = len(reasons) - NAMED
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
-        if not _within(self.updated.survival, self.updated.survival_limit):
-            reasons.append(f"of the adapter's whole change {_share(self.updated)} is stored")
+        judged = total(sums for weight, sums in self.tensors if _judged(weight, sums))
+        if not _within(judged.survival, judged.survival_limit):
+            reasons.append(f"of the adapter's whole change {_share(judged)} is stored")
         return (*self.faults, *reasons)
 
 
@@ -282,24 +305,53 @@ def block_sums(stored: Floats, merged: Floats, base: Floats | None, weight: Stor
         first: number of the first row.
     """
     error = stored - merged
+    if weight.group == 1:
+        sums = _element_sums(error, merged, weight, first)
+    else:
+        sums = _group_sums(error, merged, weight, first)
+    if base is None:
+        return sums
+    delta = merged - base
+    squared, error_delta, base_delta = _product(delta, delta), _product(error, delta), _product(base, delta)
+    different, looked_at = _different(base)
+    return replace(
+        sums, delta=squared, error_delta=error_delta, base_delta=base_delta, different=different, looked_at=looked_at
+    )
+
+
+def _element_sums(error: Floats, merged: Floats, weight: StoredWeight, first: int) -> Sums:
+    """Of values that were rounded one by one: the worst group is the worst element."""
+    ratio = np.maximum(np.abs(error) - np.float32(weight.tolerance.resolution), 0)
+    ratio /= np.abs(merged) + np.float32(_TINY_ELEMENT)
+    worst = _worst(ratio, weight, first)
+    return Sums(error.size, _product(error, error), _product(merged, merged), group=worst)
+
+
+def _group_sums(error: Floats, merged: Floats, weight: StoredWeight, first: int) -> Sums:
     errors, norms = _by_group(error, error, weight), _by_group(merged, merged, weight)
     along = np.abs(_by_group(error, merged, weight))
     # The least norm that a group is taken to have, and what its error may be in any case.
     floored = norms + BLOCK_SHARE * norms.max(axis=2, keepdims=True) + _TINY
     resolution = weight.group * weight.tolerance.resolution**2
-    sums = Sums(
-        stored.size,
+    return Sums(
+        error.size,
         float(errors.sum()),
         float(norms.sum()),
         group=_worst(np.sqrt(np.maximum(errors - resolution, 0) / floored), weight, first),
         gain=_worst(np.maximum(along - np.sqrt(resolution * norms), 0) / floored, weight, first),
     )
-    if base is None:
-        return sums
-    delta = merged - base
-    pairs = ((delta, delta), (error, delta), (base, delta))
-    squared, error_delta, base_delta = (float(_by_group(left, right, weight).sum()) for left, right in pairs)
-    return replace(sums, delta=squared, error_delta=error_delta, base_delta=base_delta)
+
+
+def _product(left: Floats, right: Floats) -> float:
+    """Inner product: float32 within a row, float64 from there on."""
+    return float(np.einsum("rk,rk->r", left, right).sum(dtype=np.float64))
+
+
+def _different(base: Floats) -> tuple[int, int]:
+    """Different values in runs of columns, and values, of the first rows; they are enough to tell."""
+    columns = base.shape[1] // VARIED_COLUMNS * VARIED_COLUMNS
+    runs = np.sort(base[:64, :columns].reshape(-1, VARIED_COLUMNS), axis=1)
+    return int((np.diff(runs, axis=1) != 0).sum()) + len(runs), runs.size
 
 
 def _by_group(left: Floats, right: Floats, weight: StoredWeight) -> Doubles:
@@ -310,7 +362,7 @@ def _by_group(left: Floats, right: Floats, weight: StoredWeight) -> Doubles:
     return blocks
 
 
-def _worst(values: Doubles, weight: StoredWeight, first: int) -> Worst:
+def _worst(values: Doubles | Floats, weight: StoredWeight, first: int) -> Worst:
     # argmax takes the first NaN for the largest.
     row, column = divmod(int(values.argmax()), values[0].size)
     return Worst(float(values[row].flat[column]), first + row, column * weight.group)
@@ -329,9 +381,14 @@ def _reason(weight: StoredWeight, sums: Sums) -> str | None:
     if not sums.gain.value <= limits.gain:
         where = _place(sums.gain, weight)
         return f"{name}: the scale of {where} is {sums.gain.value:.2%} off, the limit is {limits.gain:.2%}"
-    if not _within(sums.survival, sums.survival_limit):
+    if _judged(weight, sums) and not _within(sums.survival, sums.survival_limit):
         return f"{name}: of the adapter's change {_share(sums)} is stored"
     return None
+
+
+def _judged(weight: StoredWeight, sums: Sums) -> bool:
+    """Whether survival says something of the delta, and not of the grid that the base is on."""
+    return sums.delta > 0 and weight.group > 1 and sums.varied
 
 
 def _within(survival: float | None, limit: float) -> bool:
@@ -357,8 +414,9 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
     by_limit = sorted(result.tensors, key=lambda pair: -pair[1].relative_error / pair[0].tolerance.error)
     return {
         **_figures(result.total),
-        "survival_stderr": result.updated.survival_stderr,
+        "survival_stderr": _number(result.updated.survival_stderr),
         "delta_error": _number(result.updated.delta_error),
+        "judged": sum(_judged(weight, sums) for weight, sums in result.tensors),
         "worst": [
             {"name": weight.source, "type": weight.type, "relative_error": _number(sums.relative_error)}
             for weight, sums in by_limit[:NAMED]

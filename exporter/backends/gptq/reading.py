@@ -17,9 +17,9 @@ from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
 
 TOLERANCES: Mapping[int, Tolerance] = {
-    8: Tolerance(0.03, 0.1, 0.05, 2.0**-15),
-    4: Tolerance(0.3, 0.9, 0.3, 2.0**-15),
-    3: Tolerance(0.6, 1.2, 0.5, 2.0**-15),
+    8: Tolerance(0.03, 0.06, 0.03, 2.0**-15),
+    4: Tolerance(0.3, 0.6, 0.3, 2.0**-15),
+    3: Tolerance(0.6, 1.0, 0.5, 2.0**-15),
     2: Tolerance(0.85, 1.5, 0.9, 2.0**-15),
 }
 
