@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_our_packing_reads_back(bits: int, written: CheckpointFormat) -> None:
 
 
 def test_without_g_idx_groups_are_runs() -> None:
-    parts = {
+    parts: dict[str, Any] = {
         "qweight": np.full((8, 8), 0x11111111, dtype=np.int32),
         "qzeros": np.zeros((2, 1), dtype=np.int32),
         "scales": np.array([[1.0] * 8, [2.0] * 8], dtype=np.float16),
@@ -60,7 +61,7 @@ def test_without_g_idx_groups_are_runs() -> None:
 
 
 def test_a_zero_point_with_two_meanings_is_refused() -> None:
-    parts = {
+    parts: dict[str, Any] = {
         "qweight": np.zeros((4, 8), dtype=np.int32),
         "qzeros": np.array([[0x0F000000]], dtype=np.int32),
         "scales": np.ones((1, 8), dtype=np.float16),

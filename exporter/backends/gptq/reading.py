@@ -16,6 +16,9 @@ from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, fl
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
 
+# By bits, whatever the groups. The largest that were measured on the demo: 8 bits 0.010, 0.017 and 0.004 (groups of
+# 128); 4 bits 0.171, 0.286 and 0.111 (of 32, and one for all); 3 bits 0.289, 0.483 and 0.180 (of 128); 2 bits 0.585,
+# 0.787 and 0.258 (one for all). Scales are at least 2^-14.
 TOLERANCES: Mapping[int, Tolerance] = {
     8: Tolerance(0.03, 0.06, 0.03, 2.0**-15),
     4: Tolerance(0.3, 0.6, 0.3, 2.0**-15),
