@@ -18,8 +18,8 @@ and the base's values are as varied as those of 16 bits; where every element is 
 no wrong delta keeps. Survival is reported in any case.
 
 A tensor must keep its type's limits as a whole, and in every group of columns that share a scale: damage to one scale
-or a few rows is lost in the sum over a large tensor. What the limits cannot see is a change that is smaller than what
-rounding leaves anyway, such as a low mantissa bit of a scale.
+or a few rows is lost in the sum over a large tensor. A wrong zero point moves the mean of a row. What the limits cannot
+see is a change that is smaller than what rounding leaves anyway, such as a low mantissa bit of a scale.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ SURVIVAL_SLACK = 0.01
 # Squared, the share of its block's largest group that every group is taken to have at least: scales are stored as
 # multiples of their block's, and a group of almost nothing takes what the block leaves it.
 BLOCK_SHARE = 1 / 16
+# Of a tensor's relative error, how far the mean of a row may move. Rounding moves it by its error over the root of the
+# columns; a zero point that is one off by a whole step, the root of 12 times the error.
+SHIFT_SHARE = 0.5
 # Columns among which equal values are counted, and the share of different ones above which a base is not on a grid.
 # Gaussian weights in bfloat16 have 0.97; dequantized from Q8_0 0.9, from Q5_0 0.55.
 VARIED_COLUMNS = 32
@@ -96,6 +99,8 @@ class Sums:
         variance: of `error_delta`, by the error alone: |E|^2 |D|^2 / n of each tensor.
         group: the group with the largest relative error.
         gain: the group whose scale is farthest off: |<E, W'>| / |W'|^2.
+        shift: the row whose mean error is farthest from zero: |mean(E)| over the root mean square of W', by row. Of
+            groups, as the two before it.
         different: different values of the base in runs of columns, of so many `looked_at`; where there is a delta.
         looked_at: see `different`.
     """
@@ -109,6 +114,7 @@ class Sums:
     variance: float = 0.0
     group: Worst = Worst()
     gain: Worst = Worst()
+    shift: Worst = Worst()
     different: int = 0
     looked_at: int = 0
 
@@ -124,6 +130,7 @@ class Sums:
             self.variance + other.variance,
             max(self.group, other.group, key=lambda one: one.value),
             max(self.gain, other.gain, key=lambda one: one.value),
+            max(self.shift, other.shift, key=lambda one: one.value),
             self.different + other.different,
             self.looked_at + other.looked_at,
         )
@@ -339,7 +346,15 @@ def _group_sums(error: Floats, merged: Floats, weight: StoredWeight, first: int)
         float(norms.sum()),
         group=_worst(np.sqrt(np.maximum(errors - resolution, 0) / floored), weight, first),
         gain=_worst(np.maximum(along - np.sqrt(resolution * norms), 0) / floored, weight, first),
+        shift=_shifted(error, norms, weight, first),
     )
+
+
+def _shifted(error: Floats, norms: Doubles, weight: StoredWeight, first: int) -> Worst:
+    means = np.maximum(np.abs(error.mean(axis=1)) - weight.tolerance.resolution, 0)
+    shifts = means / (np.sqrt(norms.sum(axis=(1, 2)) / error.shape[1]) + _TINY_ELEMENT)
+    row = int(shifts.argmax())
+    return Worst(float(shifts[row]), first + row)
 
 
 def _product(left: Floats, right: Floats) -> float:
@@ -381,6 +396,11 @@ def _reason(weight: StoredWeight, sums: Sums) -> str | None:
     if not sums.gain.value <= limits.gain:
         where = _place(sums.gain, weight)
         return f"{name}: the scale of {where} is {sums.gain.value:.2%} off, the limit is {limits.gain:.2%}"
+    if not sums.shift.value <= SHIFT_SHARE * limits.error:
+        limit = SHIFT_SHARE * limits.error
+        return (
+            f"{name}: row {sums.shift.row} is shifted by {sums.shift.value:.2%} of its size, the limit is {limit:.2%}"
+        )
     if _judged(weight, sums) and not _within(sums.survival, sums.survival_limit):
         return f"{name}: of the adapter's change {_share(sums)} is stored"
     return None

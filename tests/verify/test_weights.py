@@ -113,6 +113,15 @@ def test_the_worst_group_is_found_with_its_place() -> None:
     assert sums.survival is None
 
 
+def test_a_row_that_is_shifted_is_found() -> None:
+    merged = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    stored = merged.copy()
+    stored[2] += 0.25
+    sums = block_sums(stored, merged, None, weight_of(merged.shape), first=10)
+    assert sums.shift.row == 12
+    assert sums.shift.value == pytest.approx(0.25 * 8 / np.linalg.norm(merged[2]), rel=1e-5)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_flagged_and_is_null_in_json(value: float) -> None:
     merged = np.ones((2, 32), dtype=np.float32)
@@ -157,12 +166,12 @@ def to_float(kind: str, raw: npt.NDArray[np.uint8], elements: int) -> Floats:
 @pytest.mark.parametrize("kind", sorted(GAUSSIAN_ERRORS))
 def test_gguf_types_are_dequantized_as_ggml_does_and_leave_their_error(kind: str) -> None:
     """The offsets are those of gguf's own reader; the error of Gaussian weights is the one of the table."""
-    weights = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+    weights = np.random.default_rng(0).standard_normal((32, 1024)).astype(np.float32)
     elements, nbytes = BLOCK_SIZES[kind]
     raw = quantize_rows(
-        kind, weights.ctypes.data, 64, 1024, weights.size // elements * nbytes, np.ones(1024, np.float32)
+        kind, weights.ctypes.data, 32, 1024, weights.size // elements * nbytes, np.ones(1024, np.float32)
     )
-    rows = np.frombuffer(raw, np.uint8).reshape(64, -1)
+    rows = np.frombuffer(raw, np.uint8).reshape(32, -1)
     found = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
     assert np.array_equal(found.reshape(-1), to_float(kind, rows, weights.size))
     error = np.linalg.norm(found - weights) / np.linalg.norm(weights)
@@ -476,7 +485,7 @@ def test_a_sound_gptq_folder_reads_as_the_plain_one(tmp_path: Path, bits: int, w
 
 
 def zeros_off_by_one(tensors: dict[str, torch.Tensor], module: str) -> None:
-    # One more in each of the eight zero points of a word; none is 15.
+    # One less in each of the eight zero points of a word.
     tensors[f"{module}.qzeros"] -= 0x11111111
 
 
