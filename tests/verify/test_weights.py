@@ -163,7 +163,13 @@ def to_float(kind: str, raw: npt.NDArray[np.uint8], elements: int) -> Floats:
     return found
 
 
-@pytest.mark.parametrize("kind", sorted(GAUSSIAN_ERRORS))
+# The tables of their grids take seconds to make.
+SLOW = ("IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in sorted(GAUSSIAN_ERRORS)]
+)
 def test_gguf_types_are_dequantized_as_ggml_does_and_leave_their_error(kind: str) -> None:
     """The offsets are those of gguf's own reader; the error of Gaussian weights is the one of the table."""
     weights = np.random.default_rng(0).standard_normal((32, 1024)).astype(np.float32)
