@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from exporter.plan import ExportPlan
     from exporter.verify.gate import Verification
     from exporter.verify.metrics import Comparison
+    from exporter.verify.weights import WeightsResult
 
 
 # Columns of a terminal that is none: wide enough that no table is cut.
@@ -327,5 +328,15 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
     for label, verdict in verdicts.items():
         if verdict.answers is not None:
             console.print(f"  {escape(label)}: {verdict.answers.summary()}", highlight=False, soft_wrap=True)
+        if verdict.weights is not None:
+            console.print(f"  {escape(label)}: {_weights_line(verdict.weights)}", highlight=False, soft_wrap=True)
         for reason in verdict.broken:
             console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def _weights_line(weights: WeightsResult) -> str:
+    """What is in the stored weights."""
+    line, updated = f"weights {weights.total.relative_error:.3%} from the merge", weights.updated
+    if updated.survival is not None:
+        line += f", {updated.survival:.2%} of the adapter's change (± {updated.survival_stderr:.2%})"
+    return line

@@ -3,17 +3,7 @@
     python scripts/unpack_gptq.py GPTQ_FOLDER TARGET
 
 TARGET is a model folder that transformers loads, so that perplexities of packed and unpacked weights can be compared.
-Nothing of the exporter is used, and numpy does the arithmetic: what this reads back is what the bytes say.
-
-The format, of a linear layer with `in` inputs and `out` outputs:
-
-    qweight  int32 (in * bits / 32, out)      each column is a stream of bits, lowest first: the codes of its inputs
-    qzeros   int32 (groups, out * bits / 32)  each row likewise: the zero points of its outputs; `gptq` stores zero - 1,
-                                              `gptq_v2` the zero itself
-    scales   float16 (groups, out)
-    g_idx    int32 (in)                       the group of each input; without it, groups are runs of `group_size`
-
-    weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o])
+What unpacks a layer, and describes the format, is exporter/backends/gptq/unpacking.py.
 """
 
 from __future__ import annotations
@@ -21,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
+
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 SHARD_BYTES = 4 << 30
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
@@ -43,69 +34,6 @@ _DTYPES = {
 
 class FormatError(ValueError):
     """What was read contradicts the format."""
-
-
-# --- one layer -------------------------------------------------------------------------------------------------------
-
-
-def unpack_stream(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.int32]:
-    """Read rows of words as streams of bits.
-
-    Args:
-        words: int32, shape (rows, n * bits / 32).
-        bits: bits of a code.
-
-    Returns:
-        Codes, shape (rows, n).
-    """
-    stream = np.unpackbits(np.ascontiguousarray(words, dtype="<i4").view(np.uint8), axis=1, bitorder="little")
-    if stream.shape[1] % bits:
-        raise FormatError(f"{words.shape[1]} words do not hold whole codes of {bits} bits")
-    codes: npt.NDArray[np.int32] = stream.reshape(words.shape[0], -1, bits) @ (1 << np.arange(bits, dtype=np.int32))
-    return codes
-
-
-def unpack_layer(parts: Mapping[str, Array], bits: int, group_size: int, checkpoint_format: str = "gptq") -> Floats:
-    """The weights of one layer.
-
-    Args:
-        parts: its tensors by the names of `PARTS`; `g_idx` may be missing.
-        bits: bits of a code.
-        group_size: inputs in a group; -1 for all. Only used without g_idx.
-        checkpoint_format: gptq or gptq_v2.
-
-    Returns:
-        float32, shape (out, in).
-
-    Raises:
-        FormatError: the tensors contradict each other, or a zero point cannot be told.
-    """
-    if checkpoint_format not in ("gptq", "gptq_v2"):
-        raise FormatError(f"checkpoint format {checkpoint_format}")
-    codes = unpack_stream(parts["qweight"].T, bits)
-    outputs, inputs = codes.shape
-    zeros = unpack_stream(parts["qzeros"], bits)
-    scales = parts["scales"].astype(np.float32)
-    if zeros.shape != scales.shape or scales.shape[1] != outputs:
-        raise FormatError(f"zeros {zeros.shape} and scales {scales.shape} for {outputs} outputs")
-    if checkpoint_format == "gptq":
-        # Some readers add one within the bits, some carry into the neighbour: such a file has no one meaning.
-        if (zeros == 2**bits - 1).any():
-            raise FormatError("a stored zero point that overflows when one is added")
-        zeros = zeros + 1
-    size = inputs if group_size == -1 else group_size
-    groups = parts["g_idx"] if "g_idx" in parts else np.arange(inputs) // size
-    if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= scales.shape[0]:
-        raise FormatError(f"g_idx of {groups.shape} up to {groups.max()} for {inputs} inputs, {scales.shape[0]} groups")
-    weights: Floats = (scales[groups] * (codes.T - zeros[groups]).astype(np.float32)).T
-    return np.ascontiguousarray(weights)
-
-
-def bits_of(parts: Mapping[str, Array], default: int) -> int:
-    """Bits of a layer's codes, as its shapes have it: rules may give a layer other bits than the model."""
-    if "g_idx" not in parts:
-        return default
-    return int(parts["qweight"].shape[0] * 32 // parts["g_idx"].shape[0])
 
 
 # --- a folder --------------------------------------------------------------------------------------------------------
@@ -163,7 +91,7 @@ def unpacked_tensors(folder: Path) -> Iterator[tuple[str, Floats]]:
             yield name, tensor.read().astype(np.float32)
         elif part == "qweight":
             parts = {key: stored[f"{module}.{key}"].read() for key in PARTS if f"{module}.{key}" in stored}
-            bits = bits_of(parts, int(config["bits"]))
+            bits = bits_of({key: part.shape for key, part in parts.items()}, int(config["bits"]))
             yield f"{module}.weight", unpack_layer(parts, bits, int(config["group_size"]), written)
 
 

@@ -14,6 +14,7 @@ from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.verify.gate import Verification
+from exporter.verify.weights import tensor_figures, weights_json
 from exporter.version import __version__
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def _artifact(
     verdict: Verification | None,
 ) -> dict[str, Any]:
     names = artifact.names(written.made.names)
+    weights = verdict.weights if verdict else None
+    figures = tensor_figures(weights)
     return {
         "format": artifact.format,
         "quant": artifact.quant,
@@ -153,9 +156,11 @@ def _artifact(
         "tensors": [
             {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
             | ({"wanted": tensor.fallback_from} if tensor.fallback_from else {})
+            | figures.get(tensor.name, {})
             for tensor in artifact.tensors
         ],
         "quantization": _quantization(written.findings),
+        "weights": weights_json(weights),
         "verification": verification_json(verdict),
         "answers": verdict.answers.as_json() if verdict and verdict.answers else None,
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
 from exporter.backends.folder import (
     DEFAULT_MAX_SHARD_BYTES,
     Entry,
@@ -86,6 +86,12 @@ class SafetensorsBackend:
         from exporter.backends.files import OffsetWriter
 
         return OffsetWriter(plan, folder, _encode, resume=resume)
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """See `ReadingBackend`."""
+        from exporter.backends.shards import FloatReader
+
+        return FloatReader(model, entry, _stored_dtypes(model, quant, self.default_quant(model)))
 
 
 def _encode(tensor: TensorPlan, block: torch.Tensor) -> memoryview:

@@ -14,6 +14,7 @@ from exporter.reporter import Reporter
 from exporter.runtimes.base import Runtime, load_runtime
 from exporter.verify.gate import Verification, gate_for, judge
 from exporter.verify.metrics import Comparison, compare
+from exporter.verify.weights import read_weights
 
 if TYPE_CHECKING:
     from exporter.verify.reference import Reference
@@ -47,9 +48,10 @@ def verify_artifacts(
         for artifact in folder.artifacts:
             runtime = load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint)
             entry = files if artifact.entry == "." else files / artifact.entry
+            weights = read_weights(folder.backend, plan.model, artifact.quant, entry, plan.threads)
             comparison = compare_in(runtime, entry, artifact.label, reference, reporter)
             gate = gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate)
-            verdicts[artifact.label] = judge(runtime.version(), comparison, gate)
+            verdicts[artifact.label] = judge(runtime.version(), comparison, gate, weights)
         found.append(verdicts)
     reporter.scored()
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from exporter.backends.gptq.names import GROUP_SIZES, quant_name
 from exporter.verify.metrics import Comparison
+from exporter.verify.weights import WeightsResult
 
 if TYPE_CHECKING:
     from exporter.verify.answers.judge import Answers
@@ -99,6 +100,7 @@ class Verification:
         gate: the limits.
         broken: the limits that it breaks; empty if it passed.
         answers: what it answered, None if it was not asked; faults in it are among what is broken.
+        weights: what is in its stored weights; None if they cannot be read back.
     """
 
     runtime: str
@@ -106,6 +108,7 @@ class Verification:
     gate: Gate
     broken: tuple[str, ...]
     answers: Answers | None = None
+    weights: WeightsResult | None = None
 
     @property
     def passed(self) -> bool:
@@ -113,11 +116,11 @@ class Verification:
         return not self.broken
 
 
-def judge(runtime: str, comparison: Comparison, gate: Gate) -> Verification:
-    """Hold an artifact's scores in a runtime against the limits."""
-    broken = []
+def judge(runtime: str, comparison: Comparison, gate: Gate, weights: WeightsResult | None = None) -> Verification:
+    """Hold an artifact's scores in a runtime, and its stored weights, against the limits."""
+    broken = list(weights.broken) if weights else []
     if not math.isfinite(comparison.delta) or abs(comparison.delta) > gate.max_delta:
         broken.append(f"perplexity changes by {comparison.delta:+.2%}, the limit is ±{gate.max_delta:.2%}")
     if comparison.same_top < gate.min_same_top:
         broken.append(f"the same top token in {comparison.same_top:.1%}, the limit is {gate.min_same_top:.1%}")
-    return Verification(runtime, comparison, gate, tuple(broken))
+    return Verification(runtime, comparison, gate, tuple(broken), weights=weights)

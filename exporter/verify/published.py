@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from exporter.adapter import Adapter
 from exporter.artifact.files import FileRecord, check_files, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
+from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
@@ -25,6 +26,7 @@ from exporter.verify.check import compare_in
 from exporter.verify.gate import Verification, gate_for, judge
 from exporter.verify.pack import InputRecord, check_belongs, read_description
 from exporter.verify.standalone import walk_reference
+from exporter.verify.weights import read_weights, weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +56,9 @@ class PublishedResult:
     def as_json(self) -> dict[str, Any]:
         """The verdicts as JSON, by artifact label."""
         return {
-            label: verification_json(verdict) | {"answers": verdict.answers.as_json() if verdict.answers else None}
+            label: verification_json(verdict)
+            | {"weights": weights_json(verdict.weights)}
+            | {"answers": verdict.answers.as_json() if verdict.answers else None}
             for label, verdict in self.verdicts.items()
         }
 
@@ -110,7 +114,8 @@ def verify_published(
         device,
         endpoint,
         reporter,
-        trained=model if evaluation.answers else None,
+        trained=model,
+        answers=evaluation.answers,
     )
 
 
@@ -125,7 +130,8 @@ def verify_with_pack(
 ) -> PublishedResult:
     """Check hashes, then score every artifact against a reference pack, on the pack's windows.
 
-    It is not asked for answers: what the trained model would have said along them cannot be told from a pack.
+    Its weights are not read, and it is not asked for answers: a pack holds neither the merged weights nor what the
+    trained model would have said along the answers.
 
     Args:
         folder: what was published.
@@ -174,22 +180,27 @@ def _judge(
     reporter: Reporter,
     *,
     trained: MergedModel | None = None,
+    answers: bool = False,
 ) -> PublishedResult:
-    """Score and judge every artifact; with the trained model at hand, ask for answers as well."""
+    """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
     verdicts, sizes = {}, {}
     served: list[Served] = []
     for artifact, name in zip(manifest.artifacts, serving, strict=True):
         label = f"{artifact.format} {artifact.quant}"
         scorer = load_runtime(name, device, endpoint)
         entry = folder if artifact.entry == "." else folder / artifact.entry
+        weights = None
+        # A folder may be of a package that is not here.
+        if trained is not None and artifact.format in backend_names():
+            weights = read_weights(load_backend(artifact.format), trained, artifact.quant, entry, Execution().workers)
         comparison = compare_in(scorer, entry, label, reference, reporter)
         gate = gate_for(label, artifact.quant, limits)
-        verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate), artifact.bytes
+        verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate, weights), artifact.bytes
         served.append(Served(label, entry, scorer))
     reporter.scored()
-    if trained is not None:
-        answers = answers_of(trained, served, device, reporter, threads=Execution().workers)
-        for one, found in zip(served, answers, strict=True):
+    if trained is not None and answers:
+        answered = answers_of(trained, served, device, reporter, threads=Execution().workers)
+        for one, found in zip(served, answered, strict=True):
             verdicts[one.label] = with_answers(verdicts[one.label], found)
     return PublishedResult(folder, sizes, verdicts)
 

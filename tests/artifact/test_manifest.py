@@ -338,6 +338,21 @@ def test_figures_of_the_likeliest_tokens_or_of_one_window_validate(schema: dict[
             jsonschema.Draft202012Validator(one).validate(found)
 
 
+def test_weights_are_summed_up_where_they_were_verified(folders: dict[str, Path]) -> None:
+    for name in NAMES:
+        for artifact in read(folders[name])["artifacts"]:
+            found = artifact["weights"]
+            assert (found is None) == ("unverified" in name)
+            measured = [tensor for tensor in artifact["tensors"] if "relative_error" in tensor]
+            assert len(measured) == (len(artifact["tensors"]) if found else 0)
+            if found:
+                assert found["broken"] == []
+                assert abs(found["survival"] - 1) < 0.2
+                changed = [tensor for tensor in measured if "survival" in tensor]
+                assert len(changed) == read(folders[name])["merge"]["tensors_updated"]
+                assert found["layers"].keys() == {"0", "1"}
+
+
 # --- what it does not say ------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 from exporter.backends.registry import backend_names, load_backend
 from exporter.verify.gate import DEFAULT_GATES, FALLBACK_GATE, Gate, gate_for, judge
 from exporter.verify.metrics import Comparison, Estimate
+from exporter.verify.weights import WeightsResult
 
 GATE = Gate(max_delta=0.05, min_same_top=0.9)
 
@@ -53,6 +54,16 @@ def test_limits(delta: float, same_top: float, broken: list[str]) -> None:
     assert verdict.passed == (not broken)
     assert verdict.runtime == "llama.cpp 1"
     assert verdict.gate == GATE
+
+
+def test_what_is_wrong_with_the_weights_breaks_the_verdict() -> None:
+    weights = WeightsResult((), ("a is missing",))
+    verdict = judge("x", comparison(0.5), GATE, weights)
+    assert not verdict.passed
+    assert verdict.broken[0] == "a is missing"
+    assert len(verdict.broken) == 2
+    assert verdict.weights is weights
+    assert judge("x", comparison(), GATE, WeightsResult((), ())).passed
 
 
 def test_a_broken_limit_names_figure_and_limit() -> None:

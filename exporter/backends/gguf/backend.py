@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import FilePlan, Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.base import FilePlan, Needs, OutputPlan, TensorPlan, WeightReader, Writer
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, quantize_rows
 from exporter.backends.gguf.header import TensorInfo, Value, pack_header, pad
 from exporter.backends.gguf.imatrix import Floats, Imatrix
@@ -81,6 +81,13 @@ class GgufBackend:
             return MeasuringWriter(plan, imatrix, folder, resume=resume)
         entries = imatrix.entries if imatrix and imatrix.entries else {}
         return open_file(plan, folder, {name: entry.mean() for name, entry in entries.items()}, resume=resume)
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """See `ReadingBackend`."""
+        from exporter.backends.gguf.reading import GgufReader
+
+        family = _family(model)
+        return GgufReader(entry, quant, _named_tensors(model, family), _model_shape(model, family))
 
 
 def _default_imatrix(quant: str, *, verified: bool) -> str:

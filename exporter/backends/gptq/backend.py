@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import GptqOptions, Scheme
@@ -113,6 +113,12 @@ class GptqBackend:
         if not isinstance(plan, GptqPlan):
             raise TypeError(f"{type(plan).__name__} is not a plan of this backend")
         return GptqWriter(plan, folder, resume=resume)
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """See `ReadingBackend`."""
+        from exporter.backends.gptq.reading import GptqReader
+
+        return GptqReader(model, quant, entry)
 
 
 def is_quantized(tensor: MergedTensor) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
 from exporter.backends.gptq.names import QUANTS, quant_name
@@ -112,6 +112,10 @@ class GptqModelBackend:
         if not isinstance(plan, GptqModelPlan):
             raise TypeError(f"{type(plan).__name__} is not a plan of this backend")
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """See `ReadingBackend`."""
+        return GptqBackend().read(model, quant, entry)
 
 
 def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> TensorPlan:
