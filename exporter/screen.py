@@ -293,7 +293,7 @@ def _divergence(figures: Comparison) -> str:
 
 def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
     """A row an artifact: its figures against the reference's and their limits, then every limit that is broken."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))
     columns = (
         "artifact",
         "size",

@@ -1,0 +1,48 @@
+"""The verdict table: every figure whole at the width of no terminal, and the top-k form labelled as such."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from exporter.runtimes.base import TokenScores
+from exporter.screen import PLAIN_WIDTH, show_table
+from exporter.verify.gate import DEFAULT_GATES, judge
+from exporter.verify.metrics import Divergences, compare
+
+LABEL = "gptqmodel gptq-int4-g128"
+
+
+def table(windows: int, divergences: Divergences | None) -> str:
+    generator = np.random.default_rng(0)
+    tops = np.zeros((windows, 9), np.int64)
+    reference = -generator.gamma(1.0, 2.0, tops.shape)
+    artifact = reference - generator.normal(0.05, 0.01, tops.shape)
+    comparison = compare(TokenScores(artifact, tops), TokenScores(reference, tops), divergences)
+    out = io.StringIO()
+    verdict = judge("vllm 1", comparison, DEFAULT_GATES[LABEL])
+    show_table(Console(file=out, width=PLAIN_WIDTH), {LABEL: verdict}, {LABEL: 12_345_678_901})
+    assert "…" not in out.getvalue().replace(" … ", "")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("divergences", "shown"),
+    [
+        (Divergences(kl=np.full((4, 9), 0.125)), " 0.12500 "),
+        (Divergences(top_k=np.full((4, 9), 0.125), k=20), " top 20: ≥ 0.12500 "),
+        (None, " - "),
+    ],
+    ids=["full", "top-k", "none"],
+)
+def test_a_row_shows_the_divergence_that_there_is(divergences: Divergences | None, shown: str) -> None:
+    found = table(4, divergences)
+    assert shown in found
+    assert found.count(" … ") == 1
+
+
+def test_one_window_shows_no_interval() -> None:
+    assert " … " not in table(1, None)
