@@ -93,7 +93,7 @@ def _continuation_json(name: str, length: int, found: Continuation, followed: Fo
         "tokens": len(found.tokens),
         "stopped": found.stopped,
         "loop": loop_of(found.tokens)[0] or None,
-        "first_divergence": first,
+        "diverges_at": first,
         "margin": float(followed.margin[first]) if followed and first is not None else None,
         "mean_shortfall": float(followed.shortfall.mean()) if followed else None,
         "largest_shortfall": float(followed.shortfall.max()) if followed else None,
