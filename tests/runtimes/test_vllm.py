@@ -258,8 +258,8 @@ def test_a_server_that_fails_is_quoted(model: Path, environment: Callable[..., P
 
 def test_a_server_that_is_never_ready_is_given_up(model: Path, environment: Callable[..., Path]) -> None:
     folder = environment("unhealthy")
-    error = failure(model, start_seconds=2)
-    assert error.found.startswith("vLLM did not start (no answer within 2 s): Resolved architecture")
+    error = failure(model, start_seconds=6)
+    assert error.found.startswith("vLLM did not start (no answer within 6 s): Resolved architecture")
     assert all_ended(record(folder), 0)
 
 
