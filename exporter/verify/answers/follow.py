@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from exporter.checkpoint import TensorReader
-from exporter.merge import make_merger
+from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger
 from exporter.model import MergedModel
 from exporter.tour.passengers import Passengers, Settings
 from exporter.tour.states import Group
@@ -78,7 +78,12 @@ def follow(
     with ExitStack() as stack:
         reader = stack.enter_context(TensorReader())
         stream = Stream(
-            model, (), make_merger(device, reader), threads=threads, block_bytes=4 << 20, progress=Progress()
+            model,
+            (),
+            make_merger(device, reader),
+            threads=threads,
+            block_bytes=DEFAULT_BLOCK_BYTES,
+            progress=Progress(),
         )
         stack.callback(stream.close)
         settings = Settings(device, dtype=dtype, threads=threads, on_layer=on_layer)
