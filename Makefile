@@ -3,6 +3,9 @@
 #   make export FORMAT=gguf
 #   make export FORMAT=gguf QUANT="Q4_K_M Q8_0" BASE=Qwen/Qwen3-8B ADAPTER=me/my-lora OUT=served
 
+# Threads that wait for each other sleep: beside another job, spinning makes everything ten times slower.
+export OMP_WAIT_POLICY ?= passive
+
 PYTHON ?= python3
 FORMAT ?= gguf
 QUANT ?=

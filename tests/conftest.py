@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# As the command line does, and before torch is imported: threads that spin make a shared machine ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 
 from exporter.runtimes.vllm import ENVIRONMENT
