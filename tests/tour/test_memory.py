@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-# Layers of 26 MB in float32: twenty more of them would be 520 MB. Their modules, adapters and plans were 27 MB.
+# Layers of 26 MB in float32: twenty more of them would be 520 MB. Their modules, adapters and plans are 27 MB, and the
+# largest of many samples of a heap that two threads take turns in is up to 55 MB above the largest of a few: where in
+# the run the peak is changes from run to run, and it does not climb with the layers.
 WIDE = {"hidden": 768, "intermediate": 2048, "heads": 12, "kv_heads": 4, "head_dim": 64}
-TOLERANCE_BYTES = 40 << 20
+TOLERANCE_BYTES = 120 << 20
 
 
 def peak_of(command: Sequence[str]) -> int:
