@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, outputs: list[dict[str, Any]], text: Path
         "outputs": outputs,
         "force": True,
         "calibration": {"text": str(text.absolute())},
-        "evaluation": {"tokens": arguments.tokens, "gate": {"*": 1e9}},
+        "evaluation": {"tokens": arguments.tokens, "gate": {"*": 1e9}, "answers": False},
     }
     file = arguments.work / "quality.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -70,10 +70,15 @@ def run(arguments: argparse.Namespace, outputs: list[dict[str, Any]], text: Path
     return [artifact for manifest in manifests for artifact in manifest["artifacts"]]
 
 
+def with_error(value: float, stderr: float | None, form: str) -> str:
+    """A figure, and its standard error over the windows where there is one."""
+    return f"{value:{form}}" if stderr is None else f"{value:{form}} ± {stderr:{form.lstrip('+')}}"
+
+
 def divergence(figures: dict[str, Any]) -> str:
     """Mean KL divergence in nats, where the runtime gives it."""
     found = figures["kl_divergence"]
-    return f"{found['mean']:.5f}" if found else "-"
+    return with_error(found["mean"], found["stderr"], ".5f") if found else "-"
 
 
 def outputs_of(name: str, wanted: list[str] | None, work: Path) -> list[dict[str, Any]]:
@@ -108,15 +113,15 @@ def main() -> None:
         one for name in arguments.formats for one in outputs_of(name, arguments.types, arguments.work.absolute())
     ]
     artifacts = run(arguments, outputs, text)
-    print("| type | bytes | perplexity | reference | change | ± (paired) | KL | same top | tokens |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| type | bytes | perplexity | reference | change | mean KL | same top | tokens |")
+    print("|---|---|---|---|---|---|---|---|")
     for artifact in artifacts:
         figures = artifact["verification"]
         print(
             f"| {artifact['format']} {artifact['quant']} | {artifact['bytes'] / 1e6:,.1f} MB "
-            f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} | {figures['delta']:+.3%} "
-            f"| {figures['delta_stderr']:.3%} | {divergence(figures)} | {figures['same_top']:.2%} "
-            f"| {figures['tokens_scored']} |"
+            f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} "
+            f"| {with_error(figures['delta'], figures['delta_stderr'], '+.3%')} | {divergence(figures)} "
+            f"| {with_error(figures['same_top'], figures['same_top_stderr'], '.2%')} | {figures['tokens_scored']} |"
         )
 
 
