@@ -32,12 +32,22 @@ CalibrationTokens = Annotated[int | None, typer.Option(help="Calibration tokens.
 Window = Annotated[int | None, typer.Option(help="Tokens in a calibration window.", show_default="1024")]
 Seed = Annotated[int | None, typer.Option(help="Decides which calibration windows are taken.", show_default="0")]
 EvalTokens = Annotated[int | None, typer.Option(help="Evaluation tokens.", show_default="4096")]
+MaxEvalTokens = Annotated[
+    int | None,
+    typer.Option(help="Evaluation tokens that may be drawn in all while a verdict is undecided.", show_default="16384"),
+]
 EvalWindow = Annotated[
     int | None,
     typer.Option(help="Tokens in an evaluation window, as llama-perplexity's --ctx-size.", show_default="512"),
 ]
 Gates = Annotated[
-    list[str] | None, typer.Option("--gate", help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type.")
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        metavar="LIMIT",
+        help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type, in place of all limits; or one limit "
+        "in place of its own, as TYPE:change=0.05, TYPE:kl=0.1, TYPE:same_top=0.9, or *:kl=0.1. May be repeated.",
+    ),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and say so in the manifest.")]
 NoAnswers = Annotated[bool, typer.Option("--no-answers", help="Score only: do not ask the artifacts for answers.")]
@@ -87,8 +97,8 @@ def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments that make a recipe, out of a command's locals."""
     names = (
         "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
-        "window", "seed", "eval_tokens", "eval_window", "gate", "no_verify", "no_answers", "force", "max_shard_size",
-        "option", "imatrix", "force_unservable", "compute_dtype", "keep_reference", "reference_dtype",
+        "window", "seed", "eval_tokens", "max_eval_tokens", "eval_window", "gate", "no_verify", "no_answers", "force",
+        "max_shard_size", "option", "imatrix", "force_unservable", "compute_dtype", "keep_reference", "reference_dtype",
     )  # fmt: skip
     return {name: values[name] for name in names}
 
@@ -106,6 +116,7 @@ def recipe_from(
     window: int | None,
     seed: int | None,
     eval_tokens: int | None,
+    max_eval_tokens: int | None,
     eval_window: int | None,
     gate: list[str] | None,
     no_verify: bool,
@@ -129,7 +140,7 @@ def recipe_from(
     if recipe_file is not None:
         given = (
             base, adapter, format_, quant, out, name, calibration, calibration_tokens, window, seed, eval_tokens,
-            eval_window, gate, max_shard_size, option, imatrix, compute_dtype, reference_dtype,
+            max_eval_tokens, eval_window, gate, max_shard_size, option, imatrix, compute_dtype, reference_dtype,
         )  # fmt: skip
         if force_unservable or any(value is not None and value != [] for value in given):
             raise RecipeError(
@@ -168,9 +179,7 @@ def recipe_from(
             "keep_reference": keep_reference,
             **_given(compute_dtype=compute_dtype, reference_dtype=reference_dtype),
             "calibration": _given(text=calibration, tokens=calibration_tokens, window=window, seed=seed),
-            "evaluation": _given(
-                tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or []), answers=not no_answers
-            ),
+            "evaluation": _evaluation(eval_tokens, max_eval_tokens, eval_window, gate, no_answers),
         }
     )
 
@@ -241,8 +250,28 @@ def _given(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _evaluation(
+    eval_tokens: int | None,
+    max_eval_tokens: int | None,
+    eval_window: int | None,
+    gate: list[str] | None,
+    no_answers: bool,
+) -> dict[str, Any]:
+    return _given(
+        tokens=eval_tokens,
+        max_tokens=max_eval_tokens,
+        n_ctx=eval_window,
+        gate=_gates(gate or []),
+        answers=not no_answers,
+    )
+
+
 def evaluation_from(
-    eval_tokens: int | None, eval_window: int | None, gate: list[str] | None, no_answers: bool = False
+    eval_tokens: int | None,
+    max_eval_tokens: int | None,
+    eval_window: int | None,
+    gate: list[str] | None,
+    no_answers: bool = False,
 ) -> Evaluation:
     """What is scored.
 
@@ -254,8 +283,7 @@ def evaluation_from(
     from exporter.recipe import Evaluation
 
     try:
-        values = _given(tokens=eval_tokens, n_ctx=eval_window, gate=_gates(gate or []), answers=not no_answers)
-        return Evaluation.model_validate(values)
+        return Evaluation.model_validate(_evaluation(eval_tokens, max_eval_tokens, eval_window, gate, no_answers))
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(
@@ -270,18 +298,27 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
     return key, value
 
 
-def _gates(texts: list[str]) -> dict[str, float]:
-    """Limits by type from `TYPE=0.05`, or for all types from `0.05`."""
-    gates: dict[str, float] = {}
+def _gates(texts: list[str]) -> dict[str, Any]:
+    """Limits by type from `TYPE=0.05` and `TYPE:kl=0.1`, or for all types from `0.05`."""
+    gates: dict[str, Any] = {}
     for text in texts:
         key, value = _pair(text, "--gate") if "=" in text else ("*", text)
+        kind, _, name = key.partition(":")
         try:
             limit = float(value)
         except ValueError:
             limit = -1.0
-        if not 0 <= limit < float("inf"):
-            raise RecipeError("--gate", found=repr(text), expected="TYPE=0.05 or 0.05", remedy="Correct the limit.")
-        gates[key] = limit
+        if not 0 <= limit < float("inf") or name not in ("", "change", "kl", "same_top"):
+            raise RecipeError(
+                "--gate", found=repr(text), expected="TYPE=0.05, 0.05, or TYPE:change, TYPE:kl or TYPE:same_top=0.05",
+                remedy="Correct the limit.",
+            )  # fmt: skip
+        if isinstance(gates.get(kind), float) or (kind in gates and not name):
+            raise RecipeError(
+                "--gate", found=f"two values for {kind}", expected="one, or limits by name, each once",
+                remedy="Leave one out.",
+            )  # fmt: skip
+        gates[kind] = {**gates.get(kind, {}), name: limit} if name else limit
     return gates
 
 

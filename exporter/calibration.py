@@ -104,9 +104,67 @@ def make_token_sets(
     """
     if not evaluate and not calibrate:
         return TokenSets(None, None)
-    needed = evaluation_tokens(evaluation) + (calibration_tokens(recipe_calibration) if calibrate else 0)
-    ids = tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
+    ids = _read(recipe_calibration, evaluation, tokenizer, calibrate=calibrate)
     return cut_token_sets(ids, recipe_calibration, evaluation, evaluate=evaluate, calibrate=calibrate)
+
+
+def more_windows(
+    recipe_calibration: Calibration,
+    evaluation: Evaluation,
+    tokenizer: TokenizerFiles,
+    known: Windows,
+    *,
+    calibrated: bool,
+) -> list[tuple[int, ...]]:
+    """What may be drawn after the evaluation windows that are known, in the order of the text.
+
+    None of them has a token of the calibration windows, if there were any.
+
+    Args:
+        recipe_calibration: the text, and what was calibrated on.
+        evaluation: up to how many tokens; `tokens` as they were when the calibration windows were cut.
+        tokenizer: of the trained model.
+        known: the windows that were scored so far, from the text's beginning on.
+        calibrated: whether there were calibration windows.
+
+    Raises:
+        MissingFileError, RecipeError, TokenizerError: the text cannot be read.
+    """
+    limit = max(evaluation.max_tokens, evaluation.tokens) // evaluation.n_ctx
+    if limit <= len(known.ids):
+        return []
+    ids = _read(recipe_calibration, evaluation, tokenizer, calibrate=calibrated)
+    taken = _calibration_places(len(ids), recipe_calibration, evaluation) if calibrated else []
+    if len(ids) < limit * known.n_ctx:
+        # A dataset, of which no more was read than was needed then; or the embedded text's beginning.
+        ids = tokenize(read_text(recipe_calibration, tokenizer, limit * known.n_ctx), tokenizer)
+    places = _free_places(len(ids), known.n_ctx, taken, recipe_calibration.window)
+    # Where more was scored than when the calibration windows were cut, some places are no longer what they were.
+    scored, found = set(known.ids), (tuple(ids[place : place + known.n_ctx]) for place in places[:limit])
+    return [window for window in found if window not in scored]
+
+
+def _free_places(length: int, size: int, taken: Sequence[int], taken_size: int) -> list[int]:
+    """Where windows begin that follow each other and leave out the taken ones, which are in order."""
+    places: list[int] = []
+    start = 0
+    for end in [*taken, length]:
+        places += range(start, end - size + 1, size)
+        start = end + taken_size
+    return places
+
+
+def windows_of(ids: Sequence[tuple[int, ...]], like: Windows) -> Windows:
+    """Windows of the same text and size as others."""
+    return Windows(tuple(ids), like.n_ctx, like.source, _sha256(ids))
+
+
+def _read(
+    recipe_calibration: Calibration, evaluation: Evaluation, tokenizer: TokenizerFiles, *, calibrate: bool
+) -> list[int]:
+    """Token ids of as much text as both sets need."""
+    needed = evaluation_tokens(evaluation) + (calibration_tokens(recipe_calibration) if calibrate else 0)
+    return tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
 
 
 def make_windows(recipe_calibration: Calibration, evaluation: Evaluation, tokenizer: TokenizerFiles) -> Windows:
@@ -115,7 +173,7 @@ def make_windows(recipe_calibration: Calibration, evaluation: Evaluation, tokeni
     Raises:
         MissingFileError, RecipeError, TokenizerError: likewise.
     """
-    ids = tokenize(read_text(recipe_calibration, tokenizer, evaluation_tokens(evaluation)), tokenizer)
+    ids = _read(recipe_calibration, evaluation, tokenizer, calibrate=False)
     return _evaluation_windows(ids, evaluation, recipe_calibration.name or EMBEDDED)
 
 
@@ -168,11 +226,18 @@ def _calibration_windows(
             expected=f"at least {scored + wanted}: {scored} for evaluation and, after those, {wanted} for calibration",
             remedy="Give a longer text with --calibration, or a smaller number with --calibration-tokens.",
         )
-    windows = _cut(ids[scored:], recipe_calibration.window)
-    count = wanted // recipe_calibration.window
-    chosen = sorted(random.Random(recipe_calibration.seed).sample(range(len(windows)), count))
-    taken = tuple(windows[index] for index in chosen)
+    size = recipe_calibration.window
+    places = _calibration_places(len(ids), recipe_calibration, evaluation)
+    taken = tuple(tuple(ids[place : place + size]) for place in places)
     return CalibrationWindows(taken, recipe_calibration.window, source, recipe_calibration.seed, _sha256(taken))
+
+
+def _calibration_places(length: int, recipe_calibration: Calibration, evaluation: Evaluation) -> list[int]:
+    """Where the calibration windows begin, in order, in a text of so many tokens."""
+    scored, size = evaluation_tokens(evaluation), recipe_calibration.window
+    count = calibration_tokens(recipe_calibration) // size
+    chosen = sorted(random.Random(recipe_calibration.seed).sample(range((length - scored) // size), count))
+    return [scored + index * size for index in chosen]
 
 
 def _cut(ids: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:

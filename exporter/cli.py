@@ -29,6 +29,7 @@ from exporter.arguments import (
     Gates,
     Imatrix,
     KeepReference,
+    MaxEvalTokens,
     MaxShard,
     Name,
     NoAnswers,
@@ -93,6 +94,7 @@ def export_command(
     window: Window = None,
     seed: Seed = None,
     eval_tokens: EvalTokens = None,
+    max_eval_tokens: MaxEvalTokens = None,
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
@@ -149,6 +151,7 @@ def plan_command(
     window: Window = None,
     seed: Seed = None,
     eval_tokens: EvalTokens = None,
+    max_eval_tokens: MaxEvalTokens = None,
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_verify: NoVerify = False,
@@ -195,6 +198,7 @@ def verify_command(
     endpoint: Endpoint = None,
     calibration: Text = None,
     eval_tokens: EvalTokens = None,
+    max_eval_tokens: MaxEvalTokens = None,
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_answers: NoAnswers = False,
@@ -210,10 +214,11 @@ def verify_command(
     def run() -> int:
         from exporter.recipe import Calibration
 
-        text, evaluation = Calibration(text=calibration), evaluation_from(eval_tokens, eval_window, gate, no_answers)
+        text = Calibration(text=calibration)
+        evaluation = evaluation_from(eval_tokens, max_eval_tokens, eval_window, gate, no_answers)
         check_verify_options(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
-            eval_window=eval_window,
+            max_eval_tokens=max_eval_tokens, eval_window=eval_window,
         )  # fmt: skip
         from exporter.merge import resolve_device
         from exporter.verify.published import verify_published, verify_with_pack

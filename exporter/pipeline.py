@@ -23,6 +23,7 @@ from exporter.verify.check import verify_artifacts
 from exporter.verify.gate import Verification
 
 if TYPE_CHECKING:
+    from exporter.calibration import Windows
     from exporter.tour.drive import Toured, Written
 
 
@@ -96,14 +97,15 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
         pack = _stage_pack(plan, toured, inputs, stack)
         staged = [(folder, staging.files) for folder, staging in zip(plan.folders, stagings, strict=True)]
         verdicts: list[dict[str, Verification]] = [{} for _ in staged]
+        drawn: Windows | None = None
         if toured.reference is not None:
-            verdicts = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
+            verdicts, drawn = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
             if plan.recipe.evaluation.answers:
                 verdicts = answer_artifacts(plan, staged, verdicts, toured.device, reporter)
         results = []
         for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True)):
             kind, written = toured.device.partition(":")[0], toured.written[number]
-            manifest = build_manifest(plan, folder, inputs, outputs[number], written, verdicts[number], kind)
+            manifest = build_manifest(plan, folder, inputs, outputs[number], written, verdicts[number], kind, drawn)
             write_durably(staging.files / MANIFEST_NAME, dump(manifest))
             published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()

@@ -99,19 +99,39 @@ class Calibration(_Frozen):
         return self.dataset or (self.file.name if self.file else None)
 
 
+_Limit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Limits(_Frozen):
+    """Limits of one type, in place of the built-in ones; None leaves a limit as it is.
+
+    Attributes:
+        change: largest relative change of perplexity, up or down.
+        kl: largest mean KL divergence in nats.
+        same_top: smallest share of predictions with the trained model's likeliest token.
+    """
+
+    change: _Limit | None = None
+    kl: _Limit | None = None
+    same_top: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
 class Evaluation(_Frozen):
     """What verification scores.
 
     Attributes:
         tokens: evaluation tokens; whole windows of `n_ctx` are used, at least one.
+        max_tokens: tokens that may be drawn in all while the verdict is undecided; `tokens`, if that is more.
         n_ctx: window in tokens, as llama-perplexity's `--ctx-size`.
-        gate: largest relative change of perplexity by quantization type, in place of the built-in limits.
+        gate: limits by quantization type, or by `*`, in place of the built-in ones; a number is the largest change of
+            perplexity and lifts the other limits.
         answers: whether artifacts are asked for answers as well.
     """
 
     tokens: int = Field(default=4096, ge=64)
+    max_tokens: int = Field(default=16384, ge=64)
     n_ctx: int = Field(default=512, ge=16, le=32768)
-    gate: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    gate: dict[str, _Limit | Limits] = Field(default_factory=dict)
     answers: bool = True
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from exporter.verify.weights import WeightsResult
 
 
+_VERDICTS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "undecided": "[yellow]undecided[/]"}
 # Columns of a terminal that is none: wide enough that no table is cut.
 PLAIN_WIDTH = 140
 
@@ -322,7 +323,7 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             _divergence(figures),
             f"{figures.probability_rms.value:.2%}",
             f"{figures.same_top:.1%}",
-            "[green]passed[/]" if verdict.passed else "[red]failed[/]",
+            _VERDICTS[verdict.verdict],
         )
     console.print(table)
     for label, verdict in verdicts.items():

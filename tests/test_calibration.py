@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from exporter.calibration import TokenSets, Windows, cut_token_sets, make_token_sets, make_windows, tokenize
+from exporter.calibration import (
+    TokenSets,
+    Windows,
+    cut_token_sets,
+    make_token_sets,
+    make_windows,
+    more_windows,
+    tokenize,
+)
 from exporter.embedded import embedded_text
 from exporter.errors import RecipeError, TokenizerError
 from exporter.recipe import Calibration, Evaluation
@@ -228,3 +237,41 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(folder: Path, damage: Call
     damage(folder / "tokenizer.json")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         tokenize("text", TokenizerFiles.choose(folder, ()))
+
+
+# --- more tokens -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    length=st.integers(600, 3000),
+    tokens=st.integers(64, 400),
+    size=st.sampled_from([16, 40, 64, 100]),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_more_windows_follow_and_share_no_token_with_either_set(
+    length: int, tokens: int, size: int, count: int, seed: int
+) -> None:
+    ids = list(range(length))
+    files = TokenizerFiles({}, "base")
+    assume(length >= max(64, tokens) + max(64, size * count))
+    calibration = Calibration(tokens=max(64, size * count), window=size, seed=seed)
+    evaluation = Evaluation(tokens=tokens, n_ctx=64, max_tokens=100_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporter.calibration.read_text", lambda *_: "")
+        patch.setattr("exporter.calibration.tokenize", lambda *_: ids)
+        sets = make_token_sets(calibration, evaluation, files, evaluate=True, calibrate=True)
+        assert sets.evaluation is not None
+        assert sets.calibration is not None
+        more = more_windows(calibration, evaluation, files, sets.evaluation, calibrated=True)
+        few = evaluation.model_copy(update={"max_tokens": tokens + 3 * 64})
+        assert more_windows(calibration, few, files, sets.evaluation, calibrated=True) == more[:3]
+        at_once = evaluation.model_copy(update={"max_tokens": 64})
+        assert more_windows(calibration, at_once, files, sets.evaluation, calibrated=True) == []
+    seen = [token for windows in (sets.evaluation.ids, more, sets.calibration.ids) for one in windows for token in one]
+    assert len(seen) == len(set(seen))
+    assert more == sorted(more)
+    # Nothing that would hold a window is left out.
+    left = sorted(set(ids) - set(seen))
+    places = itertools.count()
+    assert all(len(list(run)) < 64 for _, run in itertools.groupby(left, key=lambda token: token - next(places)))

@@ -364,7 +364,7 @@ def test_base_alone(workplace: Path, inputs: Arguments) -> None:
 
 
 def test_reference_pack_from_one_command_to_the_next(workplace: Path, inputs: Arguments) -> None:
-    scored = ("--eval-tokens", "64", "--eval-window", "64")
+    scored = ("--eval-tokens", "128", "--eval-window", "64")
     made = invoke("reference", *inputs, *scored, "--out", "kept", "--device", "cpu", "--json")
     assert made.exit_code == 0, made.stderr
     assert json.loads(made.stdout) == json.loads((workplace / "kept" / "reference.json").read_text())

@@ -176,7 +176,7 @@ def test_failed_gate(base: Path, adapter: Path, tmp_path: Path) -> None:
 
 def test_gate_of_one_output_fails(base: Path, adapter: Path, tmp_path: Path) -> None:
     outputs = [{"format": "safetensors", "out": tmp_path / quant, "quant": quant} for quant in ("fp32", "bf16")]
-    evaluation = SMALL | {"gate": {"fp32": 0.5, "bf16": 0.0}}
+    evaluation = SMALL | {"gate": {"fp32": 0.5, "bf16": {"kl": 0.0}}, "max_tokens": 128}
     values = {"base": str(base), "adapters": [str(adapter)], "outputs": outputs, "evaluation": evaluation}
     listener = Listener()
     result = export(Recipe.build(values), reporter=listener)

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from exporter.runtimes.base import TokenScores
 from exporter.screen import PLAIN_WIDTH, show_table
-from exporter.verify.gate import DEFAULT_GATES, judge
+from exporter.verify.gate import judge
+from exporter.verify.limits import DEFAULT_GATES
 from exporter.verify.metrics import Divergences, compare
 
 LABEL = "gptqmodel gptq-int4-g128"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.verify.gate import Verification
+from exporter.verify.metrics import Spread
 from exporter.verify.weights import tensor_figures, weights_json
 from exporter.version import __version__
 
@@ -42,6 +44,7 @@ def build_manifest(
     written: Mapping[str, Written],
     verdicts: Mapping[str, Verification],
     device: str,
+    drawn: Windows | None = None,
 ) -> dict[str, Any]:
     """The manifest of one output folder.
 
@@ -53,6 +56,7 @@ def build_manifest(
         written: what the tour did for each artifact, by its label.
         verdicts: by artifact label.
         device: where the merge was computed (`cpu` or `cuda`).
+        drawn: evaluation windows that were drawn because a verdict was undecided.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -69,7 +73,7 @@ def build_manifest(
             "tokenizer_from": plan.model.tokenizer.origin,
         },
         "versions": {package: version(package) for package in _PACKAGES},
-        "evaluation": _evaluation(plan.tokens.evaluation),
+        "evaluation": _evaluation(plan.tokens.evaluation, drawn),
         "calibration": _calibration(plan.tokens.calibration),
         "artifacts": [
             _artifact(artifact, outputs, written[artifact.label], verdicts.get(artifact.label))
@@ -98,8 +102,9 @@ def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
         },
         "evaluation": {
             "tokens": recipe.evaluation.tokens,
+            "max_tokens": recipe.evaluation.max_tokens,
             "n_ctx": recipe.evaluation.n_ctx,
-            "gate": recipe.evaluation.gate,
+            "gate": recipe.evaluation.model_dump()["gate"],
             "answers": recipe.evaluation.answers,
         },
     }
@@ -123,7 +128,7 @@ def _without_folder(value: Any) -> Any:
     return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
 
 
-def _evaluation(windows: Windows | None) -> dict[str, Any] | None:
+def _evaluation(windows: Windows | None, drawn: Windows | None) -> dict[str, Any] | None:
     if windows is None:
         return None
     return {
@@ -132,6 +137,9 @@ def _evaluation(windows: Windows | None) -> dict[str, Any] | None:
         "n_ctx": windows.n_ctx,
         "tokens_scored": windows.tokens_scored,
         "sha256": windows.sha256,
+        "drawn": {"windows": len(drawn.ids), "tokens_scored": drawn.tokens_scored, "sha256": drawn.sha256}
+        if drawn
+        else None,
     }
 
 
@@ -186,9 +194,10 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         return {"verdict": "skipped"}
     figures = verdict.comparison
     return {
-        "verdict": "passed" if verdict.passed else "failed",
+        "verdict": verdict.verdict,
         "runtime": verdict.runtime,
         "tokens_scored": figures.tokens_scored,
+        "looks": list(verdict.looks),
         "perplexity": figures.perplexity,
         "perplexity_stderr": figures.perplexity_stderr,
         "reference_perplexity": figures.reference_perplexity,
@@ -199,14 +208,39 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "delta_log_interval": _ends(figures.delta_log_interval),
         "same_top": figures.same_top,
         "same_top_stderr": figures.same_top_stderr,
+        "same_top_interval": _ends(figures.same_top_interval),
         "probability_change": asdict(figures.probability_change),
         "probability_rms": asdict(figures.probability_rms),
-        "kl_divergence": asdict(figures.divergence) if figures.divergence else None,
-        "jensen_shannon": asdict(figures.jensen_shannon) if figures.jensen_shannon else None,
-        "top_k_divergence": asdict(figures.top_k_divergence) if figures.top_k_divergence else None,
-        "gate": {"max_delta": verdict.gate.max_delta, "min_same_top": verdict.gate.min_same_top},
+        "kl_divergence": _spread(figures.divergence),
+        "jensen_shannon": _spread(figures.jensen_shannon),
+        "top_k_divergence": _spread(figures.top_k_divergence),
+        "gate": {
+            "max_delta": verdict.gate.max_delta,
+            "max_divergence": _limit(verdict.gate.max_divergence),
+            "min_same_top": verdict.gate.min_same_top,
+        },
+        "checks": [
+            {
+                "name": check.name,
+                "value": check.value,
+                "interval": _ends(check.interval),
+                "limit": _limit(check.limit),
+                "kind": check.kind,
+                "verdict": check.verdict,
+            }
+            for check in verdict.checks
+        ],
         "broken": list(verdict.broken),
     }
+
+
+def _spread(figures: Spread | None) -> dict[str, Any] | None:
+    return None if figures is None else asdict(figures) | {"interval": _ends(figures.interval)}
+
+
+def _limit(value: float) -> float | None:
+    """JSON has no infinity: None is no limit."""
+    return value if math.isfinite(value) else None
 
 
 def _ends(interval: tuple[float, float] | None) -> list[float] | None:

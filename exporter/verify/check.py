@@ -1,23 +1,212 @@
-"""Scores artifacts against the reference, each in its own runtime, and judges them."""
+"""Scores artifacts against the reference, each in its own runtime, and judges them.
+
+While the verdict on an artifact is undecided, as many windows again as it was scored on are drawn, until there are as
+many as may be. Looking several times makes it a little likelier that a figure at its limit gets past it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from exporter.backends.base import Backend
+from exporter.calibration import Windows, more_windows, windows_of
 from exporter.errors import RuntimeScoreError
+from exporter.model import MergedModel
 from exporter.plan import ExportPlan, FolderPlan
+from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
-from exporter.runtimes.base import Runtime, load_runtime
-from exporter.verify.gate import Verification, gate_for, judge
-from exporter.verify.metrics import Comparison, compare
+from exporter.runtimes.base import Runtime, TokenScores, load_runtime
+from exporter.verify.gate import Verification, judge
+from exporter.verify.limits import Gate, gate_for
+from exporter.verify.metrics import Comparison, Divergences, compare
+from exporter.verify.standalone import walk_reference
 from exporter.verify.weights import read_weights
 
 if TYPE_CHECKING:
     from exporter.verify.reference import Reference
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An artifact to be judged.
+
+    Attributes:
+        label: its name, for messages.
+        quant: its type.
+        entry: what the runtime loads.
+        runtime: what serves it.
+        gate: its limits.
+        backend: what wrote it and can read its weights back; None if that is not here, or not to be done.
+    """
+
+    label: str
+    quant: str
+    entry: Path
+    runtime: Runtime
+    gate: Gate
+    backend: Backend | None
+
+
+class MoreTokens(Protocol):
+    """Where further evaluation tokens come from."""
+
+    def draw(self, windows: int) -> Reference | None:
+        """The trained model on so many further windows, or on as many as there are; None if there are no more."""
+
+
+class NoMoreTokens:
+    """A reference pack has the tokens that it has."""
+
+    def draw(self, windows: int) -> Reference | None:
+        """See `MoreTokens`."""
+        del windows
+        return None
+
+
+class DrawnTokens:
+    """Windows of the same text that nothing was calibrated on.
+
+    Args:
+        model: the trained model.
+        calibration: the text, and what was calibrated on.
+        evaluation: how many windows there may be.
+        known: those that were scored first.
+        device: where the reference's layers compute.
+        reporter: told about every layer and window.
+        calibrated: whether there were calibration windows.
+        threads: threads of the walk on the CPU.
+        compute_dtype: what the walk computes in.
+    """
+
+    def __init__(
+        self,
+        model: MergedModel,
+        calibration: Calibration,
+        evaluation: Evaluation,
+        known: Windows,
+        device: str,
+        reporter: Reporter,
+        *,
+        calibrated: bool,
+        threads: int,
+        compute_dtype: str = "float32",
+    ) -> None:
+        self._model, self._text, self._evaluation, self._known = model, calibration, evaluation, known
+        self._device, self._reporter, self._threads = device, reporter, threads
+        self._calibrated, self._dtype = calibrated, compute_dtype
+        self._left: list[tuple[int, ...]] | None = None
+        self._drawn: list[tuple[int, ...]] = []
+
+    @property
+    def drawn(self) -> Windows | None:
+        """All that were drawn; None if none were."""
+        return windows_of(self._drawn, self._known) if self._drawn else None
+
+    def draw(self, windows: int) -> Reference | None:
+        """See `MoreTokens`.
+
+        Raises:
+            ExporterError: the text cannot be read again, or the walk fails.
+        """
+        if self._left is None:
+            self._left = more_windows(
+                self._text, self._evaluation, self._model.tokenizer, self._known, calibrated=self._calibrated
+            )
+        taken, self._left = self._left[:windows], self._left[windows:]
+        if not taken:
+            return None
+        self._drawn += taken
+        more = windows_of(taken, self._known)
+        return walk_reference(
+            self._model, more, self._device, self._reporter, threads=self._threads, compute_dtype=self._dtype
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of an artifact's predictions so far.
+
+    Attributes:
+        scores: the artifact's.
+        reference: the trained model's on the same windows.
+        divergences: by position.
+    """
+
+    scores: TokenScores
+    reference: TokenScores
+    divergences: Divergences
+
+    def plus(self, other: Scored) -> Scored:
+        """Both, one after the other."""
+        return Scored(
+            _joined(self.scores, other.scores),
+            _joined(self.reference, other.reference),
+            self.divergences.plus(other.divergences),
+        )
+
+    def compare(self) -> Comparison:
+        """Both over all windows."""
+        return compare(self.scores, self.reference, self.divergences)
+
+
+def _joined(left: TokenScores, right: TokenScores) -> TokenScores:
+    return TokenScores(
+        np.concatenate([left.log_probabilities, right.log_probabilities]),
+        np.concatenate([left.top_tokens, right.top_tokens]),
+    )
+
+
+def judge_candidates(
+    candidates: Sequence[Candidate],
+    model: MergedModel | None,
+    reference: Reference,
+    more: MoreTokens,
+    reporter: Reporter,
+    threads: int,
+) -> list[Verification]:
+    """Read back the weights of every artifact, score it and judge it, on more tokens where that is undecided.
+
+    Args:
+        candidates: the artifacts.
+        model: the merged model; None if weights are not to be read.
+        reference: the trained model on the first windows.
+        more: where further ones come from.
+        reporter: told about every window.
+        threads: threads that read weights.
+
+    Returns:
+        The verdicts, in the order of the candidates.
+
+    Raises:
+        RuntimeScoreError: a runtime cannot load or run an artifact.
+    """
+    scored, verdicts = [], []
+    for one in candidates:
+        weights = None
+        if model is not None and one.backend is not None:
+            weights = read_weights(one.backend, model, one.quant, one.entry, threads)
+        scored.append(score_in(one.runtime, one.entry, one.label, reference, reporter))
+        verdicts.append(judge(one.runtime.version(), scored[-1].compare(), one.gate, weights))
+    known = len(reference.windows.ids)
+    while undecided := [number for number, one in enumerate(verdicts) if one.verdict == "undecided"]:
+        further = more.draw(known)
+        if further is None:
+            break
+        known += len(further.windows.ids)
+        for number in undecided:
+            one, before = candidates[number], verdicts[number]
+            found = scored[number].plus(score_in(one.runtime, one.entry, one.label, further, reporter))
+            comparison = found.compare()
+            looks = (*before.looks, comparison.tokens_scored)
+            scored[number] = found
+            verdicts[number] = judge(before.runtime, comparison, one.gate, before.weights, looks)
+    reporter.scored()
+    return verdicts
 
 
 def verify_artifacts(
@@ -26,8 +215,8 @@ def verify_artifacts(
     reference: Reference,
     device: str,
     reporter: Reporter,
-) -> list[dict[str, Verification]]:
-    """Score every artifact and judge it.
+) -> tuple[list[dict[str, Verification]], Windows | None]:
+    """Score every artifact of a run and judge it.
 
     Args:
         plan: the run's plan.
@@ -37,27 +226,41 @@ def verify_artifacts(
         reporter: told about every window and verdict.
 
     Returns:
-        For each output folder, the verification of each artifact by label.
+        For each output folder, the verification of each artifact by label; and the windows that were drawn because a
+        verdict was undecided, None if none were.
 
     Raises:
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    found: list[dict[str, Verification]] = []
-    for folder, files in staged:
-        verdicts: dict[str, Verification] = {}
-        for artifact in folder.artifacts:
-            runtime = load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint)
-            entry = files if artifact.entry == "." else files / artifact.entry
-            weights = read_weights(folder.backend, plan.model, artifact.quant, entry, plan.threads)
-            comparison = compare_in(runtime, entry, artifact.label, reference, reporter)
-            gate = gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate)
-            verdicts[artifact.label] = judge(runtime.version(), comparison, gate, weights)
-        found.append(verdicts)
-    reporter.scored()
-    return found
+    candidates = [
+        Candidate(
+            artifact.label,
+            artifact.quant,
+            files if artifact.entry == "." else files / artifact.entry,
+            load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint),
+            gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate),
+            folder.backend,
+        )
+        for folder, files in staged
+        for artifact in folder.artifacts
+    ]
+    more = DrawnTokens(
+        plan.model,
+        plan.recipe.calibration,
+        plan.recipe.evaluation,
+        reference.windows,
+        device,
+        reporter,
+        calibrated=plan.tokens.calibration is not None,
+        threads=plan.threads,
+        compute_dtype=plan.recipe.compute_dtype,
+    )
+    found = iter(judge_candidates(candidates, plan.model, reference, more, reporter, plan.threads))
+    verdicts = [{artifact.label: next(found) for artifact in folder.artifacts} for folder, _ in staged]
+    return verdicts, more.drawn
 
 
-def compare_in(runtime: Runtime, entry: Path, label: str, reference: Reference, reporter: Reporter) -> Comparison:
+def score_in(runtime: Runtime, entry: Path, label: str, reference: Reference, reporter: Reporter) -> Scored:
     """Score one artifact in one runtime.
 
     Args:
@@ -83,4 +286,4 @@ def compare_in(runtime: Runtime, entry: Path, label: str, reference: Reference, 
             f"{label} in {runtime.name}", found="log-probabilities that are not finite",
             expected="numbers", remedy="Choose a type with a wider range, such as bf16.",
         )  # fmt: skip
-    return compare(scores, reference.scores, found)
+    return Scored(scores, reference.scores, found)

@@ -1,93 +1,92 @@
-"""The gate: limits by format and type, and a verdict that can fail the run."""
+"""The gate: figures with their intervals against limits, and a verdict that can fail the run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from exporter.backends.gptq.names import GROUP_SIZES, quant_name
+from exporter.verify.limits import Gate
 from exporter.verify.metrics import Comparison
-from exporter.verify.weights import WeightsResult
 
 if TYPE_CHECKING:
     from exporter.verify.answers.judge import Answers
+    from exporter.verify.weights import WeightsResult
+
+Verdict = Literal["passed", "failed", "undecided"]
+# How a figure keeps its limit: its magnitude is at most that, or it is, or it is at least that.
+Kind = Literal["within", "at_most", "at_least"]
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Limits that an artifact must keep.
+class Check:
+    """One figure against its limit.
+
+    It passes or fails where the whole of its 95 % interval lies on one side of the limit, and is undecided where the
+    interval straddles it, or where there is no interval because there is but one window.
 
     Attributes:
-        max_delta: largest relative change of perplexity, up or down: a model that got better by as much is not the
-            model that was trained either.
-        min_same_top: smallest share of predictions with the reference's likeliest token.
+        name: `perplexity` (its relative change), `kl_divergence` or `top_k_divergence` (its mean, in nats), or
+            `same_top` (a share).
+        value: the figure.
+        interval: its 95 % interval; None for one window.
+        limit: what it is held against.
+        kind: how.
     """
 
-    max_delta: float
-    min_same_top: float
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    limit: float
+    kind: Kind
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is known of it."""
+        if not math.isfinite(self.value):
+            return "failed"
+        if math.isinf(self.limit):
+            return "passed"
+        low, high = self.interval or _RANGES[self.name]
+        limit = self.limit
+        if self.kind == "at_least":
+            low, high, limit = -high, -low, -limit
+        if self.kind == "within":
+            # The least and the largest magnitude in the interval.
+            low, high = (0.0 if low <= 0 <= high else min(abs(low), abs(high))), max(abs(low), abs(high))
+        return "passed" if high <= limit else "failed" if low > limit else "undecided"
+
+    def reason(self) -> str:
+        """What is wrong, in words."""
+        what, form = _WORDS[self.name]
+        limit = f"{'±' if self.kind == 'within' else ''}{_shown(self.limit, form.lstrip('+'))}"
+        text = f"{what} {_shown(self.value, form)}, the limit is {limit}"
+        if self.verdict != "undecided":
+            return text
+        if self.interval is None:
+            return f"{text}: undecided, one window has no interval"
+        ends = " to ".join(_shown(end, form) for end in self.interval)
+        return f"{text}: undecided, its 95 % interval is {ends}"
 
 
-# Defaults; docs/quality.md has the measurements that they rest on.
-DEFAULT_GATES: Mapping[str, Gate] = {
-    "gguf F32": Gate(0.002, 0.98),
-    "gguf F16": Gate(0.003, 0.97),
-    "gguf BF16": Gate(0.005, 0.96),
-    "gguf Q8_0": Gate(0.010, 0.95),
-    "gguf Q6_K": Gate(0.020, 0.93),
-    "gguf Q5_K_M": Gate(0.030, 0.90),
-    "gguf Q5_K_S": Gate(0.030, 0.90),
-    "gguf Q5_1": Gate(0.040, 0.90),
-    "gguf Q5_0": Gate(0.040, 0.86),
-    "gguf Q4_K_M": Gate(0.080, 0.85),
-    "gguf Q4_K_S": Gate(0.080, 0.85),
-    "gguf IQ4_NL": Gate(0.120, 0.84),
-    "gguf IQ4_XS": Gate(0.120, 0.84),
-    "gguf Q4_1": Gate(0.150, 0.80),
-    "gguf Q4_0": Gate(0.400, 0.72),
-    "gguf Q3_K_L": Gate(0.250, 0.75),
-    "gguf Q3_K_M": Gate(0.300, 0.70),
-    "gguf Q3_K_S": Gate(0.500, 0.65),
-    "gguf IQ3_M": Gate(0.300, 0.75),
-    "gguf IQ3_S": Gate(0.300, 0.72),
-    "gguf IQ3_XS": Gate(0.400, 0.70),
-    "gguf IQ3_XXS": Gate(0.500, 0.65),
-    "gguf Q2_K": Gate(1.000, 0.50),
-    "gguf Q2_K_S": Gate(1.000, 0.50),
-    "gguf IQ2_M": Gate(1.000, 0.50),
-    "gguf IQ2_S": Gate(1.000, 0.50),
-    "gguf IQ2_XS": Gate(1.000, 0.50),
-    "gguf IQ2_XXS": Gate(1.000, 0.45),
-    "gguf IQ1_M": Gate(1.000, 0.40),
-    "gguf IQ1_S": Gate(1.000, 0.40),
-    "safetensors fp32": Gate(0.001, 0.99),
-    "safetensors fp16": Gate(0.003, 0.97),
-    "safetensors bf16": Gate(0.010, 0.95),
-} | {
-    # Smaller groups lose less, and are held to the limit of the largest.
-    f"{backend} {quant_name(bits, group)}": gate
-    for backend in ("gptq", "gptqmodel")
-    for bits, gate in ((8, Gate(0.010, 0.95)), (4, Gate(0.150, 0.80)), (3, Gate(0.600, 0.60)), (2, Gate(1.000, 0.50)))
-    for group in GROUP_SIZES
+# What a figure can be, which is all that one window says of the others.
+_RANGES = {
+    "perplexity": (-1.0, math.inf),
+    "kl_divergence": (0.0, math.inf),
+    "top_k_divergence": (0.0, math.inf),
+    "same_top": (0.0, 1.0),
 }
-# For formats of other packages, until they say better with --gate.
-FALLBACK_GATE = Gate(0.10, 0.85)
+# Of each check: what it says, and how its figure is shown.
+_WORDS = {
+    "perplexity": ("perplexity changes by", "+.2%"),
+    "kl_divergence": ("the KL divergence from the trained model is", ".4f"),
+    "top_k_divergence": ("the KL divergence from the trained model (top-k form) is at least", ".4f"),
+    "same_top": ("the same top token in", ".1%"),
+}
 
 
-def gate_for(label: str, quant: str, overrides: Mapping[str, float]) -> Gate:
-    """The gate of an artifact.
-
-    Args:
-        label: format and type, for example `gguf Q4_K_M`.
-        quant: the type alone.
-        overrides: largest delta by type, in any case, or by `*`; it replaces the limit on the top token too.
-    """
-    by_type = {key.lower(): limit for key, limit in overrides.items()}
-    for key in (quant.lower(), "*"):
-        if key in by_type:
-            return Gate(by_type[key], 0.0)
-    return DEFAULT_GATES.get(label, FALLBACK_GATE)
+def _shown(value: float, form: str) -> str:
+    return f"{value:{form}}" + ("" if form.endswith("%") else " nats")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ class Verification:
         runtime: what scored it, with its version.
         comparison: its scores against the reference's.
         gate: the limits.
-        broken: the limits that it breaks; empty if it passed.
+        checks: its figures against them.
+        looks: predictions that had been scored at each look at the figures; more are drawn while they are undecided.
         answers: what it answered, None if it was not asked; faults in it are among what is broken.
         weights: what is in its stored weights; None if they cannot be read back.
     """
@@ -106,21 +106,63 @@ class Verification:
     runtime: str
     comparison: Comparison
     gate: Gate
-    broken: tuple[str, ...]
+    checks: tuple[Check, ...]
+    looks: tuple[int, ...]
     answers: Answers | None = None
     weights: WeightsResult | None = None
 
     @property
+    def faults(self) -> tuple[str, ...]:
+        """What more tokens would not change: weights and answers that are wrong, in words."""
+        weights = self.weights.broken if self.weights else ()
+        return (*weights, *(self.answers.faults if self.answers else ()))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Failed by any fault or figure; else undecided by any figure; else passed."""
+        found = {check.verdict for check in self.checks}
+        if self.faults or "failed" in found:
+            return "failed"
+        return "undecided" if "undecided" in found else "passed"
+
+    @property
     def passed(self) -> bool:
-        """Whether no limit is broken."""
-        return not self.broken
+        """Whether it may be published: what is undecided in the end may not."""
+        return self.verdict == "passed"
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Why it did not pass, in words; empty if it did. What is undecided is no reason where something failed."""
+        weights = self.weights.broken if self.weights else ()
+        figures = [check.reason() for check in self.checks if check.verdict == self.verdict != "passed"]
+        return (*weights, *figures, *(self.answers.faults if self.answers else ()))
 
 
-def judge(runtime: str, comparison: Comparison, gate: Gate, weights: WeightsResult | None = None) -> Verification:
-    """Hold an artifact's scores in a runtime, and its stored weights, against the limits."""
-    broken = list(weights.broken) if weights else []
-    if not math.isfinite(comparison.delta) or abs(comparison.delta) > gate.max_delta:
-        broken.append(f"perplexity changes by {comparison.delta:+.2%}, the limit is ±{gate.max_delta:.2%}")
-    if comparison.same_top < gate.min_same_top:
-        broken.append(f"the same top token in {comparison.same_top:.1%}, the limit is {gate.min_same_top:.1%}")
-    return Verification(runtime, comparison, gate, tuple(broken), weights=weights)
+def judge(
+    runtime: str,
+    comparison: Comparison,
+    gate: Gate,
+    weights: WeightsResult | None = None,
+    looks: tuple[int, ...] | None = None,
+) -> Verification:
+    """Hold an artifact's scores in a runtime, and its stored weights, against the limits.
+
+    Args:
+        runtime: what scored it, with its version.
+        comparison: its scores.
+        gate: the limits.
+        weights: what is in its stored weights.
+        looks: as of `Verification`; None where this is the first.
+    """
+    checks = tuple(_checks(comparison, gate))
+    return Verification(runtime, comparison, gate, checks, looks or (comparison.tokens_scored,), weights=weights)
+
+
+def _checks(found: Comparison, gate: Gate) -> list[Check]:
+    checks = [Check("perplexity", found.delta, found.delta_interval, gate.max_delta, "within")]
+    # The top-k form is a lower bound of the other: above the limit it fails for certain; below, it says what it can.
+    for name, spread in (("kl_divergence", found.divergence), ("top_k_divergence", found.top_k_divergence)):
+        if spread is not None:
+            checks.append(Check(name, spread.mean, spread.interval, gate.max_divergence, "at_most"))
+    checks.append(Check("same_top", found.same_top, found.same_top_interval, gate.min_same_top, "at_least"))
+    return checks

@@ -32,6 +32,19 @@ class Divergences:
     top_k: Floats | None = None
     k: int = 0
 
+    def plus(self, other: Divergences) -> Divergences:
+        """Both, one after the other, as far as they are known of both."""
+        return Divergences(
+            _joined(self.kl, other.kl),
+            _joined(self.jensen_shannon, other.jensen_shannon),
+            _joined(self.top_k, other.top_k),
+            self.k,
+        )
+
+
+def _joined(left: Floats | None, right: Floats | None) -> Floats | None:
+    return None if left is None or right is None else np.concatenate([left, right])
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -58,6 +71,7 @@ class Spread:
         p95: 95 % of the positions are closer.
         p99: 99 % of the positions are closer.
         largest: the farthest position.
+        interval: 95 % interval of the mean; None for one window.
     """
 
     mean: float
@@ -67,6 +81,7 @@ class Spread:
     p95: float
     p99: float
     largest: float
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class Comparison:
         delta_log_interval: 95 % interval of `delta_log`; None for one window.
         same_top: share of predictions whose likeliest token is the same.
         same_top_stderr: standard error of `same_top`; None for one window.
+        same_top_interval: 95 % interval of `same_top`; None likewise.
         probability_change: mean change of the right token's probability, artifact minus reference.
         probability_rms: root of the mean square of that change.
         divergence: KL(reference ‖ artifact) of the whole predictions in nats; None from a runtime that does not give
@@ -118,6 +134,7 @@ class Comparison:
     delta_log_interval: tuple[float, float] | None
     same_top: float
     same_top_stderr: float | None
+    same_top_interval: tuple[float, float] | None
     probability_change: Estimate
     probability_rms: Estimate
     divergence: Spread | None = None
@@ -137,7 +154,12 @@ def spread(values: Floats) -> Spread:
     if not np.isfinite(values).all():
         raise ValueError("a divergence is not finite")
     median, p90, p95, p99 = map(float, np.quantile(values, (0.5, 0.9, 0.95, 0.99)))
-    return Spread(float(values.mean()), clustered_stderr(values), median, p90, p95, p99, float(values.max()))
+    mean, stderr = float(values.mean()), clustered_stderr(values)
+    return Spread(mean, stderr, median, p90, p95, p99, float(values.max()), _ends(mean, stderr, len(values)))
+
+
+def _ends(mean: float, stderr: float | None, windows: int) -> tuple[float, float] | None:
+    return None if stderr is None else interval(mean, stderr, windows)
 
 
 def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergences | None = None) -> Comparison:
@@ -163,7 +185,8 @@ def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergen
     difference, change = ours - theirs, np.exp(-ours) - np.exp(-theirs)
     same_top = (artifact.top_tokens == reference.top_tokens).astype(np.float64)
     delta_log, delta_stderr = float(difference.mean()), clustered_stderr(difference)
-    ends = None if delta_stderr is None else interval(delta_log, delta_stderr, len(difference))
+    ends = _ends(delta_log, delta_stderr, len(difference))
+    same_top_mean, same_top_stderr = float(same_top.mean()), clustered_stderr(same_top)
     known = divergences or Divergences()
     return Comparison(
         tokens_scored=ours.size,
@@ -175,8 +198,9 @@ def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergen
         delta_log=delta_log,
         delta_stderr=delta_stderr,
         delta_log_interval=ends,
-        same_top=float(same_top.mean()),
-        same_top_stderr=clustered_stderr(same_top),
+        same_top=same_top_mean,
+        same_top_stderr=same_top_stderr,
+        same_top_interval=_ends(same_top_mean, same_top_stderr, len(same_top)),
         probability_change=Estimate(float(change.mean()), clustered_stderr(change)),
         probability_rms=_root_mean_square(change),
         divergence=None if known.kl is None else spread(known.kl),

@@ -17,16 +17,17 @@ from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
-from exporter.recipe import Calibration, Evaluation, Execution
+from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
-from exporter.verify.check import compare_in
-from exporter.verify.gate import Verification, gate_for, judge
+from exporter.verify.check import Candidate, DrawnTokens, MoreTokens, NoMoreTokens, judge_candidates
+from exporter.verify.gate import Verification
+from exporter.verify.limits import gate_for
 from exporter.verify.pack import InputRecord, check_belongs, read_description
 from exporter.verify.standalone import walk_reference
-from exporter.verify.weights import read_weights, weights_json
+from exporter.verify.weights import weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +105,12 @@ def verify_published(
     opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
     model = plan_merge(checkpoint, opened, manifest.name)
     windows = make_windows(calibration, evaluation, model.tokenizer)
-    reference = walk_reference(model, windows, device, reporter, threads=Execution().workers)
+    threads = Execution().workers
+    reference = walk_reference(model, windows, device, reporter, threads=threads)
+    text, as_cut = manifest.calibrated_on(calibration, evaluation)
+    more = DrawnTokens(
+        model, text, as_cut, windows, device, reporter, calibrated=manifest.calibration is not None, threads=threads
+    )
     return _judge(
         folder,
         manifest,
@@ -114,6 +120,7 @@ def verify_published(
         device,
         endpoint,
         reporter,
+        more,
         trained=model,
         answers=evaluation.answers,
     )
@@ -122,7 +129,7 @@ def verify_published(
 def verify_with_pack(
     folder: Path,
     pack: Path,
-    gate: Mapping[str, float],
+    gate: Mapping[str, float | Limits],
     runtime: str | None,
     device: str,
     reporter: Reporter,
@@ -155,7 +162,7 @@ def verify_with_pack(
     from exporter.verify.packing import opened_reference
 
     with opened_reference(pack, description, device, Execution().workers) as reference:
-        return _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter)
+        return _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
 
 
 def _open(folder: Path, runtime: str | None, endpoint: str | None) -> tuple[_Manifest, list[str]]:
@@ -174,35 +181,37 @@ def _judge(
     manifest: _Manifest,
     serving: Sequence[str],
     reference: Reference,
-    limits: Mapping[str, float],
+    limits: Mapping[str, float | Limits],
     device: str,
     endpoint: str | None,
     reporter: Reporter,
+    more: MoreTokens,
     *,
     trained: MergedModel | None = None,
     answers: bool = False,
 ) -> PublishedResult:
     """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
-    verdicts, sizes = {}, {}
-    served: list[Served] = []
-    for artifact, name in zip(manifest.artifacts, serving, strict=True):
-        label = f"{artifact.format} {artifact.quant}"
-        scorer = load_runtime(name, device, endpoint)
-        entry = folder if artifact.entry == "." else folder / artifact.entry
-        weights = None
-        # A folder may be of a package that is not here.
-        if trained is not None and artifact.format in backend_names():
-            weights = read_weights(load_backend(artifact.format), trained, artifact.quant, entry, Execution().workers)
-        comparison = compare_in(scorer, entry, label, reference, reporter)
-        gate = gate_for(label, artifact.quant, limits)
-        verdicts[label], sizes[label] = judge(scorer.version(), comparison, gate, weights), artifact.bytes
-        served.append(Served(label, entry, scorer))
-    reporter.scored()
+    here, threads = backend_names(), Execution().workers
+    candidates = [
+        Candidate(
+            f"{artifact.format} {artifact.quant}",
+            artifact.quant,
+            folder if artifact.entry == "." else folder / artifact.entry,
+            load_runtime(name, device, endpoint),
+            gate_for(f"{artifact.format} {artifact.quant}", artifact.quant, limits),
+            # A folder may be of a package that is not here.
+            load_backend(artifact.format) if artifact.format in here else None,
+        )
+        for artifact, name in zip(manifest.artifacts, serving, strict=True)
+    ]
+    verdicts = judge_candidates(candidates, trained, reference, more, reporter, threads)
     if trained is not None and answers:
-        answered = answers_of(trained, served, device, reporter, threads=Execution().workers)
-        for one, found in zip(served, answered, strict=True):
-            verdicts[one.label] = with_answers(verdicts[one.label], found)
-    return PublishedResult(folder, sizes, verdicts)
+        served = [Served(one.label, one.entry, one.runtime) for one in candidates]
+        answered = answers_of(trained, served, device, reporter, threads=threads)
+        verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
+    labels = [one.label for one in candidates]
+    sizes = [artifact.bytes for artifact in manifest.artifacts]
+    return PublishedResult(folder, dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True)))
 
 
 class _Artifact(BaseModel):
@@ -213,6 +222,22 @@ class _Artifact(BaseModel):
     bytes: int
 
 
+class _CalibrationRecord(BaseModel):
+    tokens: int
+    window: int
+    seed: int
+
+
+class _EvaluationRecord(BaseModel):
+    tokens: int
+    n_ctx: int
+
+
+class _Recipe(BaseModel):
+    calibration: _CalibrationRecord
+    evaluation: _EvaluationRecord
+
+
 class _Manifest(BaseModel):
     """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
 
@@ -220,6 +245,16 @@ class _Manifest(BaseModel):
     artifacts: list[_Artifact] = Field(min_length=1)
     files: dict[str, FileRecord]
     inputs: list[InputRecord] = []
+    calibration: dict[str, Any] | None = None
+    recipe: _Recipe | None = None
+
+    def calibrated_on(self, text: Calibration, evaluation: Evaluation) -> tuple[Calibration, Evaluation]:
+        """The text cut as it was then, and as many tokens to be scored as now."""
+        if self.recipe is None:
+            return text, evaluation
+        then, scored = self.recipe.calibration, self.recipe.evaluation.tokens
+        update = {"max_tokens": max(evaluation.max_tokens, evaluation.tokens), "tokens": scored}
+        return text.model_copy(update=then.model_dump()), evaluation.model_copy(update=update)
 
     @model_validator(mode="after")
     def _inside(self) -> _Manifest:

@@ -20,7 +20,8 @@ import pytest
 from exporter import Execution, export
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.runtimes.base import TokenScores
-from exporter.verify.gate import FALLBACK_GATE, judge
+from exporter.verify.gate import judge
+from exporter.verify.limits import FALLBACK_GATE
 from exporter.verify.metrics import Divergences, compare
 from tests.exports import export_to, recipe
 from tests.folders import copy, edit_json, unpack
@@ -63,7 +64,7 @@ def folders(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
     export_to(parent / "hf", base, one, two, quant=("fp32",), **verified)
     export_to(parent / "gguf-unverified", base, format="gguf", quant=("Q8_0",))
     export_to(parent / "hf-unverified", base, one, options={"max_shard_size": "100KB"})
-    strict = verified | {"evaluation": EVALUATION | {"gate": {"Q2_K": 0.0}}}
+    strict = verified | {"evaluation": EVALUATION | {"gate": {"Q2_K": {"kl": 0.0}}}}
     export_to(parent / "gguf-failed", base, one, format="gguf", quant=("Q2_K",), **strict)
     names = ("gguf", "hf", "gguf-unverified", "hf-unverified")
     return {name: parent / name for name in names} | {"gguf-failed": parent / "gguf-failed.rejected"}
@@ -272,11 +273,17 @@ def test_the_recipe_has_every_default_resolved(folders: dict[str, Path]) -> None
         "verify": False,
         "compute_dtype": "float32",
         "calibration": {"text": None, "tokens": 16384, "window": 1024, "seed": 0},
-        "evaluation": {"tokens": 4096, "n_ctx": 512, "gate": {}, "answers": True},
+        "evaluation": {"tokens": 4096, "max_tokens": 16384, "n_ctx": 512, "gate": {}, "answers": True},
     }
     found = read(folders["gguf"])["recipe"]
     assert found["calibration"]["text"] == "test_manifest.py"
-    assert found["evaluation"] == {"tokens": 128, "n_ctx": 64, "gate": {"*": 100.0}, "answers": True}
+    assert found["evaluation"] == {
+        "tokens": 128,
+        "max_tokens": 16384,
+        "n_ctx": 64,
+        "gate": {"*": 100.0},
+        "answers": True,
+    }
 
 
 def test_tensors_are_those_of_the_files(folders: dict[str, Path]) -> None:

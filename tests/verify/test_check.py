@@ -20,7 +20,9 @@ from exporter.reporter import Reporter
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, TopK, TopKScores
 from exporter.runtimes.llamacpp import LlamaCpp
 from exporter.runtimes.transformers import Transformers
-from exporter.verify.check import compare_in
+from exporter.verify.check import Candidate, judge_candidates, score_in
+from exporter.verify.gate import Verification
+from exporter.verify.limits import Gate
 from exporter.verify.metrics import compare
 from exporter.verify.reference import score_reference
 from tests.exports import export_to, recipe
@@ -83,7 +85,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Pat
     base = make_base("qwen2", hidden=256, intermediate=512, head_dim=64)
     result = export_to(
         tmp_path / "out", base, format="gguf", quant=("Q2_K", "F32"), name="model", verify=True,
-        calibration=TEXT, evaluation=EVALUATION | {"gate": {"Q2_K": 0.0}},
+        calibration=TEXT, evaluation=EVALUATION | {"gate": {"Q2_K": {"kl": 0.0}}},
     )  # fmt: skip
     folder = result.folders[0]
     assert not result.passed
@@ -144,7 +146,7 @@ REFERENCE = reference_of(LOGITS)
 
 
 def compare_given(runtime: Given) -> Any:
-    return compare_in(runtime, Path("model"), "gguf Q8_0", REFERENCE, Reporter())
+    return score_in(runtime, Path("model"), "gguf Q8_0", REFERENCE, Reporter()).compare()
 
 
 def test_whole_predictions_have_every_divergence_but_the_top_k_form() -> None:
@@ -177,3 +179,100 @@ def test_a_log_probability_of_the_top_k_that_is_no_number_is_an_error() -> None:
     scores = TopKScores(REFERENCE.scores.log_probabilities, given.ids[:, :, 0], TopK(given.ids, spoilt))
     with pytest.raises(RuntimeScoreError, match="gguf Q8_0 in given"):
         compare_given(Given(scores))
+
+
+# --- more tokens while undecided -----------------------------------------------------------------------------------
+
+
+class Seeded:
+    """A runtime whose right tokens are as much less likely than the reference's as its windows' first token says."""
+
+    name = "seeded"
+
+    def __init__(self) -> None:
+        self.scored: list[int] = []
+
+    def version(self) -> str:
+        return "seeded 1"
+
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TokenScores:
+        self.scored.append(len(windows.ids))
+        shift = np.array([[ids[0] / 100] for ids in windows.ids])
+        reference = reference_of(LOGITS[:1].repeat(len(windows.ids), axis=0), windows).scores
+        return TokenScores(reference.log_probabilities - shift, reference.top_tokens)
+
+
+def windows_starting(*firsts: int) -> Any:
+    """A reference on windows of 18 tokens, the first of which is given."""
+    ids = tuple((first, *(0,) * 18) for first in firsts)
+    return reference_of(LOGITS[:1].repeat(len(firsts), axis=0), Windows(ids, 19, "made", "0" * 64))
+
+
+class Supply:
+    """Further windows, until there are none."""
+
+    def __init__(self, *firsts: int) -> None:
+        self.left, self.asked = list(firsts), list[int]()
+
+    def draw(self, windows: int) -> Any:
+        self.asked.append(windows)
+        taken, self.left = self.left[:windows], self.left[windows:]
+        return windows_starting(*taken) if taken else None
+
+
+def judged(gate: Gate, first: tuple[int, ...], supply: Supply) -> tuple[Verification, Seeded]:
+    runtime = Seeded()
+    candidate = Candidate("made", "made", Path("model"), runtime, gate, None)
+    (found,) = judge_candidates([candidate], None, windows_starting(*first), supply, Reporter(), 1)
+    return found, runtime
+
+
+def test_a_clear_verdict_draws_no_more_tokens() -> None:
+    for gate, verdict in ((Gate(0.5, 0.5), "passed"), (Gate(0.001, 0.5), "failed")):
+        found, runtime = judged(gate, (1, 2, 1, 2), Supply(1, 2, 1, 2))
+        assert (found.verdict, runtime.scored, found.looks) == (verdict, [4], (36,))
+
+
+def test_what_is_undecided_is_scored_on_as_many_windows_again_until_it_is_clear() -> None:
+    # Means of 1 and 2 %, about a limit of 2 %: the interval of two windows is far wider than that of eight.
+    supply = Supply(*[1, 2] * 20)
+    found, runtime = judged(Gate(0.02, 0.5), (1, 2), supply)
+    assert found.verdict == "passed"
+    assert runtime.scored[:2] == [2, 2]
+    assert supply.asked == runtime.scored[1:]
+    assert found.looks == tuple(9 * sum(runtime.scored[:count]) for count in range(1, len(runtime.scored) + 1))
+    assert found.comparison.tokens_scored == found.looks[-1]
+    assert found.comparison.delta == pytest.approx(np.expm1(0.015))
+
+
+def test_what_stays_undecided_does_not_pass() -> None:
+    found, runtime = judged(Gate(0.015, 0.5), (1, 2), Supply(1, 2, 1, 2))
+    assert (found.verdict, found.passed) == ("undecided", False)
+    assert runtime.scored == [2, 2, 2]
+    assert "undecided" in found.broken[0]
+
+
+def test_one_window_is_never_enough() -> None:
+    found, runtime = judged(Gate(0.5, 0.5), (1,), Supply())
+    assert (found.verdict, runtime.scored) == ("undecided", [1])
+    found, runtime = judged(Gate(0.5, 0.5), (1,), Supply(1))
+    assert (found.verdict, runtime.scored) == ("passed", [1, 1])
+
+
+def test_an_export_draws_windows_that_nothing_was_calibrated_on(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_base("qwen2", hidden=256, intermediate=512, head_dim=64)
+    result = export_to(
+        tmp_path / "out", base, format="gguf", quant=("Q2_K", "F32"), name="model", verify=True, calibration=TEXT,
+        # No interval ends at its figure, so this limit stays undecided.
+        evaluation=EVALUATION | {"gate": {"Q2_K": 0.0, "F32": 1.0}, "max_tokens": 512},
+    )  # fmt: skip
+    manifest = result.folders[0].manifest
+    found = {a["quant"]: a["verification"] for a in manifest["artifacts"]}
+    assert found["F32"]["looks"] == [62]
+    assert found["Q2_K"]["looks"] == [62, 124, 248]
+    assert found["Q2_K"]["tokens_scored"] == 248
+    assert manifest["evaluation"]["tokens_scored"] == 62
+    assert manifest["evaluation"]["drawn"]["windows"] == 6
+    assert not result.passed

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 
 from exporter.backends.registry import backend_names, load_backend
-from exporter.verify.gate import DEFAULT_GATES, FALLBACK_GATE, Gate, gate_for, judge
+from exporter.recipe import Limits
+from exporter.verify.gate import Check, Kind, Verdict, judge
+from exporter.verify.limits import DEFAULT_GATES, FALLBACK_GATE, Gate, gate_for
 from exporter.verify.metrics import Comparison, Estimate
 from exporter.verify.weights import WeightsResult
 
@@ -21,12 +24,13 @@ def comparison(delta: float = 0.0, same_top: float = 1.0) -> Comparison:
         perplexity_stderr=0.1,
         reference_perplexity=10.0,
         delta=delta,
-        delta_interval=None,
+        delta_interval=(delta, delta),
         delta_log=math.log1p(delta) if delta > -1 else math.nan,
         delta_stderr=0.001,
         delta_log_interval=None,
         same_top=same_top,
         same_top_stderr=None,
+        same_top_interval=(same_top, same_top),
         probability_change=Estimate(0.0, None),
         probability_rms=Estimate(0.0, None),
     )
@@ -52,6 +56,7 @@ def test_limits(delta: float, same_top: float, broken: list[str]) -> None:
     assert len(verdict.broken) == len(broken)
     assert all(words in text for words, text in zip(broken, verdict.broken, strict=True))
     assert verdict.passed == (not broken)
+    assert verdict.verdict == ("failed" if broken else "passed")
     assert verdict.runtime == "llama.cpp 1"
     assert verdict.gate == GATE
 
@@ -111,3 +116,53 @@ def test_overrides(overrides: dict[str, float], limit: float) -> None:
 def test_a_type_of_an_override_may_be_given_in_small_letters() -> None:
     """As in --quant: a limit that is silently not applied is no limit."""
     assert gate_for("gguf Q4_K_M", "Q4_K_M", {"q4_k_m": 0.02}).max_delta == 0.02
+
+
+def test_named_limits_replace_their_own_alone() -> None:
+    default = DEFAULT_GATES["gguf Q4_K_M"]
+    found = gate_for("gguf Q4_K_M", "Q4_K_M", {"*": Limits(kl=0.5)})
+    assert (found.max_delta, found.max_divergence, found.min_same_top) == (default.max_delta, 0.5, default.min_same_top)
+    found = gate_for("gguf Q4_K_M", "Q4_K_M", {"Q4_K_M": Limits(change=0.25, same_top=0.0)})
+    assert (found.max_delta, found.max_divergence, found.min_same_top) == (0.25, default.max_divergence, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "interval", "limit", "verdict"),
+    [
+        ("within", (-0.01, 0.02), 0.02, "passed"),
+        ("within", (-0.02, 0.01), 0.02, "passed"),
+        ("within", (-0.03, 0.01), 0.02, "undecided"),
+        ("within", (0.01, 0.03), 0.02, "undecided"),
+        ("within", (0.021, 0.03), 0.02, "failed"),
+        ("within", (-0.03, -0.021), 0.02, "failed"),
+        ("within", (-0.01, 0.01), 0.0, "undecided"),
+        ("at_most", (0.0, 0.1), 0.1, "passed"),
+        ("at_most", (0.05, 0.15), 0.1, "undecided"),
+        ("at_most", (0.11, 0.15), 0.1, "failed"),
+        ("at_least", (0.9, 0.95), 0.9, "passed"),
+        ("at_least", (0.85, 0.95), 0.9, "undecided"),
+        ("at_least", (0.8, 0.89), 0.9, "failed"),
+    ],
+)
+def test_an_interval_that_straddles_its_limit_is_undecided(
+    kind: Kind, interval: tuple[float, float], limit: float, verdict: Verdict
+) -> None:
+    name = {"within": "perplexity", "at_most": "kl_divergence", "at_least": "same_top"}[kind]
+    check = Check(name, sum(interval) / 2, interval, limit, kind)
+    assert check.verdict == verdict
+    if verdict == "undecided":
+        assert "undecided, its 95 % interval is" in check.reason()
+
+
+def test_one_window_decides_nothing_but_a_limit_that_nothing_can_break() -> None:
+    assert Check("perplexity", 0.0, None, 0.5, "within").verdict == "undecided"
+    assert "one window" in Check("perplexity", 0.0, None, 0.5, "within").reason()
+    assert Check("kl_divergence", 0.0, None, math.inf, "at_most").verdict == "passed"
+    assert Check("same_top", 0.5, None, 0.0, "at_least").verdict == "passed"
+
+
+def test_what_is_undecided_is_not_passed_and_a_fault_is_a_failure() -> None:
+    undecided = dataclasses.replace(comparison(0.04), delta_interval=(0.02, 0.06))
+    assert judge("x", undecided, GATE).verdict == "undecided"
+    assert not judge("x", undecided, GATE).passed
+    assert judge("x", undecided, GATE, WeightsResult((), ("a is missing",))).verdict == "failed"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from exporter.runtimes.base import TokenScores
-from exporter.verify.gate import FALLBACK_GATE, judge
+from exporter.verify.gate import judge
+from exporter.verify.limits import FALLBACK_GATE
 from exporter.verify.metrics import Divergences, Estimate, compare, spread
 
 Floats = npt.NDArray[np.float64]

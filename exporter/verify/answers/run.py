@@ -140,5 +140,4 @@ def answer_artifacts(
 
 def with_answers(verification: Verification, answers: Answers | None) -> Verification:
     """A verdict with an artifact's answers."""
-    broken = (*verification.broken, *answers.faults) if answers else verification.broken
-    return replace(verification, answers=answers, broken=broken)
+    return replace(verification, answers=answers)
