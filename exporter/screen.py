@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -292,20 +293,38 @@ def _divergence(figures: Comparison) -> str:
     return f"{figures.divergence.mean:.5f}" if figures.divergence else "-"
 
 
+def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
+    """The limit on the first of these figures that there is."""
+    for check in verdict.checks:
+        if check.name in names:
+            if not math.isfinite(check.limit):
+                return "-"
+            return {"within": f"±{check.limit:.1%}", "at_most": f"{check.limit:g}", "at_least": f"{check.limit:.0%}"}[
+                check.kind
+            ]
+    return "-"
+
+
 def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
-    """A row an artifact: its figures against the reference's and their limits, then every limit that is broken."""
+    """A row an artifact: its figures and their limits; then what it answered, and why it did not pass."""
+    scored = [verdict.comparison for verdict in verdicts.values()]
+    trained = ", ".join(
+        f"{perplexity:.4f} over {tokens:,} predictions"
+        for perplexity, tokens in dict.fromkeys((one.reference_perplexity, one.tokens_scored) for one in scored)
+    )
+    console.print(f"the trained model's perplexity is {trained}", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))
     columns = (
         "artifact",
         "size",
         "perplexity",
-        "reference",
         "change",
         "95 % interval",
         "limit",
         "KL",
-        "RMS Δp",
+        "limit",
         "same top",
+        "limit",
         "verdict",
     )
     for column in columns:
@@ -316,13 +335,13 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             label,
             size(sizes[label]),
             f"{figures.perplexity:.4f}",
-            f"{figures.reference_perplexity:.4f}",
             f"{figures.delta:+.3%}",
             _interval(figures),
-            f"±{verdict.gate.max_delta:.1%}",
+            _limit(verdict, ("perplexity",)),
             _divergence(figures),
-            f"{figures.probability_rms.value:.2%}",
+            _limit(verdict, ("kl_divergence", "top_k_divergence")),
             f"{figures.same_top:.1%}",
+            _limit(verdict, ("same_top",)),
             _VERDICTS[verdict.verdict],
         )
     console.print(table)
