@@ -133,6 +133,18 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
     "seed that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--seed", "x"], "--seed"),
     "limit that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0=big"], "--gate"),
     "limit that is NaN": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "nan"], "--gate"),
+    "limit of a figure that has none": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0:loss=1"],
+        "--gate",
+    ),
+    "limit and limits of one type": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0=1", "--gate", "Q8_0:kl=1"],
+        "--gate",
+    ),
+    "share above one": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0:same_top=2"],
+        "same_top",
+    ),
     "limit below zero": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "-1"], "--gate"),
     "option that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--option", "x"], "--option"),
     "name that is a path": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--name", "../x"], "name"),

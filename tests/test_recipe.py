@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from exporter import arguments
 from exporter.errors import MissingFileError, RecipeError, RefusalError
-from exporter.recipe import Calibration, Evaluation, Execution, Output, Recipe
+from exporter.recipe import Calibration, Evaluation, Execution, Limits, Output, Recipe
 
 OUTPUT = {"format": "gguf", "out": "served"}
 MINIMAL: dict[str, Any] = {"base": "org/base", "outputs": [OUTPUT]}
@@ -78,6 +79,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key of the calibration": ({"calibration": {"n_ctx": 64}}, "calibration.n_ctx"),
     "gate is a number": ({"evaluation": {"gate": 0.1}}, "evaluation.gate"),
     "limit is text": ({"evaluation": {"gate": {"Q8_0": "small"}}}, "evaluation.gate.Q8_0"),
+    "limit of a figure that has none": ({"evaluation": {"gate": {"Q8_0": {"loss": 0.1}}}}, "evaluation.gate"),
     "limit is negative": ({"evaluation": {"gate": {"Q8_0": -0.1}}}, "evaluation.gate"),
     "limit that nothing breaks": ({"evaluation": {"gate": {"*": float("nan")}}}, "evaluation.gate"),
     "limit that is infinite": ({"evaluation": {"gate": {"*": float("inf")}}}, "evaluation.gate"),
@@ -203,3 +205,11 @@ def test_anything_else_is_a_recipe_or_refused(tmp_path: Path, changes: dict[str,
 def test_execution_that_cannot_be(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Execution(**values)
+
+
+def test_limits_by_name_and_by_number() -> None:
+    gates = arguments._gates(["0.1", "Q8_0:kl=0.01", "Q8_0:same_top=0.9", "bf16:change=0.02"])
+    assert gates == {"*": 0.1, "Q8_0": {"kl": 0.01, "same_top": 0.9}, "bf16": {"change": 0.02}}
+    found = Evaluation(gate=gates).gate
+    assert found["*"] == 0.1
+    assert found["Q8_0"] == Limits(kl=0.01, same_top=0.9)
