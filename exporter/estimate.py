@@ -32,6 +32,8 @@ _QUANTIZE_RATE = {
 }  # fmt: skip
 # Multiply-adds a second and thread in a forward pass.
 _FORWARD_RATE = 50e9
+# Of asking for answers: all prompts and their continuations, which artifact and trained model each pass once.
+_ANSWER_TOKENS = 2400
 # The same in solving for a matrix, and in taking its Hessian.
 _SOLVE_RATE = 10e9
 _MOMENT_RATE = 100e9
@@ -123,9 +125,18 @@ def layer_bytes(model: MergedModel) -> list[int]:
 
 
 def seconds(
-    model: MergedModel, artifacts: Sequence[OutputPlan], threads: int, tokens: TokenSets, servers: int = 0
+    model: MergedModel,
+    artifacts: Sequence[OutputPlan],
+    threads: int,
+    tokens: TokenSets,
+    *,
+    servers: int = 0,
+    answers: bool = False,
 ) -> float:
-    """Rough duration of a run that starts so many vLLM servers."""
+    """Rough duration of a run that starts so many vLLM servers, and asks for answers or does not.
+
+    As if every verdict were clear on the first evaluation tokens.
+    """
     work = model.parameters / _MERGE_RATE
     for artifact in artifacts:
         for tensor in artifact.tensors:
@@ -133,8 +144,9 @@ def seconds(
     duration = _STARTUP_SECONDS + work / threads
     passed = 0
     if tokens.evaluation:
-        passed += (1 + len(artifacts)) * tokens.evaluation.tokens
-        duration += _STARTUP_SECONDS
+        passed += (1 + len(artifacts)) * (tokens.evaluation.tokens + answers * _ANSWER_TOKENS)
+        # Reading the weights back takes as long as merging them, which is also done again.
+        duration += _STARTUP_SECONDS + 2 * len(artifacts) * model.parameters / (_MERGE_RATE * threads)
     if tokens.calibration:
         solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]
         journeys = any(artifact.needs == "moments" for artifact in artifacts) + 2 * len(solved)

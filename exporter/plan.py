@@ -146,7 +146,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
         walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
         scratch_bytes=scratch_bytes(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
-        seconds=seconds(model, artifacts, threads, tokens, servers),
+        seconds=seconds(model, artifacts, threads, tokens, servers=servers, answers=recipe.evaluation.answers),
         runtimes=runtimes,
         pack=PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation)
         if kept and tokens.evaluation

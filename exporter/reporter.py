@@ -34,8 +34,8 @@ class Reporter:
     def scoring(self, what: str, windows: Windows) -> None:
         """Scoring of the reference or of an artifact begins."""
 
-    def answering(self, what: str) -> None:
-        """Asking an artifact for answers begins, or the reference's walk along them."""
+    def doing(self, what: str) -> None:
+        """Something begins that is not counted: reading weights back, or asking for answers."""
 
     def window(self, count: int) -> None:
         """That many more windows are scored."""

@@ -210,7 +210,7 @@ class Screen(Reporter):
         self._layers = 0
         self._begin(f"scoring {what}", len(windows.ids), MofNCompleteColumn(), TextColumn("windows"))
 
-    def answering(self, what: str) -> None:
+    def doing(self, what: str) -> None:
         """See `Reporter`."""
         if self._what:
             self._end(self._outcome())

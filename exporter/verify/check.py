@@ -189,6 +189,7 @@ def judge_candidates(
     for one in candidates:
         weights = None
         if model is not None and one.backend is not None:
+            reporter.doing(f"weights of {one.label}")
             weights = read_weights(one.backend, model, one.quant, one.entry, threads)
         scored.append(score_in(one.runtime, one.entry, one.label, reference, reporter))
         verdicts.append(judge(one.runtime.version(), scored[-1].compare(), one.gate, weights))

@@ -61,7 +61,7 @@ def answers_of(
         if not isinstance(one.runtime, Answering):
             asked.append(None)
             continue
-        reporter.answering(f"answers of {one.label} in {one.runtime.name}")
+        reporter.doing(f"answers of {one.label} in {one.runtime.name}")
         with one.runtime.session(one.entry, question.n_ctx) as session:
             asked.append(ask(session, question, tokenizers))
     prompts = {prompt.name: prompt.ids for prompt in question.prompts}
@@ -79,7 +79,7 @@ def answers_of(
 
     from exporter.verify.answers.follow import follow
 
-    reporter.answering("reference along the answers")
+    reporter.doing("reference along the answers")
     followed = follow(
         model,
         list(wanted.values()),
