@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,12 @@ import psutil
 import torch
 
 from exporter.calibration import Windows
-from exporter.checkpoint import TensorReader
-from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger
 from exporter.model import MergedModel
 from exporter.runtimes.base import OnWindow, TokenScores, score_logits
-from exporter.tour.passengers import Passengers, Settings, Walked
+from exporter.tour.alone import lone_walk
+from exporter.tour.passengers import Settings, Walked
 from exporter.tour.sizes import HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS
 from exporter.tour.states import Group
-from exporter.tour.stream import Progress, Stream
 from exporter.tour.walk import Walk
 
 
@@ -184,28 +181,15 @@ def score_reference(
         RuntimeScoreError: transformers or peft cannot make the model.
         NonFiniteTensorError: a tensor holds NaN or infinity.
     """
-    with ExitStack() as stack:
-        reader = stack.enter_context(TensorReader())
-        stream = Stream(
-            model,
-            (),
-            make_merger(device, reader),
-            threads=threads,
-            block_bytes=DEFAULT_BLOCK_BYTES,
-            progress=Progress(reached=on_file),
-        )
-        stack.callback(stream.close)
-        settings = Settings(
-            device,
-            dtype=getattr(torch, compute_dtype),
-            threads=threads,
-            keep_bytes=min(KEEP_BYTES, psutil.virtual_memory().available // 4),
-            scratch=scratch,
-            key=key,
-            ahead=device != "cpu",
-            on_layer=on_layer,
-        )
-        walk = Walk(
-            model, stream, Passengers(), evaluation=evaluation_group(windows), calibration=None, settings=settings
-        )
+    settings = Settings(
+        device,
+        dtype=getattr(torch, compute_dtype),
+        threads=threads,
+        keep_bytes=min(KEEP_BYTES, psutil.virtual_memory().available // 4),
+        scratch=scratch,
+        key=key,
+        ahead=device != "cpu",
+        on_layer=on_layer,
+    )
+    with lone_walk(model, [evaluation_group(windows)], settings, on_file=on_file) as walk:
         return finish_reference(walk, walk.run(), windows, device, on_window)

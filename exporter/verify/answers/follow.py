@@ -7,20 +7,16 @@ are sent through at once: at every position it shows what the reference would ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.checkpoint import TensorReader
-from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger
 from exporter.model import MergedModel
-from exporter.tour.passengers import Passengers, Settings
+from exporter.tour.alone import lone_walk
+from exporter.tour.passengers import Settings
 from exporter.tour.states import Group
-from exporter.tour.stream import Progress, Stream
-from exporter.tour.walk import Walk
 from exporter.verify.reference import HeldHead
 
 Tokens = tuple[int, ...]
@@ -75,21 +71,8 @@ def follow(
     for prompt, continuation in wanted:
         by_prompt.setdefault(prompt, {})[continuation] = None
     groups = [_group(number, prompt, list(those)) for number, (prompt, those) in enumerate(by_prompt.items())]
-    with ExitStack() as stack:
-        reader = stack.enter_context(TensorReader())
-        stream = Stream(
-            model,
-            (),
-            make_merger(device, reader),
-            threads=threads,
-            block_bytes=DEFAULT_BLOCK_BYTES,
-            progress=Progress(),
-        )
-        stack.callback(stream.close)
-        settings = Settings(device, dtype=dtype, threads=threads, on_layer=on_layer)
-        walk = Walk(
-            model, stream, Passengers(), evaluation=groups[0], more=groups[1:], calibration=None, settings=settings
-        )
+    settings = Settings(device, dtype=dtype, threads=threads, on_layer=on_layer)
+    with lone_walk(model, groups, settings) as walk:
         walked = walk.run()
         if walked.norm is None or walked.head is None:
             raise ValueError("the walk had no windows")
