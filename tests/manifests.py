@@ -17,6 +17,7 @@ _SCORES: dict[str, dict[str, Any]] = {
         "kl_divergence": {"mean": 7.53e-05, "stderr": 1.5e-06, **_SPREAD},
     },
 }  # fmt: skip
+_TYPES = {"gguf": "Q4_K", "safetensors": "BF16"}
 _BYTES = {"Q4_K_M": 2_898_816, "Q8_0": 4_607_264}
 
 
@@ -75,7 +76,7 @@ def _artifact(name: str, format_: str, quant: str) -> dict[str, Any]:
         "runtimes": ["llamacpp"] if gguf else ["vllm", "transformers"],
         "bytes": _BYTES[quant],
         "files": [file],
-        "types": {},
+        "types": {_TYPES.get(format_, "I32"): {"tensors": 46, "bytes": _BYTES[quant], "share": 1.0}},
         "notes": [],
         "tensors": [],
         "quantization": None,

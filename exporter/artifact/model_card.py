@@ -36,8 +36,8 @@ _FOLDERS = frozenset(
     ("base", "checkpoint", "checkpoints", "data", "experiments", "exports", "home", "llms", "mnt", "model", "models",
      "opt", "out", "output", "outputs", "results", "runs", "saved", "saves", "tmp", "work", "workspace")
 )  # fmt: skip
-# Formats that store floats; all others quantize.
-_FLOAT_FORMATS = ("safetensors",)
+# Types that round and do not quantize, in the words of the formats.
+_FLOAT_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,16 @@ def model_card(manifest: Mapping[str, Any], base: BaseCard) -> bytes:
 
 def _metadata(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
     format_, adapters = manifest["recipe"]["format"], manifest["inputs"][1:]
-    relation = None
-    if base.hub_id:
-        relation = "quantized" if format_ not in _FLOAT_FORMATS else "finetune" if adapters else None
     served = {name for artifact in manifest["artifacts"] for name in artifact["runtimes"]}
+    types = {kind for artifact in manifest["artifacts"] for kind in artifact["types"]}
+    # The Hub lists every GGUF folder with the quantized ones, whatever its types.
+    quantized = "llamacpp" in served or not types <= _FLOAT_TYPES
+    relation = "quantized" if quantized else "finetune" if adapters else None
     library = "transformers" if "transformers" in served else "llama-cpp-python" if "llamacpp" in served else None
     tags = [format_, *(["lora"] if adapters else []), *(["llama.cpp"] if "llamacpp" in served else [])]
     values = {
         "base_model": base.hub_id,
-        "base_model_relation": relation,
+        "base_model_relation": relation if base.hub_id else None,
         **_license(manifest, base),
         "language": _words(base.metadata.get("language")),
         "library_name": library,
@@ -181,7 +182,7 @@ def _reservations(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _made(manifest: Mapping[str, Any]) -> str:
-    merge, recipe, lines = manifest["merge"], manifest["recipe"], []
+    merge, lines = manifest["merge"], []
     if manifest["inputs"][1:]:
         lines.append(
             f"Base and adapter were merged in float32, which changes {merge['tensors_updated']} of {merge['tensors']} "
@@ -193,7 +194,7 @@ def _made(manifest: Mapping[str, Any]) -> str:
             lines.append(f"Adapter {_code(each['name'])}: {kind['method']}, rank {ranks} on {kind['targets']} tensors.")
     if (calibration := manifest["calibration"]) is not None:
         lines.append(f"Calibrated on {calibration['tokens']} tokens of {_code(calibration['source'])}.")
-    package = "llama-cpp-python" if recipe["format"] == "gguf" else "torch"
+    package = "llama-cpp-python" if "llamacpp" in manifest["artifacts"][0]["runtimes"] else "torch"
     lines.append(
         f"exporter {manifest['exporter']}, {package} {manifest['versions'].get(package, 'unknown')}. The recipe:"
     )

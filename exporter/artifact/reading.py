@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+MANIFEST_NAME = "export.json"
+
 
 def verdict_of(artifact: Mapping[str, Any]) -> str:
     """`passed`, `failed`, `undecided` or `skipped`."""
