@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from exporter.tokenizer import TokenizerFiles
@@ -39,6 +40,8 @@ def chat_renderer(tokenizer: TokenizerFiles) -> Callable[..., str | None]:
     return render
 
 
+# Compiling takes longer than everything that is rendered in a plan.
+@lru_cache(maxsize=8)
 def _compile(source: str | None) -> Template | None:
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols

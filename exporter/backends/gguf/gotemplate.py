@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 _ACTION = re.compile(
@@ -56,11 +57,16 @@ def render(source: str, values: Mapping[str, Any]) -> str:
     Raises:
         ValueError: it is not written in the part of the language that is known here.
     """
+    return "".join(_execute(_compiled(source), values, [{"$": values}]))
+
+
+@cache
+def _compiled(source: str) -> tuple[_Node, ...]:
     pieces = list(_pieces(source))
     nodes, rest = _parse(pieces, 0)
     if rest != len(pieces):
         raise ValueError("an end without a beginning")
-    return "".join(_execute(nodes, values, [{"$": values}]))
+    return nodes
 
 
 def _pieces(source: str) -> Iterator[tuple[str, str]]:
@@ -132,14 +138,7 @@ def _range(node: _Branch, dot: Any, scopes: list[dict[str, Any]]) -> Iterator[st
 
 def _pipeline(text: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
     """The value of a pipeline; of a declaration or an assignment nothing."""
-    tokens, at = [], 0
-    text = text.strip()
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise ValueError(f"{text!r} is not known here")
-        tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
-        at = match.end()
+    tokens = _tokens(text.strip())
     if len(tokens) > 1 and tokens[1][1] in (":=", "="):
         name = tokens[0][1]
         scope = scopes[-1] if tokens[1][1] == ":=" else next((s for s in reversed(scopes) if name in s), None)
@@ -148,6 +147,18 @@ def _pipeline(text: str, dot: Any, scopes: list[dict[str, Any]]) -> Any:
         scope[name] = _command(tokens[2:], dot, scopes)
         return ""
     return _command(tokens, dot, scopes)
+
+
+@cache
+def _tokens(text: str) -> tuple[tuple[str, str], ...]:
+    tokens, at = [], 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"{text!r} is not known here")
+        tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
+        at = match.end()
+    return tuple(tokens)
 
 
 def _command(tokens: Sequence[tuple[str, str]], dot: Any, scopes: list[dict[str, Any]]) -> Any:
