@@ -261,7 +261,7 @@ def _serve(manifest: Mapping[str, Any]) -> str:
     """The commands of the first artifact; the others differ in the file's name."""
     found: Sequence[tuple[str, str]] = serving_commands(manifest, manifest["artifacts"][0])
     blocks = [f"```{'python' if 'import ' in command else 'sh'}\n{command}\n```" for _, command in found]
-    return "\n\n".join(blocks) or "See the documentation of the format."
+    return "\n\n".join(["In this folder:", *blocks]) if blocks else "See the documentation of the format."
 
 
 def _code(text: str) -> str:

@@ -66,7 +66,8 @@ def _template(template: OllamaTemplate | None, *, written: bool) -> tuple[list[s
             "# No TEMPLATE: none that is known in Ollama's language renders like the model's own, which is in the GGUF",
             "# file. Ollama takes that one where it can, else one that looks like it, else none.",
         ], (note,)
-    lines = ["# It renders like the model's own template, but for the spelling of JSON in tools and their arguments."]
+    but = ", but for the spelling of JSON in tools and their arguments" if template.tools else ""
+    lines = [f"# It renders like the model's own template{but}."]
     notes: tuple[str, ...] = ()
     if template.missing:
         missing = " and ".join(template.missing)
