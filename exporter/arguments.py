@@ -245,6 +245,18 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
         )  # fmt: skip
 
 
+def check_plot_file(file: Path | None) -> None:
+    """A plot is drawn as a file of a kind that is known.
+
+    Raises:
+        RecipeError: it is of another.
+    """
+    if file is not None and file.suffix not in (".svg", ".html"):
+        raise RecipeError(
+            "--out", found=repr(file.name), expected="a file that ends in .svg or .html", remedy="Correct its name."
+        )
+
+
 def _given(**values: Any) -> dict[str, Any]:
     """The values that were given; the recipe knows the defaults of the others."""
     return {key: value for key, value in values.items() if value is not None}

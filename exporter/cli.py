@@ -47,6 +47,7 @@ from exporter.arguments import (
     Threads,
     Window,
     arguments_of,
+    check_plot_file,
     check_verify_options,
     evaluation_from,
     execution_from,
@@ -273,6 +274,36 @@ def reference_command(
         return 0
 
     _guarded(console, run, screen.stop)
+
+
+@app.command("compare")
+def compare_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders, published or rejected.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write size against quality as a plot too: a file that ends in .svg or .html.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show artifacts side by side, from the manifests of their folders."""
+
+    def run() -> int:
+        check_plot_file(out)
+        from exporter.compare import compare_folders
+        from exporter.screen import stdout_console
+
+        comparison = compare_folders(folders)
+        if as_json:
+            print(json.dumps(comparison.as_json(), indent=2, ensure_ascii=False))
+        else:
+            comparison.show(stdout_console())
+        if out is not None:
+            from exporter.plot import plot_html, plot_svg
+
+            draw = plot_svg if out.suffix == ".svg" else plot_html
+            out.write_text(draw(comparison), encoding="utf-8")
+        return 0
+
+    _guarded(Console(stderr=True), run)
 
 
 @app.command("formats")

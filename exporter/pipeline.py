@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.manifest import MANIFEST_NAME, build_manifest, dump, input_files
+from exporter.artifact.model_card import CARD_NAME, BaseCard, model_card
 from exporter.artifact.staging import Staging, copy_durably, write_durably
 from exporter.errors import RefusalError
 from exporter.hashing import InputHasher, hash_all
@@ -102,10 +103,11 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             verdicts, drawn = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
             if plan.recipe.evaluation.answers:
                 verdicts = answer_artifacts(plan, staged, verdicts, toured.device, reporter)
-        results = []
+        results, base_card = [], BaseCard.of(plan)
         for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True)):
             kind, written = toured.device.partition(":")[0], toured.written[number]
             manifest = build_manifest(plan, folder, inputs, outputs[number], written, verdicts[number], kind, drawn)
+            write_durably(staging.files / CARD_NAME, model_card(manifest, base_card))
             write_durably(staging.files / MANIFEST_NAME, dump(manifest))
             published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.adapter import Adapter
-from exporter.backends.base import Backend, OutputPlan
+from exporter.backends.base import Backend, OutputPlan, SharingBackend
 from exporter.backends.registry import load_backend
 from exporter.calibration import TokenSets, make_token_sets
 from exporter.checkpoint import Checkpoint
@@ -199,7 +199,8 @@ def _pack_folder(recipe: Recipe) -> Path | None:
 def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> FolderPlan:
     backend = load_backend(output.format)
     quants = output.quant or (backend.default_quant(model),)
-    planned = [backend.plan(model, quant, output.options, verified=verified) for quant in quants]
+    planned = tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants)
+    planned = backend.share(planned) if isinstance(backend, SharingBackend) else planned
     ends = stop_tokens(model).notes
     artifacts = tuple(replace(artifact, notes=(*artifact.notes, *ends)) if ends else artifact for artifact in planned)
     entries = Counter(file.name for artifact in artifacts for file in artifact.files)

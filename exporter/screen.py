@@ -143,7 +143,9 @@ def _files_table(plan: ExportPlan) -> Table:
             rest = [len(content) for content in artifact.documents.values()]
             rest += [path.stat().st_size for path in artifact.copies.values()]
             if rest:
-                table.add_row(f"[dim]{len(rest)} more: configuration, tokenizer[/]", size(sum(rest)), "", "")
+                table.add_row(
+                    f"[dim]{len(rest)} small file{'s' * (len(rest) > 1)} beside it[/]", size(sum(rest)), "", ""
+                )
     return table
 
 

@@ -8,11 +8,11 @@ answer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from exporter.chat import chat_renderer
 from exporter.checkpoint import read_json
 from exporter.errors import TokenizerError
 from exporter.model import MergedModel
@@ -21,8 +21,6 @@ from exporter.tokenizer import TokenizerFiles, token_content
 GENERATION_CONFIG = "generation_config.json"
 # Stands for an answer when the template is asked what follows one.
 _ANSWER = "An answer, complete."
-# Marks the assistant's words for training and renders as nothing; only transformers and llama-cpp-python know the tag.
-_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -126,25 +124,9 @@ def _ids(config: Mapping[str, Any], file: str, size: Any) -> tuple[int, ...]:
 
 def _end_of_turn(tokenizer: TokenizerFiles) -> int | None:
     """The special token right after an assistant's words, as the chat template renders them; None if there is none."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    source = tokenizer.chat_template
-    if source is None:
-        return None
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    # As transformers sets it up, which itself would take seconds to import while a plan is made.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda _format: ""}
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        template = environment.from_string(_GENERATION_TAG.sub("", source))
-        text = template.render(messages=messages, add_generation_prompt=False, **tokenizer.special_tokens)
-    except (TemplateError, TypeError, KeyError, ValueError):
+    text = chat_renderer(tokenizer)(messages=messages, add_generation_prompt=False)
+    if text is None:
         return None
     after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
     found = [content for content in tokenizer.added_tokens if content and after.startswith(content)]

@@ -89,7 +89,7 @@ def test_version() -> None:
 
 def test_help_names_every_command() -> None:
     text = invoke("--help").stdout
-    for command in ("export", "plan", "verify", "reference", "formats"):
+    for command in ("export", "plan", "verify", "reference", "compare", "formats"):
         assert command in text
         assert invoke(command, "--help").exit_code == 0
     nothing = invoke()

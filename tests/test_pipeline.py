@@ -61,12 +61,13 @@ def test_output_appears_whole_and_nothing_else_is_left(base: Path, adapter: Path
             "tokenizer.json",
             "tokenizer_config.json",
             "chat_template.jinja",
+            "README.md",
             "export.json",
         )
     }
     manifest = json.loads((result.folders[0].path / "export.json").read_text())
     found = hashes(result.folders[0].path)
-    found.pop("export.json")
+    del found["export.json"], found["README.md"]
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == found
 
 
@@ -83,9 +84,10 @@ def test_runs_repeat_byte_for_byte(base: Path, adapter: Path, tmp_path: Path) ->
         runs.append(hashes(tmp_path / name))
     assert runs[0] == runs[1]
     assert {"st/export.json", "gguf/export.json"} <= runs[0].keys()
-    text = (tmp_path / "first" / "st" / "export.json").read_text()
+    texts = [(tmp_path / "first" / "st" / name).read_text() for name in ("export.json", "README.md")]
+    texts.append((tmp_path / "first" / "gguf" / "Modelfile").read_text())
     for trace in (str(tmp_path), str(base.parent), socket.gethostname(), "first"):
-        assert trace not in text
+        assert not any(trace in text for text in texts)
 
 
 def test_inputs_are_left_as_they_were(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_failed_gate(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert verification["gate"]["max_delta"] == 0
     assert verification["broken"]
     found = hashes(rejected)
-    assert found.keys() == manifest["files"].keys() | {"export.json"}
+    assert found.keys() == manifest["files"].keys() | {"export.json", "README.md"}
     assert all(found[name] == entry["sha256"] for name, entry in manifest["files"].items())
     assert str(rejected) in result.stderr.replace("\n", "")
     # The way is free for the next attempt.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.inputs import describe_inputs, model_files
+from exporter.artifact.reading import MANIFEST_NAME as MANIFEST_NAME
 from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan, type_shares
@@ -22,7 +23,6 @@ from exporter.version import __version__
 if TYPE_CHECKING:
     from exporter.tour.drive import Written
 
-MANIFEST_NAME = "export.json"
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "safetensors", "tokenizers", "numpy")
 

@@ -373,3 +373,15 @@ class ReadingBackend(Protocol):
             quant: its type, resolved.
             entry: what a runtime loads: a file, or the folder.
         """
+
+
+@runtime_checkable
+class SharingBackend(Protocol):
+    """A backend whose artifacts can lie in one folder, several types of the same model."""
+
+    def share(self, artifacts: tuple[OutputPlan, ...]) -> tuple[OutputPlan, ...]:
+        """Name apart what each of them has its own of.
+
+        Args:
+            artifacts: plans of one folder, one a type.
+        """

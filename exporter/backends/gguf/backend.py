@@ -20,6 +20,7 @@ from exporter.backends.gguf.imatrix_plan import (
     imatrix_source,
     plan_imatrix,
 )
+from exporter.backends.gguf.modelfile import MODELFILE, modelfile
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, FileType, ModelShape, row_bytes, tensor_type
 from exporter.errors import (
     BackendError,
@@ -72,6 +73,21 @@ class GgufBackend:
         wanted = options.get("imatrix", _default_imatrix(quant, verified=verified))
         return plan_file(model, quant, imatrix_source(wanted))
 
+    def share(self, artifacts: tuple[OutputPlan, ...]) -> tuple[OutputPlan, ...]:
+        """See `SharingBackend`: each of several files has a Modelfile of its own."""
+        if len(artifacts) == 1:
+            return artifacts
+        return tuple(
+            replace(
+                artifact,
+                documents={
+                    f"{name}.{artifact.quant}" if name == MODELFILE else name: content
+                    for name, content in artifact.documents.items()
+                },
+            )
+            for artifact in artifacts
+        )
+
     def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
         """See `Backend`."""
         imatrix = plan.imatrix if isinstance(plan, GgufPlan) else None
@@ -122,15 +138,20 @@ def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix 
     end = pad(tensors[-1].offset + tensors[-1].nbytes) if tensors else 0
     placed = tuple(_shifted(tensor, len(header)) for tensor in tensors)
     measured = imatrix is not None and imatrix.entries is None
+    ollama = modelfile(model)
     return GgufPlan(
         format=GgufBackend.name,
         quant=file_type.name,
         entry=file,
         files=(FilePlan(file, len(header) + end, header),),
         tensors=placed,
-        documents=_documents(imatrix),
+        documents={MODELFILE: ollama.content(file)} | _documents(imatrix),
         runtimes=("llamacpp",),
-        notes=(*_notes(placed, file_type, model), *imatrix_notes(source, imatrix, placed, file_type)),
+        notes=(
+            *_notes(placed, file_type, model),
+            *imatrix_notes(source, imatrix, placed, file_type),
+            *ollama.notes,
+        ),
         imatrix=imatrix,
         needs="moments" if measured else "nothing",
         calibrated=frozenset(tensor.source for tensor in placed if tensor.name in imatrix.shapes)

@@ -141,7 +141,8 @@ def test_no_path_of_the_machine_is_written(model: MergedModel, file: Path, tmp_p
     assert str(tmp_path).encode() in file.read_bytes()
     plan = _plan(model, "Q4_K_M", str(file))
     measured = plan_file(model, "Q4_K_M", MeasuredImatrix(r"C:\texts\wiki.txt", 4, 512))
-    for data in (plan.files[0].header, *plan.documents.values(), measured.files[0].header):
+    documents = (plan.documents["model.imatrix.gguf"], measured.files[0].header)
+    for data in (plan.files[0].header, *documents):
         assert str(tmp_path).encode() not in data
         assert b"texts" not in data
         assert b"wiki.txt" in data
@@ -151,14 +152,14 @@ def test_the_matrix_is_saved_beside_the_file(
     model: MergedModel, file: Path, entries: dict[str, Importance], tmp_path: Path
 ) -> None:
     plan = _plan(model, "Q4_K_M", str(file))
-    assert list(plan.documents) == ["model.imatrix.gguf"]
+    assert list(plan.documents) == ["Modelfile", "model.imatrix.gguf"]
     (tmp_path / "saved.gguf").write_bytes(plan.documents["model.imatrix.gguf"])
     saved = read_imatrix(tmp_path / "saved.gguf")
     assert (saved.datasets, saved.chunks, saved.chunk_size) == (("wiki.txt",), 4, 512)
     assert saved.entries.keys() == entries.keys()
     assert all(np.array_equal(saved.entries[name].in_sum2, entries[name].in_sum2) for name in entries)
     # One that is yet to be measured is saved when it is.
-    assert _plan(model, "Q4_K_M", "auto").documents == {}
+    assert _plan(model, "Q4_K_M", "auto").documents.keys() == {"Modelfile"}
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0"])
@@ -168,7 +169,7 @@ def test_a_type_that_does_not_depend_on_a_matrix_takes_none(model: MergedModel, 
         assert plan.files == _plan(model, quant, "none").files
         assert plan.files[0].header == _plan(model, quant, "none").files[0].header
         assert plan.imatrix is None
-        assert plan.documents == {}
+        assert plan.documents.keys() == {"Modelfile"}
         assert plan.notes == (f"{quant} does not depend on an importance matrix: none is used",)
 
 

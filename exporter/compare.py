@@ -1,0 +1,192 @@
+"""Artifact folders side by side, from their manifests, and what of them must not be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.artifact.reading import (
+    MANIFEST_NAME,
+    change_text,
+    divergence_text,
+    loaded_bytes,
+    share_text,
+    survival_text,
+    verdict_of,
+)
+from exporter.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Where a manifest would have a measured speed, in tokens a second.
+_SPEED = "tokens_per_second"
+# Two references of one model differ by less, relatively, in perplexity.
+_SAME_MODEL = 1e-3
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One artifact of one folder.
+
+    Attributes:
+        folder: the folder's name.
+        model: the model's name.
+        format: its backend.
+        quant: its quantization type.
+        bytes: what a runtime loads.
+        scores: its `verification` as the manifest has it.
+        survival: share of the adapter's change that is stored, in words.
+        verdict: `passed`, `failed`, `undecided` or `skipped`.
+        tokens: hash of the evaluation tokens; None if nothing was scored.
+        speed: tokens a second; None where the manifest does not say.
+    """
+
+    folder: str
+    model: str
+    format: str
+    quant: str
+    bytes: int
+    scores: Mapping[str, Any]
+    survival: str
+    verdict: str
+    tokens: str | None
+    speed: float | None
+
+    @property
+    def label(self) -> str:
+        """Short name, unique where folders have names of their own."""
+        return f"{self.folder} {self.quant}"
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean KL divergence over the whole vocabulary, in nats."""
+        spread = self.scores.get("kl_divergence")
+        return None if spread is None else float(spread["mean"])
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of perplexity, whichever way."""
+        delta = self.scores.get("delta")
+        return None if delta is None else abs(float(delta))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared.
+
+    Attributes:
+        artifacts: by size, the smallest first.
+        warnings: which figures must not be compared, in words.
+    """
+
+    artifacts: tuple[Compared, ...]
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The artifacts and the warnings."""
+        return {"artifacts": [asdict(artifact) for artifact in self.artifacts], "warnings": list(self.warnings)}
+
+    def show(self, console: Console) -> None:
+        """A row an artifact; then the warnings."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        from exporter.screen import size
+
+        speeds = any(artifact.speed is not None for artifact in self.artifacts)
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))
+        columns = ("folder", "artifact", "size", "change (95 % interval)", "KL", "same top", "delta kept", "verdict")
+        for column in (*columns, *(["tokens/s"] if speeds else [])):
+            left = column in ("folder", "artifact", "verdict")
+            table.add_column(column, justify="left" if left else "right", no_wrap=column != "folder")
+        for artifact in self.artifacts:
+            color = {"passed": "green", "failed": "red"}.get(artifact.verdict, "yellow")
+            table.add_row(
+                escape(artifact.folder),
+                escape(f"{artifact.format} {artifact.quant}"),
+                size(artifact.bytes),
+                change_text(artifact.scores),
+                divergence_text(artifact.scores),
+                share_text(artifact.scores.get("same_top")),
+                artifact.survival,
+                f"[{color}]{escape(artifact.verdict)}[/]",
+                *([f"{artifact.speed:.1f}" if artifact.speed is not None else "-"] if speeds else []),
+            )
+        console.print(table)
+        for warning in self.warnings:
+            console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def compare_folders(folders: Sequence[Path]) -> Comparison:
+    """Read the manifests, published or rejected.
+
+    Raises:
+        ArtifactError: a folder has no manifest, or one that cannot be read as one.
+    """
+    found = [artifact for folder in folders for artifact in _read(folder)]
+    found.sort(key=lambda artifact: (artifact.bytes, artifact.label))
+    return Comparison(tuple(found), tuple(_warnings(found)))
+
+
+def _read(folder: Path) -> list[Compared]:
+    file = folder / MANIFEST_NAME
+    if not file.is_file():
+        raise ArtifactError(
+            str(file), found="no such file", expected="the manifest of an artifact folder",
+            remedy="Name folders that `exporter export` wrote, published or rejected.",
+        )  # fmt: skip
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        return [_compared(folder.resolve().name, manifest, artifact) for artifact in manifest["artifacts"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            str(file),
+            found=f"{type(error).__name__}: {error}"[:120],
+            expected="a manifest as `exporter export` writes it",
+            remedy="Copy or export the folder again.",
+        ) from None
+
+
+def _compared(folder: str, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> Compared:
+    speed = artifact.get(_SPEED, artifact["verification"].get(_SPEED))
+    return Compared(
+        folder=folder,
+        model=str(manifest["name"]),
+        format=str(artifact["format"]),
+        quant=str(artifact["quant"]),
+        bytes=loaded_bytes(manifest, artifact),
+        scores=dict(artifact["verification"]),
+        survival=survival_text(artifact),
+        verdict=verdict_of(artifact),
+        tokens=(manifest.get("evaluation") or {}).get("sha256"),
+        speed=None if speed is None else float(speed),
+    )
+
+
+def _warnings(artifacts: Sequence[Compared]) -> list[str]:
+    """What makes figures of one artifact no measure of another."""
+    warnings = []
+    by_tokens: dict[str, list[str]] = {}
+    for artifact in artifacts:
+        if artifact.tokens is not None:
+            by_tokens.setdefault(artifact.tokens, []).append(artifact.label)
+    if len(by_tokens) > 1:
+        groups = "; ".join(f"{', '.join(labels)} on {tokens[:8]}…" for tokens, labels in by_tokens.items())
+        warnings.append(f"scored on different tokens, so that no figure of one compares with another's: {groups}")
+    references = sorted(float(each.scores["reference_perplexity"]) for each in artifacts if "perplexity" in each.scores)
+    # Devices and versions differ in the last digits.
+    if len(by_tokens) == 1 and references and references[-1] > references[0] * (1 + _SAME_MODEL):
+        ends = f"{references[0]:.4f} and {references[-1]:.4f}"
+        warnings.append(f"held against different models, whose perplexities on these tokens are {ends}")
+    coarse = [artifact.label for artifact in artifacts if artifact.scores.get("top_k_divergence")]
+    if coarse:
+        warnings.append(
+            f"the KL of {', '.join(coarse)} is in the top-k form, a lower bound: never compare it with the full form"
+        )
+    if skipped := [artifact.label for artifact in artifacts if artifact.verdict == "skipped"]:
+        warnings.append(f"not verified: {', '.join(skipped)}")
+    return warnings

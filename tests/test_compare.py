@@ -1,0 +1,144 @@
+"""Folders side by side: figures as in their manifests, and words where figures do not compare."""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.compare import compare_folders
+from exporter.plot import plot_svg
+from tests.commands import invoke
+from tests.manifests import manifest_of
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "export.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Two folders that compare: one with two artifacts, one rejected."""
+    rejected = manifest_of()
+    rejected["artifacts"][0]["verification"] |= {"verdict": "failed", "delta": 0.4, "broken": ["x"]}
+    rejected["files"]["demo-Q4_K_M.gguf"]["bytes"] = 2_000_000
+    both = manifest_of(quants=("Q8_0", "Q4_K_M"))
+    return [write(tmp_path / "good", both), write(tmp_path / "bad.rejected", rejected)]
+
+
+def test_table_by_size(folders: list[Path]) -> None:
+    result = invoke("compare", *folders)
+    assert result.exit_code == 0
+    header, *rows = result.stdout.splitlines()
+    assert [row.split()[:3] for row in rows] == [
+        ["bad.rejected", "gguf", "Q4_K_M"], ["good", "gguf", "Q4_K_M"], ["good", "gguf", "Q8_0"],
+    ]  # fmt: skip
+    for text in ("2.9 MB", "+0.78% (+0.30% … +1.27%)", "0.00285 ± 0.00014", "94.3%", "99.64%", "passed"):
+        assert text in rows[1]
+    assert "failed" in rows[0]
+    assert "tokens/s" not in header
+
+
+def test_json(folders: list[Path]) -> None:
+    found = json.loads(invoke("compare", *folders, "--json").stdout)
+    assert found["warnings"] == []
+    assert [artifact["bytes"] for artifact in found["artifacts"]] == [2_000_000, 2_898_816, 4_607_264]
+    assert found["artifacts"][1]["scores"]["kl_divergence"]["mean"] == 0.002848
+
+
+def test_a_speed_that_was_measured_has_a_column(folders: list[Path], tmp_path: Path) -> None:
+    fast = manifest_of()
+    fast["artifacts"][0]["tokens_per_second"] = 41.25
+    header, *rows = invoke("compare", *folders, write(tmp_path / "fast", fast)).stdout.splitlines()
+    assert "tokens/s" in header
+    assert sorted(row.split()[-1] for row in rows) == ["-", "-", "-", "41.2"]
+
+
+def test_other_tokens_are_warned_of(folders: list[Path], tmp_path: Path) -> None:
+    other = write(tmp_path / "other", manifest_of(tokens="f" * 64))
+    (warning,) = compare_folders([*folders, other]).warnings
+    assert warning.startswith("scored on different tokens")
+    assert "other Q4_K_M on ffffffff…" in warning
+    assert "warning scored on different tokens" in invoke("compare", *folders, other).stdout
+
+
+def test_another_model_is_warned_of(folders: list[Path], tmp_path: Path) -> None:
+    other = manifest_of()
+    other["artifacts"][0]["verification"]["reference_perplexity"] = 12.5
+    (warning,) = compare_folders([*folders, write(tmp_path / "other", other)]).warnings
+    assert warning.startswith("held against different models")
+    assert "12.5000 and 67.7744" in warning
+
+
+def coarse() -> dict[str, Any]:
+    manifest = manifest_of(format_="gptq")
+    scores = manifest["artifacts"][0]["verification"]
+    scores |= {"top_k_divergence": scores["kl_divergence"] | {"k": 20}, "kl_divergence": None}
+    return manifest
+
+
+def test_the_top_k_form_is_warned_of_and_not_drawn_as_the_full_one(folders: list[Path], tmp_path: Path) -> None:
+    comparison = compare_folders([*folders, write(tmp_path / "served", coarse())])
+    (warning,) = comparison.warnings
+    assert "served Q4_K_M is in the top-k form" in warning
+    assert "top 20: ≥ 0.00285" in invoke("compare", *folders, tmp_path / "served").stdout
+    assert "|change of perplexity|" in plot_svg(comparison)
+    assert "mean KL" in plot_svg(compare_folders(folders))
+
+
+def test_skipped_and_undecided(tmp_path: Path) -> None:
+    skipped, undecided = manifest_of(), manifest_of()
+    skipped["artifacts"][0] |= {"verification": {"verdict": "skipped"}, "weights": None}
+    skipped["evaluation"] = None
+    undecided["artifacts"][0]["verification"] |= {"verdict": "undecided", "checks": [], "delta_interval": None}
+    comparison = compare_folders([write(tmp_path / "a", skipped), write(tmp_path / "b", undecided)])
+    assert [artifact.verdict for artifact in comparison.artifacts] == ["skipped", "undecided"]
+    assert comparison.warnings == ("not verified: a Q4_K_M",)
+    assert plot_svg(comparison).count("<circle") == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"artifacts": [1]}', '{"artifacts": [{"quant": "Q8_0"}]}'])
+def test_what_is_no_artifact_folder_is_refused(folders: list[Path], tmp_path: Path, content: str | None) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if content is not None:
+        (folder / "export.json").write_text(content)
+    result = invoke("compare", *folders, folder)
+    assert result.exit_code == 2
+    assert "export.json" in result.stderr
+    assert result.stdout == ""
+    assert invoke("compare", tmp_path / "nowhere").exit_code == 2
+
+
+def test_plot(folders: list[Path], tmp_path: Path) -> None:
+    for name in ("plot.svg", "plot.html"):
+        assert invoke("compare", *folders, "--out", tmp_path / name).exit_code == 0
+    svg = (tmp_path / "plot.svg").read_text()
+    assert svg in (tmp_path / "plot.html").read_text()
+    assert "prefers-color-scheme: dark" in svg
+    root = ElementTree.fromstring(svg)
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"bad.rejected Q4_K_M", "good Q4_K_M", "good Q8_0", "mean KL (nats); the lower left is better"} <= {*texts}
+    assert invoke("compare", *folders, "--out", tmp_path / "plot.png").exit_code == 2
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_points_that_coincide_have_labels_apart(tmp_path: Path) -> None:
+    folders = [write(tmp_path / f"a<{number}>", manifest_of()) for number in range(12)]
+    root = ElementTree.fromstring(plot_svg(compare_folders(folders)))
+    labels = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("a<")]
+    assert len({(label.get("x"), label.get("y")) for label in labels}) == 12
+
+
+@pytest.mark.parametrize("delta", [0.0, sys.float_info.max])
+def test_extremes_are_drawn(tmp_path: Path, delta: float) -> None:
+    manifest = coarse()
+    manifest["artifacts"][0]["verification"]["delta"] = delta
+    ElementTree.fromstring(plot_svg(compare_folders([write(tmp_path / "a", manifest)])))
+    ElementTree.fromstring(plot_svg(compare_folders([])))
