@@ -6,7 +6,7 @@ A fault is a function that damages a copy of an artifact, or another set of inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,10 @@ LLAMA_TEMPLATE = (
 )
 FORMATS = ("gguf", "safetensors", "gptq")
 FOLDERS = ("safetensors", "gptq")
+SCALED = ("gguf", "gptq")
 # Bits of a scale that must be seen: of a float16 the sign, the exponent and the upper bit of the mantissa. The others
 # move a group by less than rounding it did.
-SEEN_BITS = range(9, 16)
+SEEN_BITS = range(15, 8, -1)
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,26 @@ def truncate(damaged: Damaged) -> None:
 # --- scales ----------------------------------------------------------------------------------------------------------
 
 
-def flip_bit(damaged: Damaged, bit: int) -> None:
+def flip_bit(damaged: Damaged, bit: int, part: str = "self_attn.q_proj") -> None:
     """Flip a bit of one float16 scale of one matrix; of a type without scales, of one element."""
-    parts = damaged.stored(layer(damaged, "self_attn.q_proj"))
+    parts = damaged.stored(layer(damaged, part))
     if "scales" in parts:
         parts["scales"].view("<u2")[-1, 7] ^= 1 << bit
     elif damaged.format == "gguf":
+        # A block begins with its scale in Q8_0, Q5_0 and Q4_K.
         parts["weight"][5, bit // 8] ^= 1 << bit % 8
     else:
         parts["weight"][5, 7] ^= 1 << bit
+
+
+# Matrices that no mixed type gives more bits than the others, and as many as reasons are named.
+MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+def flip_bits(damaged: Damaged, bits: Sequence[int]) -> None:
+    """Flip bits of scales, each in a matrix of its own, which reasons name."""
+    for bit, part in zip(bits, MATRICES, strict=False):
+        flip_bit(damaged, bit, part)
 
 
 def exchange_scales(damaged: Damaged) -> None:
@@ -278,14 +290,12 @@ def swap_shard(damaged: Damaged, shard: int, source: Path) -> None:
 
 
 def _bits() -> Iterator[Fault]:
-    for bit in reversed(range(16)):
-        what = "sign" if bit == 15 else f"exponent, 2^{bit - 10}" if bit > 9 else f"mantissa, 2^{bit - 10}"
-        yield Fault(
-            f"bit {bit} of a scale ({what}) flipped",
-            partial(flip_bit, bit=bit),
-            ("gguf", "gptq"),
-            information=bit not in SEEN_BITS,
-        )
+    for bit in SEEN_BITS:
+        what = "sign" if bit == 15 else f"exponent, 2^{bit - 10}" if bit > 9 else "upper bit of the mantissa"
+        yield Fault(f"bit {bit} of a scale flipped ({what})", partial(flip_bit, bit=bit), SCALED)
+    for bits in ((8, 7, 6, 5, 4), (3, 2, 1, 0)):
+        each = ", ".join(f"{bit} ({part.split('.')[1]})" for bit, part in zip(bits, MATRICES, strict=False))
+        yield Fault(f"bits of scales flipped: {each}", partial(flip_bits, bits=bits), SCALED, information=True)
     for bit in (15, 14, 7, 6, 0):
         yield Fault(f"bit {bit} of an element flipped", partial(flip_bit, bit=bit), ("safetensors",))
 
@@ -322,6 +332,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault("zero points of a matrix one less", partial(shift_zeros, by=-1), ("gptq",)),
     Fault("all zero points one off (v1 named v2)", shift_all_zeros, ("gptq",)),
     Fault("g_idx reversed", reverse_groups, ("gptq",)),
-    Fault("scales of two groups exchanged", exchange_scales, ("gguf", "gptq")),
+    Fault("scales of two groups exchanged", exchange_scales, SCALED),
     *_bits(),
 )

@@ -263,7 +263,7 @@ def every_type(formats: Sequence[str], inputs: Inputs, work: Path) -> list[Verdi
 
 
 def tables(verdicts: Sequence[Verdict]) -> str:
-    """Both, in Markdown; the types in which a fault is caught for the same first reason share a line."""
+    """Both, in Markdown."""
     lines = ["| fault | format and type | verdict | by what |", "|---|---|---|---|"]
     for one in sorted((one for one in verdicts if one.fault), key=lambda one: FAULTS.index(one.fault or FAULTS[0])):
         assert one.fault is not None
@@ -280,6 +280,9 @@ def _first(verdict: Verdict) -> str:
     if not verdict.reasons:
         return ""
     first = verdict.reasons[0]
+    if verdict.fault and verdict.fault.information:
+        # Which of several are seen is the point.
+        return "; ".join(verdict.reasons)
     return first if len(first) <= _LONGEST else f"{first[:_LONGEST]}…"
 
 
