@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,12 +73,15 @@ def make_gptq(
         "checkpoint_format": checkpoint_format,
         "lm_head": False,
     }
-    _save(folder / "packed", packed, config | {"quantization_config": quantization})
-    _save(folder / "plain", plain, config)
+    _save(base, folder / "packed", packed, config | {"quantization_config": quantization})
+    _save(base, folder / "plain", plain, config)
     return folder / "packed", folder / "plain"
 
 
-def _save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+def _save(base: Path, folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     folder.mkdir()
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from exporter.backends.base import StoredWeight, Tolerance
+from exporter.backends.documents import document_faults
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel
 
@@ -116,7 +117,7 @@ class FloatReader:
     def __init__(self, model: MergedModel, folder: Path, dtypes: Mapping[str, str]) -> None:
         self._shards = Shards(folder)
         self.weights: dict[str, StoredWeight] = {}
-        faults = list(self._shards.faults)
+        faults = [*self._shards.faults, *document_faults(model, folder)]
         for tensor in model.tensors:
             found = self._shards.tensors.get(tensor.name)
             fault = float_fault(tensor.name, found, tensor.shape, dtypes[tensor.name])

@@ -20,7 +20,7 @@ from exporter.errors import BackendError, RecipeError, RefusalError, UnknownQuan
 from exporter.model import MergedModel
 from exporter.runtimes import gptqmodel
 from exporter.runtimes.transformers import Transformers
-from tests.folders import hashes, listing
+from tests.folders import copy, edit_json, hashes, listing
 from tests.gptq import needs_gptqmodel, unpack_script
 from tests.merged import merged_model, random_windows
 
@@ -79,6 +79,18 @@ def test_the_plan(model: MergedModel) -> None:
     assert "tokenizer.json" in plan.copies
     for quant, options in (("int3-g32", {}), ("int4-g32", {"sym": "false"})):
         assert backend.plan(model, quant, options).runtimes == ("transformers",)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_the_settings_that_stop_an_answer_are_written(make_base: Make, tmp_path: Path) -> None:
+    """Where the sources of stop tokens disagree, generation_config.json is not among what is copied."""
+    base = copy(make_base("qwen2"), tmp_path / "base")
+    edit_json(base / "config.json", eos_token_id=3)
+    edit_json(base / "generation_config.json", eos_token_id=3)
+    plan = GptqModelBackend().plan(merged_model(base), "int4-g32", {})
+    assert "generation_config.json" not in plan.copies
+    assert len(json.loads(plan.documents["generation_config.json"])["eos_token_id"]) == 2
+    assert plan.documents.keys() == {"generation_config.json"}
 
 
 @pytest.mark.usefixtures("_installed")

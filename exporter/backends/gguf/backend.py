@@ -103,7 +103,7 @@ class GgufBackend:
         from exporter.backends.gguf.reading import GgufReader
 
         family = _family(model)
-        return GgufReader(entry, quant, _named_tensors(model, family), _model_shape(model, family))
+        return GgufReader(entry, quant, _named_tensors(model, family), _model_shape(model, family), model, family)
 
 
 def _default_imatrix(quant: str, *, verified: bool) -> str:

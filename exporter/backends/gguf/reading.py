@@ -17,14 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends.base import StoredWeight, Tolerance
+from exporter.backends.gguf.stated import header_faults
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, ModelShape, tensor_type
 from exporter.backends.shards import contradiction, float_weight
 from exporter.errors import ArtifactError
-from exporter.model import MergedTensor
+from exporter.families import Family
+from exporter.model import MergedModel, MergedTensor
 
-# Sizes of metadata values by their type's number (specification: ggml/docs/gguf.md); 8 is a string, 9 an array.
-_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+# Metadata values by their type's number (specification: ggml/docs/gguf.md); 8 is a string, 9 an array.
+_VALUES = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
 _LONGEST_STRING = 1 << 26
 
 # Relative error that a type leaves on Gaussian weights, 512 rows of 1,024: the larger one of no importance and of one
@@ -71,11 +75,13 @@ class Header:
         file_type: value of `general.file_type`, None if it does not say.
         imatrix: whether it says that it was made with an importance matrix.
         tensors: by name.
+        metadata: by key; of arrays, those of strings, and None for others.
     """
 
     file_type: int | None
     imatrix: bool
     tensors: Mapping[str, HeaderTensor]
+    metadata: Mapping[str, Any]
 
 
 def read_header(file: Path) -> Header:
@@ -122,7 +128,7 @@ class _Parser:
             elements, nbytes = GGML_QUANT_SIZES[kind]
             tensors[name] = HeaderTensor(name, shape, kind.name, data + offset, shape[-1] // elements * nbytes)
         imatrix = any(key.startswith("quantize.imatrix.") for key in metadata)
-        return Header(metadata.get("general.file_type"), imatrix, tensors)
+        return Header(metadata.get("general.file_type"), imatrix, tensors, metadata)
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, self._stream.read(struct.calcsize(layout)))
@@ -134,19 +140,17 @@ class _Parser:
         return self._stream.read(length).decode("utf-8", errors="replace")
 
     def _value(self, kind: int) -> Any:
-        """A value; of those that are not needed, None."""
+        """A value; None for an array of anything but strings."""
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
             item, count = self._take("<IQ")
-            if item in _VALUE_BYTES:
-                self._stream.seek(count * _VALUE_BYTES[item], os.SEEK_CUR)
-            else:
-                for _ in range(count):
-                    self._value(item)
-            return None
-        raw = self._stream.read(_VALUE_BYTES[kind])
-        return struct.unpack("<I", raw)[0] if kind == _UINT32 else None
+            if item in _VALUES:
+                self._stream.seek(count * struct.calcsize(_VALUES[item]), os.SEEK_CUR)
+                return None
+            values = [self._value(item) for _ in range(count)]
+            return values if item == _STRING else None
+        return self._take(_VALUES[kind])[0]
 
 
 class GgufReader:
@@ -157,9 +161,19 @@ class GgufReader:
         quant: name of its file type.
         named: the merged tensors that it should hold, with their GGUF names.
         shape: what the rules for types need to know of the model.
+        model: the merged model.
+        family: its family.
     """
 
-    def __init__(self, file: Path, quant: str, named: list[tuple[str, MergedTensor]], shape: ModelShape) -> None:
+    def __init__(
+        self,
+        file: Path,
+        quant: str,
+        named: list[tuple[str, MergedTensor]],
+        shape: ModelShape,
+        model: MergedModel,
+        family: Family,
+    ) -> None:
         self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         self._tensors: Mapping[str, HeaderTensor] = {}
         self.weights: dict[str, StoredWeight] = {}
@@ -172,6 +186,7 @@ class GgufReader:
         file_type = FILE_TYPES[quant]
         if header.file_type != file_type.number:
             faults.append(f"{file.name} says file type {header.file_type}, {quant} is {file_type.number}")
+        faults += header_faults(header.metadata, model, family)
         for name, tensor in named:
             wanted, _ = tensor_type(name, tensor.shape, file_type, shape, imatrix=header.imatrix)
             found = header.tensors.get(name)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends.base import StoredWeight, Tolerance
+from exporter.backends.documents import document_faults
 from exporter.backends.gptq.names import WORD_BITS, parse_quant, quant_name
 from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
 from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, float_rows, float_weight
@@ -47,7 +48,7 @@ class GptqReader:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.faults: tuple[str, ...] = (f"config.json has no quantization_config that can be read: {error}",)
             return
-        faults = list(self._shards.faults)
+        faults = [*self._shards.faults, *document_faults(model, folder)]
         if (self._bits, self._group_size) != parse_quant(quant):
             faults.append(f"config.json says {quant_name(self._bits, self._group_size)} and should say {quant}")
         for tensor in model.tensors:

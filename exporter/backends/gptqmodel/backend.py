@@ -22,6 +22,7 @@ from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
 from exporter.runtimes import gptqmodel
+from exporter.stopping import GENERATION_CONFIG
 
 DEFAULT_DAMP = 0.05
 # Of the header, for each stored tensor; the true one is known when it is written.
@@ -90,6 +91,8 @@ class GptqModelBackend:
             entry=".",
             files=(),
             tensors=tensors,
+            # Where the sources of stop tokens disagree, this file is not the base's.
+            documents={name: text for name, text in merged.documents.items() if name == GENERATION_CONFIG},
             copies=merged.copies,
             runtimes=("vllm", "transformers") if bits in (4, 8) and settings["sym"] else ("transformers",),
             packed_bits=bits,

@@ -1,0 +1,337 @@
+"""The faults that scripts/sabotage.py makes. One more fault is one more entry of `FAULTS`.
+
+A fault is a function that damages a copy of an artifact, or another set of inputs that the artifact is exported from
+(`made`), or both. `judged` is what it is held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from damage import Array, Damaged
+
+LLAMA_TEMPLATE = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+FORMATS = ("gguf", "safetensors", "gptq")
+FOLDERS = ("safetensors", "gptq")
+SCALED = ("gguf", "gptq")
+# Bits of a scale that must be seen: of a float16 the sign, the exponent and the upper bit of the mantissa. The others
+# move a group by less than rounding it did.
+SEEN_BITS = range(15, 8, -1)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to be wrong.
+
+    Attributes:
+        name: what is wrong.
+        apply: damages the copy; may do nothing if `made` says it all.
+        formats: the formats in which it makes sense.
+        quants: the types, None for all of the format.
+        made: the inputs that the files come from.
+        judged: the inputs that verification is given, and whose manifest the folder gets.
+        quant: the type that the files are of, if not the one that they are passed off as.
+        information: whether it may be missed by design.
+        shards: a file of the folder, by its place, that alone comes from `made`; None for all.
+    """
+
+    name: str
+    apply: Callable[[Damaged], None] = lambda _damaged: None
+    formats: tuple[str, ...] = FORMATS
+    quants: tuple[str, ...] | None = None
+    made: str = "sound"
+    judged: str = "sound"
+    quant: str | None = None
+    information: bool = False
+    shard: int | None = None
+
+    def fits(self, format_: str, quant: str) -> bool:
+        """Whether it makes sense in an artifact."""
+        return format_ in self.formats and (self.quants is None or quant in self.quants)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def layer(damaged: Damaged, part: str, number: int | None = None) -> str:
+    """Name of a weight of a layer, by default the middle one."""
+    layers = int(damaged.config["num_hidden_layers"])
+    return f"model.layers.{layers // 2 if number is None else number % layers}.{part}.weight"
+
+
+def exchange(damaged: Damaged, first: str, second: str) -> None:
+    """Exchange two weights that are stored alike."""
+    ones, others = damaged.stored(first), damaged.stored(second)
+    for part, array in ones.items():
+        if array.shape != others[part].shape:
+            raise ValueError(f"{first} and {second} are not stored alike")
+        kept = array.copy()
+        array[...] = others[part]
+        others[part][...] = kept
+
+
+def exchange_q_and_k(damaged: Damaged) -> None:
+    """Exchange q and k of a layer; q of two layers where keys are fewer than queries."""
+    config = damaged.config
+    same = config["num_attention_heads"] == config.get("num_key_value_heads", config["num_attention_heads"])
+    if same:
+        exchange(damaged, layer(damaged, "self_attn.q_proj"), layer(damaged, "self_attn.k_proj"))
+    else:
+        exchange(damaged, layer(damaged, "self_attn.q_proj"), layer(damaged, "self_attn.q_proj", 0))
+
+
+def exchange_norms(damaged: Damaged) -> None:
+    """Exchange the two norms of a layer."""
+    exchange(damaged, layer(damaged, "input_layernorm"), layer(damaged, "post_attention_layernorm"))
+
+
+def zero(damaged: Damaged) -> None:
+    """A matrix of zeros; of a packed one the scales, which makes it one."""
+    parts = damaged.stored(layer(damaged, "mlp.down_proj"))
+    parts.get("scales", next(iter(parts.values())))[...] = 0
+
+
+def noise(damaged: Damaged) -> None:
+    """Eight rows of noise of the right size: other rows of the same matrix."""
+    parts = damaged.stored(layer(damaged, "mlp.up_proj"))
+    # The rows of a packed matrix are its columns.
+    array: Array = parts["qweight"].T if "qweight" in parts else parts["weight"]
+    array[8:16] = array[-8:][::-1].copy()
+
+
+def ones_for_norms(damaged: Damaged) -> None:
+    """q/k norms of all layers lost: ones are what a model starts with."""
+    for number in range(int(damaged.config["num_hidden_layers"])):
+        for part in ("self_attn.q_norm", "self_attn.k_norm"):
+            if not damaged.has(layer(damaged, part, number)):
+                raise NotApplicableError(f"{damaged.config['model_type']} has no {part}")
+            damaged.fill_with_ones(layer(damaged, part, number))
+
+
+class NotApplicableError(Exception):
+    """The model has nothing that could be damaged so."""
+
+
+def truncate(damaged: Damaged) -> None:
+    """Cut the last tensor short."""
+    last = max((one for one in damaged.places.values() if one.file == damaged.shards[-1]), key=lambda one: one.end)
+    with damaged.own(last.file).open("r+b") as stream:
+        stream.truncate(last.end - 32)
+
+
+# --- scales ----------------------------------------------------------------------------------------------------------
+
+
+def flip_bit(damaged: Damaged, bit: int, part: str = "self_attn.q_proj") -> None:
+    """Flip a bit of one float16 scale of one matrix; of a type without scales, of one element."""
+    parts = damaged.stored(layer(damaged, part))
+    if "scales" in parts:
+        parts["scales"].view("<u2")[-1, 7] ^= 1 << bit
+    elif damaged.format == "gguf":
+        # A block begins with its scale in Q8_0, Q5_0 and Q4_K.
+        parts["weight"][5, bit // 8] ^= 1 << bit % 8
+    else:
+        parts["weight"][5, 7] ^= 1 << bit
+
+
+# Matrices that no mixed type gives more bits than the others, and as many as reasons are named.
+MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+def flip_bits(damaged: Damaged, bits: Sequence[int]) -> None:
+    """Flip bits of scales, each in a matrix of its own, which reasons name."""
+    for bit, part in zip(bits, MATRICES, strict=False):
+        flip_bit(damaged, bit, part)
+
+
+def exchange_scales(damaged: Damaged) -> None:
+    """Exchange the scales of two groups: of every row of a packed matrix, of one row of a GGUF matrix."""
+    parts = damaged.stored(layer(damaged, "mlp.down_proj"))
+    if "scales" in parts:
+        scales = parts["scales"]
+        scales[[0, -1]] = scales[[-1, 0]]
+        return
+    # A float16 at the start of each block of 34 (Q8_0) or at its end (Q6_K, 210): the widest and the narrowest.
+    kind = damaged.places[damaged.parts(layer(damaged, "mlp.down_proj"))["weight"]].kind
+    size, offset = {"Q8_0": (34, 0), "Q6_K": (210, 208), "Q4_K": (144, 0), "Q5_0": (22, 0)}[kind]
+    row = parts["weight"][3].reshape(-1, size)[:, offset : offset + 2]
+    values = row.copy().view("<f2").ravel().astype(float)
+    widest, narrowest = abs(values).argmax(), abs(values).argmin()
+    row[[widest, narrowest]] = row[[narrowest, widest]]
+
+
+def shift_zeros(damaged: Damaged, by: int) -> None:
+    """Move every zero point of a packed matrix by one; there must be room below and above."""
+    bits = int(damaged.quantization["bits"])
+    ones = sum(1 << start for start in range(0, 32, bits))
+    zeros = damaged.stored(layer(damaged, "mlp.down_proj"))["qzeros"].view("<u4")
+    zeros += np.uint32(by * ones & 0xFFFFFFFF)
+
+
+def shift_all_zeros(damaged: Damaged) -> None:
+    """v1 zero points where the configuration says v2: every one is off by one, everywhere."""
+    damaged.edit_json("config.json", lambda values: values["quantization_config"].update(checkpoint_format="gptq_v2"))
+    damaged.edit_json("quantize_config.json", lambda values: values.update(checkpoint_format="gptq_v2"))
+
+
+def reverse_groups(damaged: Damaged) -> None:
+    """`g_idx` the other way round."""
+    parts = damaged.stored(layer(damaged, "self_attn.o_proj"))
+    parts["g_idx"][...] = parts["g_idx"][::-1].copy()
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def wrong_rope(damaged: Damaged) -> None:
+    """A rotary base that is a hundredth: 10,000 is what transformers takes where none is given."""
+    rope = damaged.config.get("rope_parameters") or damaged.config
+    theta = float(rope["rope_theta"]) / 100
+    if damaged.format == "gguf":
+        damaged.set_number(damaged.metadata_key("rope.freq_base"), theta)
+    else:
+        damaged.edit_json("config.json", lambda values: values.get("rope_parameters", values).update(rope_theta=theta))
+
+
+def wrong_epsilon(damaged: Damaged) -> None:
+    """An epsilon of the norms that is ten times the right one."""
+    epsilon = 10 * float(damaged.config["rms_norm_eps"])
+    if damaged.format == "gguf":
+        damaged.set_number(damaged.metadata_key("attention.layer_norm_rms_epsilon"), epsilon)
+    else:
+        damaged.edit_json("config.json", lambda values: values.update(rms_norm_eps=epsilon))
+
+
+def wrong_context(damaged: Damaged) -> None:
+    """Half the positions."""
+    length = int(damaged.config["max_position_embeddings"]) // 2
+    if damaged.format == "gguf":
+        damaged.set_number(damaged.metadata_key("context_length"), length)
+    else:
+        damaged.edit_json("config.json", lambda values: values.update(max_position_embeddings=length))
+
+
+def tie(damaged: Damaged) -> None:
+    """A folder whose configuration ties a head that it stores."""
+    damaged.edit_json("config.json", lambda values: values.update(tie_word_embeddings=True))
+
+
+def wrong_eos(damaged: Damaged, *, config: bool = True, generation: bool = True) -> None:
+    """The id that ends a Llama's text."""
+    if damaged.format == "gguf":
+        damaged.set_number("tokenizer.ggml.eos_token_id", 2)
+        return
+    if config:
+        damaged.edit_json("config.json", lambda values: values.update(eos_token_id=2))
+    if generation:
+        damaged.edit_json("generation_config.json", lambda values: values.update(eos_token_id=2))
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def exchange_merges(damaged: Damaged, first: int, second: int) -> None:
+    """Exchange two merges."""
+    if damaged.format == "gguf":
+        damaged.exchange_texts("tokenizer.ggml.merges", first, second)
+        return
+
+    def change(values: dict[str, Any]) -> None:
+        merges = values["model"]["merges"]
+        merges[first], merges[second] = merges[second], merges[first]
+
+    damaged.edit_json("tokenizer.json", change)
+
+
+def wrong_template(damaged: Damaged) -> None:
+    """A Llama's chat template."""
+    if damaged.format == "gguf":
+        damaged.set_text("tokenizer.chat_template", LLAMA_TEMPLATE)
+    elif (file := damaged.folder / "chat_template.jinja").is_file():
+        damaged.own(file).write_text(LLAMA_TEMPLATE, encoding="utf-8")
+    else:
+        damaged.edit_json("tokenizer_config.json", lambda values: values.update(chat_template=LLAMA_TEMPLATE))
+
+
+def wrong_pre_tokenizer(damaged: Damaged) -> None:
+    """The way in which a Llama splits text, three digits to a token."""
+    if damaged.format == "gguf":
+        damaged.set_text("tokenizer.ggml.pre", "llama-bpe")
+        return
+
+    def change(values: dict[str, Any]) -> None:
+        split = values["pre_tokenizer"]["pretokenizers"][0]
+        split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+    damaged.edit_json("tokenizer.json", change)
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def call_it_q4(damaged: Damaged) -> None:
+    """Say in the file, too, that it is Q4_K_M."""
+    damaged.set_number("general.file_type", 15)
+
+
+def swap_shard(damaged: Damaged, shard: int, source: Path) -> None:
+    """Take one file of a folder from another export."""
+    name = damaged.shards[shard].name
+    damaged.replace(name, source / name)
+
+
+def _bits() -> Iterator[Fault]:
+    for bit in SEEN_BITS:
+        what = "sign" if bit == 15 else f"exponent, 2^{bit - 10}" if bit > 9 else "upper bit of the mantissa"
+        yield Fault(f"bit {bit} of a scale flipped ({what})", partial(flip_bit, bit=bit), SCALED)
+    for bits in ((8, 7, 6, 5, 4), (3, 2, 1, 0)):
+        each = ", ".join(f"{bit} ({part.split('.')[1]})" for bit, part in zip(bits, MATRICES, strict=False))
+        yield Fault(f"bits of scales flipped: {each}", partial(flip_bits, bits=bits), SCALED, information=True)
+    for bit in (15, 14, 7, 6, 0):
+        yield Fault(f"bit {bit} of an element flipped", partial(flip_bit, bit=bit), ("safetensors",))
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault("adapter applied twice", made="twice"),
+    Fault("adapter left out", made="left out"),
+    Fault("scale off by sqrt(r)", made="other scale"),
+    Fault("another adapter", made="another"),
+    Fault("q and k of a layer, or q of two, exchanged", exchange_q_and_k),
+    Fault("norms of a layer exchanged", exchange_norms),
+    Fault("one matrix of zeros", zero),
+    Fault("eight rows of noise", noise),
+    Fault("q/k norms lost", ones_for_norms),
+    Fault("last tensor truncated", truncate),
+    Fault("rope base wrong", wrong_rope),
+    Fault("norm epsilon wrong", wrong_epsilon),
+    Fault("context length wrong", wrong_context),
+    Fault("head tied, and the model's is not", made="tied", judged="untied"),
+    Fault("head tied by config.json, but stored", tie, FOLDERS, judged="untied", made="untied"),
+    Fault("adapter of the head left out", judged="head adapter"),
+    Fault("first and last merges exchanged", partial(exchange_merges, first=0, second=-1)),
+    Fault("two neighbouring merges exchanged", partial(exchange_merges, first=-2, second=-1)),
+    Fault("pre-tokenizer of another model", wrong_pre_tokenizer),
+    Fault("chat template of another model", wrong_template),
+    Fault("eos of another model", wrong_eos),
+    Fault("eos of another model in config.json alone", partial(wrong_eos, generation=False), FOLDERS),
+    Fault("eos of another model in generation_config.json alone", partial(wrong_eos, config=False), FOLDERS),
+    Fault("one shard from a run without adapter", formats=("safetensors",), made="left out", shard=1),
+    Fault("one shard from a run with another adapter", formats=("safetensors",), made="another", shard=1),
+    Fault("Q2_K named Q4_K_M", formats=("gguf",), quants=("Q4_K_M",), quant="Q2_K"),
+    Fault("Q2_K that says it is Q4_K_M", call_it_q4, ("gguf",), ("Q4_K_M",), quant="Q2_K"),
+    Fault("zero points of a matrix one more", partial(shift_zeros, by=1), ("gptq",)),
+    Fault("zero points of a matrix one less", partial(shift_zeros, by=-1), ("gptq",)),
+    Fault("all zero points one off (v1 named v2)", shift_all_zeros, ("gptq",)),
+    Fault("g_idx reversed", reverse_groups, ("gptq",)),
+    Fault("scales of two groups exchanged", exchange_scales, SCALED),
+    *_bits(),
+)

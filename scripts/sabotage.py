@@ -1,0 +1,330 @@
+"""Break artifacts on purpose and see that verification says so, and that it passes sound ones.
+
+    python scripts/sabotage.py --base DIR --adapter DIR --work DIR [--formats gguf …] [--types Q4_K_M …]
+        [--only "adapter left" …] [--all-types] [--json FILE]
+
+Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
+what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
+(exit status 1 or 2), or fail it (3). Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is
+missed or a sound artifact fails. GPTQ is scored by transformers, which needs `make gptqmodel`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from damage import Damaged
+from faults import FAULTS, FORMATS, Fault, NotApplicableError, swap_shard
+from inputs import Inputs, inputs_of
+from quality import outputs_of
+from report import write_json
+
+from exporter.artifact.manifest import MANIFEST_NAME
+
+TYPES = {"gguf": ("Q8_0", "Q4_K_M"), "safetensors": ("bf16",), "gptq": ("gptq-int4-g128",)}
+# What `exporter` prints before the thing that is wrong.
+_WORDS = ("refused  ", "failed  ", "failed the gate  ")
+_LONGEST = 150
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `exporter verify` said of an artifact.
+
+    Attributes:
+        fault: what is wrong with it; None if it is sound.
+        type: its format and type.
+        status: exit status.
+        reasons: why it was failed or refused.
+        seconds: how long that took.
+    """
+
+    fault: Fault | None
+    type: str
+    status: int
+    reasons: tuple[str, ...]
+    seconds: float
+
+    @property
+    def caught(self) -> bool:
+        """Whether it was failed or refused with a reason."""
+        return self.status in (1, 2, 3) and bool(self.reasons)
+
+    @property
+    def right(self) -> bool:
+        """Whether that is as it should be."""
+        if self.fault is None:
+            return self.status == 0
+        return self.caught or (self.fault.information and self.status == 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file of results."""
+        return {
+            "fault": self.fault.name if self.fault else None,
+            "information": bool(self.fault and self.fault.information),
+            "type": self.type,
+            "status": self.status,
+            "reasons": list(self.reasons),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+# --- the exporter ----------------------------------------------------------------------------------------------------
+
+
+def exporter(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line, without vLLM."""
+    command = [sys.executable, "-m", "exporter", *map(str, arguments)]
+    environment = os.environ | {"EXPORTER_SERVE_ENV": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def reasons_of(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
+    """Why an artifact was failed or refused; nothing if it was not, or in no words."""
+    if "Traceback" in done.stderr:
+        return ()
+    if done.returncode == 3:
+        return tuple(reason for verdict in json.loads(done.stdout).values() for reason in verdict["broken"])
+    lines = done.stderr.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(_WORDS):
+            found = [after.split(None, 1)[1] for after in lines[number + 1 :] if after.startswith("  found ")]
+            return (": ".join([line.split("  ", 1)[1], *found[:1]]),)
+    return ()
+
+
+def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str) -> Verdict:
+    """Hold an artifact against what it should be."""
+    damaged.publish()
+    adapters = [part for adapter in inputs.adapters for part in ("--adapter", adapter)]
+    started = time.monotonic()
+    done = exporter("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
+    if "damaged after publishing" in done.stderr:
+        raise RuntimeError(f"the manifest of {damaged.folder} does not fit its files:\n{done.stderr}")
+    if "Traceback" in done.stderr or (done.returncode and not reasons_of(done)):
+        print(done.stderr, file=sys.stderr)
+    return Verdict(fault, type_, done.returncode, reasons_of(done), time.monotonic() - started)
+
+
+class Exports:
+    """Sound exports of several inputs, each made once.
+
+    Args:
+        work: the folder that they are made in.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._made: dict[tuple[Inputs, str, str], Path] = {}
+
+    def make(self, wanted: Iterable[tuple[Inputs, str, str]]) -> None:
+        """Export types of inputs, all those of the same inputs in one tour."""
+        by_inputs: dict[Inputs, list[tuple[str, str]]] = {}
+        for inputs, format_, quant in dict.fromkeys(wanted):
+            by_inputs.setdefault(inputs, []).append((format_, quant))
+        for number, (inputs, types) in enumerate(by_inputs.items()):
+            folders = {one: self._work / f"export-{number}-{one[0]}-{one[1]}" for one in types}
+            outputs = [
+                {"format": format_, "quant": [quant], "out": str(folders[format_, quant])}
+                | _options(format_, quant, inputs)
+                for format_, quant in types
+            ]
+            export(inputs, outputs, self._work, verified=False)
+            self._made |= {(inputs, *one): folder for one, folder in folders.items()}
+
+    def folder(self, inputs: Inputs, format_: str, quant: str) -> Path:
+        """One that was made."""
+        return self._made[inputs, format_, quant]
+
+
+def _options(format_: str, quant: str, inputs: Inputs) -> dict[str, Any]:
+    """As exports are made that are verified; and folders in four files."""
+    if format_ == "gguf":
+        return {"options": {"imatrix": "auto"}} if "K" in quant else {}
+    if format_ == "safetensors":
+        size = sum(file.stat().st_size for file in inputs.base.glob("*.safetensors"))
+        return {"options": {"max_shard_size": size // 4}}
+    return {}
+
+
+def export(inputs: Inputs, outputs: Sequence[Mapping[str, Any]], work: Path, *, verified: bool) -> list[dict[str, Any]]:
+    """Export; returns the artifacts of all manifests."""
+    recipe = {
+        "base": str(inputs.base),
+        "adapters": list(map(str, inputs.adapters)),
+        "outputs": list(outputs),
+        "name": "sabotage",
+        "verify": verified,
+        "force": True,
+    }
+    file = work / "sabotage.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = exporter("export", file, "--json")
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"an export failed:\n{done.stderr}")
+    found = json.loads(done.stdout)
+    return [
+        artifact for manifest in (found if isinstance(found, list) else [found]) for artifact in manifest["artifacts"]
+    ]
+
+
+# --- both suites -----------------------------------------------------------------------------------------------------
+
+
+def sabotage(
+    faults: Sequence[Fault], types: Sequence[tuple[str, str]], known: Mapping[str, Inputs], work: Path
+) -> list[Verdict]:
+    """Verify every sound artifact that a fault is made in, unchanged, and then every fault."""
+    cases = [(fault, format_, quant) for format_, quant in types for fault in faults if fault.fits(format_, quant)]
+    sound = dict.fromkeys((known[fault.judged], format_, quant) for fault, format_, quant in cases)
+    exports = Exports(work)
+    exports.make([*sound, *((known[fault.made], format_, fault.quant or quant) for fault, format_, quant in cases)])
+    verdicts = []
+    for inputs, format_, quant in sound:
+        name = next(name for name, one in known.items() if one == inputs)
+        folder = exports.folder(inputs, format_, quant)
+        label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}")
+        verdicts.append(case(None, label, folder, folder, folder, inputs, work))
+    for fault, format_, quant in cases:
+        target = exports.folder(known[fault.judged], format_, quant)
+        source = exports.folder(known[fault.made], format_, fault.quant or quant)
+        files = target if fault.shard is not None else source
+        try:
+            verdicts.append(case(fault, f"{format_} {quant}", files, source, target, known[fault.judged], work))
+        except NotApplicableError as error:
+            print(f"left out: {fault.name} in {format_} {quant}: {error}", file=sys.stderr)
+    return verdicts
+
+
+def case(
+    fault: Fault | None, type_: str, files: Path, source: Path, target: Path, inputs: Inputs, work: Path
+) -> Verdict:
+    """One artifact: copied, damaged, verified and removed.
+
+    Args:
+        fault: what to do to it; nothing if None.
+        type_: its format and type.
+        files: the folder that is copied.
+        source: where a single file of another run is taken from.
+        target: the sound artifact that it is passed off as.
+        inputs: what it is held against.
+        work: where it lies meanwhile.
+    """
+    manifest = json.loads((target / MANIFEST_NAME).read_text("utf-8"))
+    config = json.loads((inputs.base / "config.json").read_text("utf-8"))
+    folder = work / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        damaged = Damaged(files, manifest, folder, config)
+        if fault is not None:
+            if fault.shard is not None:
+                swap_shard(damaged, fault.shard, source)
+            fault.apply(damaged)
+        verdict = verify(damaged, inputs, fault, type_)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    word = "" if verdict.right else "  <---"
+    name = fault.name if fault else "sound"
+    reason = verdict.reasons[0] if verdict.reasons else "passed"
+    print(f"{verdict.seconds:6.1f} s  {type_}: {name}: {reason}{word}", file=sys.stderr, flush=True)
+    return verdict
+
+
+def every_type(formats: Sequence[str], inputs: Inputs, work: Path) -> list[Verdict]:
+    """Export and verify all types of formats."""
+    verdicts = []
+    for format_ in formats:
+        for output in outputs_of(format_, None, work):
+            started = time.monotonic()
+            artifacts = export(inputs, [output], work, verified=True)
+            seconds = (time.monotonic() - started) / len(artifacts)
+            for one in artifacts:
+                broken = tuple(one["verification"]["broken"])
+                label = f"{one['format']} {one['quant']}"
+                print(f"{seconds:6.1f} s  {label}: sound: {broken or 'passed'}", file=sys.stderr, flush=True)
+                verdicts.append(Verdict(None, label, 3 if broken else 0, broken, seconds))
+            for folder in (Path(output["out"]), Path(f"{output['out']}.rejected")):
+                shutil.rmtree(folder, ignore_errors=True)
+    return verdicts
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(verdicts: Sequence[Verdict]) -> str:
+    """Both, in Markdown."""
+    lines = ["| fault | format and type | verdict | by what |", "|---|---|---|---|"]
+    for one in sorted((one for one in verdicts if one.fault), key=lambda one: FAULTS.index(one.fault or FAULTS[0])):
+        assert one.fault is not None
+        word = "caught" if one.caught else "missed" + (", by design" if one.right else "")
+        lines.append(f"| {_cell(one.fault.name)} | {one.type} | {word} | {_cell(_first(one))} |")
+    lines += ["", "| sound artifact | verdict | why |", "|---|---|---|"]
+    for one in verdicts:
+        if one.fault is None:
+            lines.append(f"| {one.type} | {'passed' if one.right else 'wrongly failed'} | {_cell(_first(one))} |")
+    return "\n".join(lines)
+
+
+def _first(verdict: Verdict) -> str:
+    if not verdict.reasons:
+        return ""
+    first = verdict.reasons[0]
+    if verdict.fault and verdict.fault.information:
+        # Which of several are seen is the point.
+        return "; ".join(verdict.reasons)
+    return first if len(first) <= _LONGEST else f"{first[:_LONGEST]}…"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "\\<").replace("\n", " ")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, action="append", required=True)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for inputs and artifacts; they are removed")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--types", nargs="+", help="types to make faults in; by default one or two of each format")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="faults whose names contain one of these")
+    parser.add_argument("--all-types", action="store_true", help="export and verify every type of the formats, too")
+    parser.add_argument("--json", type=Path, help="write all verdicts with all reasons here")
+    arguments = parser.parse_args()
+    faults = [fault for fault in FAULTS if not arguments.only or any(name in fault.name for name in arguments.only)]
+    types = [
+        (format_, quant)
+        for format_ in arguments.formats
+        for quant in TYPES[format_]
+        if not arguments.types or quant in arguments.types
+    ]
+    work = arguments.work.absolute() / "sabotage"
+    work.mkdir(parents=True)
+    try:
+        names = {name for fault in faults for name in (fault.made, fault.judged)}
+        sound = Inputs(arguments.base.absolute(), tuple(adapter.absolute() for adapter in arguments.adapter))
+        verdicts = sabotage(faults, types, inputs_of(sound, names, work), work)
+        if arguments.all_types:
+            verdicts += every_type(arguments.formats, sound, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_json(arguments.json, [one.as_json() for one in verdicts])
+    print(tables(verdicts))
+    wrong = [one for one in verdicts if not one.right]
+    print(f"\n{len(verdicts)} artifacts, {len(wrong)} judged wrongly")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

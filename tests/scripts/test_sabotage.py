@@ -1,0 +1,103 @@
+"""Artifacts that are broken on purpose: part of scripts/sabotage.py on the demo, and what it takes for caught."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+if str(SCRIPTS) not in sys.path:
+    # The scripts import each other by plain names, as they do when they are run.
+    sys.path.insert(0, str(SCRIPTS))
+
+from faults import FAULTS, Fault  # noqa: E402
+from sabotage import Verdict, reasons_of, tables  # noqa: E402
+
+
+def done(status: int, stdout: str = "", stderr: str = "") -> CompletedProcess[str]:
+    return CompletedProcess([], status, stdout, stderr)
+
+
+def test_names_of_faults_are_different() -> None:
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("found", "reasons"),
+    [
+        (done(0), ()),
+        (done(3, json.dumps({"gguf Q8_0": {"broken": ["a", "b"]}})), ("a", "b")),
+        (
+            done(1, "", "scoring\nfailed  x.gguf\n  found    nothing\n  expected a file\n  do       …"),
+            ("x.gguf: nothing",),
+        ),
+        (done(2, "", "refused  --adapter\n  found    none\n"), ("--adapter: none",)),
+        (done(1, "", "Traceback (most recent call last):\nfailed  x\n  found    y\n"), ()),
+        (done(-11), ()),
+    ],
+)
+def test_what_counts_is_a_reason_in_words(found: CompletedProcess[str], reasons: tuple[str, ...]) -> None:
+    assert reasons_of(found) == reasons
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "reasons", "right"),
+    [
+        (FAULTS[0], 3, ("a",), True),
+        (FAULTS[0], 1, ("a",), True),
+        (FAULTS[0], 0, (), False),
+        (FAULTS[0], 3, (), False),
+        (FAULTS[0], -11, (), False),
+        (Fault("low bit", information=True), 0, (), True),
+        (Fault("low bit", information=True), 1, (), False),
+        (None, 0, (), True),
+        (None, 3, ("a",), False),
+    ],
+)
+def test_a_verdict_is_right_or_not(fault: Fault | None, status: int, reasons: tuple[str, ...], right: bool) -> None:
+    assert Verdict(fault, "gguf Q8_0", status, reasons, 1.0).right == right
+
+
+def test_the_tables_are_markdown() -> None:
+    verdicts = [
+        Verdict(None, "gguf Q8_0", 0, (), 1.0),
+        Verdict(FAULTS[1], "gguf Q8_0", 3, ("<|a|>",), 1.0),
+        Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0),
+    ]
+    assert tables(verdicts).splitlines() == [
+        "| fault | format and type | verdict | by what |",
+        "|---|---|---|---|",
+        f"| {FAULTS[0].name} | gguf Q8_0 | missed |  |",
+        f"| {FAULTS[1].name} | gguf Q8_0 | caught | \\<\\|a\\|> |",
+        "",
+        "| sound artifact | verdict | why |",
+        "|---|---|---|",
+        "| gguf Q8_0 | passed |  |",
+    ]
+
+
+@pytest.mark.slow
+def test_faults_are_caught_and_sound_artifacts_pass(demo: Path, tmp_path: Path) -> None:
+    """One of each kind: the adapter, the weights, the configuration, the tokenizer."""
+    names = ["adapter left out", "eight rows of noise", "norm epsilon wrong", "two neighbouring merges exchanged"]
+    ran = subprocess.run(
+        [
+            sys.executable, str(SCRIPTS / "sabotage.py"), "--base", str(demo / "base"),
+            "--adapter", str(demo / "adapter"), "--work", str(tmp_path / "work"), "--formats", "gguf", "safetensors",
+            "--types", "Q4_K_M", "bf16", "--only", *names, "--json", str(tmp_path / "found.json"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    types = ("gguf Q4_K_M", "safetensors bf16")
+    expected = [(None, type_) for type_ in types] + [(name, type_) for type_ in types for name in names]
+    assert [(one["fault"], one["type"]) for one in found] == expected
+    assert all(one["reasons"] for one in found if one["fault"])
+    assert not any((tmp_path / "work").iterdir())
