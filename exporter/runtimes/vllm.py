@@ -165,10 +165,8 @@ class Vllm:
                 raise not_served(artifact.name, str(error), exceptions(server.lines)) from None
 
     @contextmanager
-    def open_session(self, artifact: Path, n_ctx: int) -> Iterator[VllmSession]:
-        """As `Answering.session`. Not under that name, so that verification does not ask yet: it has been tried with a
-        stand-in alone, and a verdict must not rest on what no real server was seen to say.
-        """
+    def session(self, artifact: Path, n_ctx: int) -> Iterator[VllmSession]:
+        """See `Answering`."""
         config = read_config(artifact)
         if self._endpoint is not None:
             api = Api(self._endpoint, os.environ.get("VLLM_API_KEY"))

@@ -552,7 +552,7 @@ def test_a_running_vllm_scores_alike_and_another_model_is_told_apart(demo: Path,
 
 
 def test_it_tokenizes_renders_goes_on_and_stops(model: Path, endpoint: Callable[..., str]) -> None:
-    with Vllm(endpoint()).open_session(model, 24) as session:
+    with Vllm(endpoint()).session(model, 24) as session:
         assert session.tokenize("a b", special=True) == [CHARACTERS.index(letter) for letter in "a b"]
         # The server has no way to read a special token's text as plain text.
         assert session.tokenize("a b", special=False) is None
@@ -573,7 +573,7 @@ def test_it_tokenizes_renders_goes_on_and_stops(model: Path, endpoint: Callable[
 
 def test_a_server_of_our_own_answers_and_is_gone(model: Path, environment: Callable[..., Path]) -> None:
     folder = environment()
-    with Vllm().open_session(model, 24) as session:
+    with Vllm().session(model, 24) as session:
         assert len(session.generate([(1, 2)], 3)[0].tokens) <= 3
         assert record(folder)["arguments"]["--max-model-len"] == "24"
     assert running(record(folder)["pids"]) == []
@@ -583,7 +583,7 @@ def test_a_server_of_our_own_answers_and_is_gone(model: Path, environment: Calla
 def test_an_answer_that_is_none_has_a_name(model: Path, endpoint: Callable[..., str], fault: str) -> None:
     with (
         pytest.raises(RuntimeScoreError) as caught,
-        Vllm(endpoint(fault=fault)).open_session(model, 24) as session,
+        Vllm(endpoint(fault=fault)).session(model, 24) as session,
     ):
         session.generate([(1, 2)], 3)
     assert "/v1/completions" in caught.value.found

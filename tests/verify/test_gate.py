@@ -86,6 +86,7 @@ def test_every_type_of_every_backend_has_limits_of_its_own() -> None:
     assert labels == DEFAULT_GATES.keys()
     for gate in DEFAULT_GATES.values():
         assert 0 < gate.max_delta <= 1
+        assert 0 < gate.max_divergence <= 3
         assert 0.4 <= gate.min_same_top < 1
 
 
@@ -93,6 +94,7 @@ def test_a_wider_type_is_held_to_a_stricter_limit() -> None:
     order = ["F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"]
     gates = [DEFAULT_GATES[f"gguf {name}"] for name in order]
     assert [gate.max_delta for gate in gates] == sorted(gate.max_delta for gate in gates)
+    assert [gate.max_divergence for gate in gates] == sorted(gate.max_divergence for gate in gates)
     assert [gate.min_same_top for gate in gates] == sorted((gate.min_same_top for gate in gates), reverse=True)
 
 
