@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ class VllmSession:
         """See `Session`. The server gives a conversation's tokens, and their text on another request."""
         known = ("messages", "tools")
         body = {key: conversation[key] for key in known if key in conversation}
+        body["messages"] = [_as_sent(message) for message in conversation["messages"]]
         if options := {key: value for key, value in conversation.items() if key not in known}:
             body["chat_template_kwargs"] = options
         tokens = self._tokens(body | {"add_generation_prompt": True})
@@ -79,3 +81,14 @@ class VllmSession:
 
     def _failed(self, found: str) -> RuntimeScoreError:
         return not_served(self._artifact.name, found, ())
+
+
+def _as_sent(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message as clients send it: arguments of a tool's call are JSON, which the server reads for the template."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}

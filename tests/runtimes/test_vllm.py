@@ -26,7 +26,9 @@ from exporter.runtimes.transformers import Transformers
 from exporter.runtimes.vllm import ENVIRONMENT, Vllm, available, serve_python
 from exporter.runtimes.vllm_api import Api
 from exporter.runtimes.vllm_server import last_words
+from exporter.runtimes.vllm_session import VllmSession
 from exporter.tokenizer import TokenizerFiles
+from exporter.verify.answers.texts import CONVERSATIONS
 from tests.exports import export_to
 from tests.folders import copy, edit_json
 from tests.merged import random_windows
@@ -569,6 +571,23 @@ def test_it_tokenizes_renders_goes_on_and_stops(model: Path, endpoint: Callable[
         assert session.stops_on(END)
         assert not session.stops_on(END - 1)
         assert session.stop_ids() is None
+
+
+def test_arguments_of_a_call_are_sent_as_the_api_wants_them(model: Path) -> None:
+    """The server refuses an object there (seen with vLLM 0.32), and parses the text for the template."""
+
+    class Recording(Api):
+        def post(self, path: str, body: Any) -> Any:
+            sent.append(body)
+            return {"tokens": [], "prompt": "rendered"}
+
+    sent: list[Any] = []
+    session = VllmSession(model, Recording("http://localhost:1"), "model")
+    assert session.render(CONVERSATIONS["tool call"]) == "rendered"
+    (call,) = sent[0]["messages"][1]["tool_calls"]
+    given = CONVERSATIONS["tool call"]["messages"][1]["tool_calls"][0]
+    assert json.loads(call["function"]["arguments"]) == given["function"]["arguments"]
+    assert isinstance(given["function"]["arguments"], dict)
 
 
 def test_a_server_of_our_own_answers_and_is_gone(model: Path, environment: Callable[..., Path]) -> None:
