@@ -14,6 +14,7 @@ from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.verify.gate import Verification
+from exporter.verify.metrics import Profile
 from exporter.verify.weights import tensor_figures, weights_json
 from exporter.version import __version__
 
@@ -204,9 +205,16 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "kl_divergence": asdict(figures.divergence) if figures.divergence else None,
         "jensen_shannon": asdict(figures.jensen_shannon) if figures.jensen_shannon else None,
         "top_k_divergence": asdict(figures.top_k_divergence) if figures.top_k_divergence else None,
+        "profile": _profile(figures.profile),
         "gate": {"max_delta": verdict.gate.max_delta, "min_same_top": verdict.gate.min_same_top},
         "broken": list(verdict.broken),
     }
+
+
+def _profile(profile: Profile | None) -> dict[str, Any] | None:
+    if profile is None:
+        return None
+    return {key: value and [list(row) for row in value] for key, value in vars(profile).items()}
 
 
 def _ends(interval: tuple[float, float] | None) -> list[float] | None:

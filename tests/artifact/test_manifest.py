@@ -146,6 +146,10 @@ def _with(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
         _without("artifacts", 0, "verification", "delta_stderr"),
         _without("artifacts", 0, "verification", "runtime"),
         _with([0.1], "artifacts", 0, "verification", "delta_interval"),
+        _without("artifacts", 0, "verification", "profile"),
+        _with([[0.5, -1.0]], "artifacts", 0, "verification", "profile", "kl_quantiles"),
+        _with([[0, 0.1, 0.2]], "artifacts", 0, "verification", "profile", "kl_along_window"),
+        _with([[1]], "artifacts", 0, "verification", "profile", "probability"),
         _without("artifacts", 0, "verification", "jensen_shannon", "p95"),
         _with(20, "artifacts", 0, "verification", "kl_divergence", "k"),
         _with({"value": 2.0, "stderr": None}, "artifacts", 0, "verification", "probability_rms"),
@@ -314,6 +318,9 @@ def test_verdicts(folders: dict[str, Path]) -> None:
     low, high = figures["delta_interval"]
     assert low < figures["delta"] < high
     assert figures["kl_divergence"]["median"] <= figures["kl_divergence"]["p90"] <= figures["kl_divergence"]["largest"]
+    profile = figures["profile"]
+    assert profile["kl_quantiles"][-1] == [1.0, figures["kl_divergence"]["largest"]]
+    assert sum(map(sum, profile["probability"])) == figures["tokens_scored"]
     # At most half of the sum of both KL divergences, which for near predictions are alike.
     assert 0 < figures["jensen_shannon"]["mean"] < figures["kl_divergence"]["mean"]
     assert figures["top_k_divergence"] is None
