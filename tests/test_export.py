@@ -31,7 +31,8 @@ def test_demo_gguf_scores_like_the_reference_and_is_published(demo: Path, tmp_pa
     # Not all: near ties fall the other way in another order of summation.
     assert exact.comparison.same_top > 0.995
     assert abs(eighth.comparison.delta) < 0.01
-    assert sorted(file.name for file in out.iterdir()) == ["demo-F32.gguf", "demo-Q8_0.gguf", "export.json"]
+    files = ["demo-F32.gguf", "demo-Q8_0.gguf", "export.json", "report.html"]
+    assert sorted(file.name for file in out.iterdir()) == files
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

@@ -124,8 +124,7 @@ def _summary(sections: list[Section]) -> str:
         return f"What was scored does not tell whether {_listed(unsure)} keeps every limit."
     if skipped := names["skipped"]:
         return f"{_listed(skipped)} was written and not verified."
-    every = "Every artifact keeps" if len(sections) > 1 else f"{sections[0].label} keeps"
-    return f"{every} every limit: it behaves like the trained model."
+    return f"{_listed(names['passed'])} {'keep' if len(sections) > 1 else 'keeps'} every limit."
 
 
 def _listed(names: list[str]) -> str:
@@ -158,8 +157,8 @@ def _reasons(artifact: Node, verdict: str, found: list[Figure]) -> Iterator[Reas
     looks = artifact["verification"]["looks"].value or []
     after = f" after {', '.join(map(count, looks))} tokens" if looks else ""
     for figure in found:
-        if figure.verdict == "undecided" and figure.limit:
-            limit = figure.sign + figure.unit.short(figure.limit.value)
+        if figure.verdict == "undecided" and figure.limit is not None:
+            limit = figure.sign + figure.unit.limit(figure.limit.value)
             yield Reason("scores", f"{figure.name} may be on either side of its limit, {limit},{after or ' as it is'}")
 
 
@@ -188,7 +187,7 @@ def _limit(figure: Figure) -> Markup:
         return NOTHING
     unit = PERCENT if figure.unit is CHANGE else figure.unit
     ideal = f"{unit.short(figure.ideal)} " if figure.kind == "within" and figure.ideal else ""
-    return ideal + figure.sign + shown(figure.limit, unit.short)
+    return ideal + figure.sign + shown(figure.limit, unit.limit)
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

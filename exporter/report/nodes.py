@@ -76,9 +76,13 @@ class Unit:
         decimals = _decimals(self.factor * spread, digits)
         return lambda value: self.text(value, decimals)
 
-    def short(self, value: float) -> str:
-        """A number that somebody chose, such as a limit, as it was chosen."""
-        return f"{self.factor * value:g}".replace("-", MINUS) + self.suffix
+    def short(self, value: float, digits: int = 6) -> str:
+        """A round number, such as a tick or a limit, with no more digits than it has."""
+        return f"{self.factor * value:.{digits}g}".replace("-", MINUS) + self.suffix
+
+    def limit(self, value: float) -> str:
+        """A limit; four digits are enough of one that was computed."""
+        return self.short(value, 4)
 
 
 NATS = Unit()

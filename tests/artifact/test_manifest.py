@@ -19,6 +19,7 @@ import pytest
 
 from exporter import Execution, export
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
+from exporter.report.html import REPORT_NAME
 from exporter.runtimes.base import TokenScores
 from exporter.verify.gate import FALLBACK_GATE, judge
 from exporter.verify.metrics import Divergences, compare
@@ -199,7 +200,7 @@ def test_the_schema_takes_calibration_windows(schema: dict[str, Any], folders: d
 def test_files_are_all_there_with_their_hashes(folders: dict[str, Path], name: str) -> None:
     folder, manifest = folders[name], read(folders[name])
     actual = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert manifest["files"].keys() == actual - {MANIFEST_NAME}
+    assert manifest["files"].keys() == actual - {MANIFEST_NAME, REPORT_NAME}
     for file, entry in manifest["files"].items():
         raw = (folder / file).read_bytes()
         assert entry == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}

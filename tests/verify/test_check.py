@@ -90,7 +90,8 @@ def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Pat
     assert not folder.published
     assert folder.path == tmp_path / "out.rejected"
     assert listing(tmp_path) == {"out.rejected"} | {
-        f"out.rejected/{name}" for name in ("export.json", "model-Q2_K.gguf", "model-F32.gguf", "model.imatrix.gguf")
+        f"out.rejected/{name}"
+        for name in ("export.json", "report.html", "model-Q2_K.gguf", "model-F32.gguf", "model.imatrix.gguf")
     }
     verdicts = {a["quant"]: a["verification"]["verdict"] for a in folder.manifest["artifacts"]}
     assert verdicts == {"Q2_K": "failed", "F32": "passed"}
