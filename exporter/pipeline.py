@@ -18,6 +18,7 @@ from exporter.errors import RefusalError
 from exporter.hashing import InputHasher, hash_all
 from exporter.plan import ExportPlan, FolderPlan, make_plan
 from exporter.recipe import Execution, Recipe
+from exporter.report.html import REPORT_NAME, report_html
 from exporter.reporter import Reporter
 from exporter.verify.answers.run import answer_artifacts
 from exporter.verify.check import verify_artifacts
@@ -109,6 +110,7 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             manifest = build_manifest(plan, folder, inputs, outputs[number], written, verdicts[number], kind, drawn)
             write_durably(staging.files / CARD_NAME, model_card(manifest, base_card))
             write_durably(staging.files / MANIFEST_NAME, dump(manifest))
+            write_durably(staging.files / REPORT_NAME, report_html(manifest))
             published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()
             results.append(FolderResult(path, published, manifest, verdicts[number]))

@@ -32,7 +32,7 @@ def test_demo_gguf_scores_like_the_reference_and_is_published(demo: Path, tmp_pa
     assert exact.comparison.same_top > 0.995
     assert abs(eighth.comparison.delta) < 0.01
     assert {file.name for file in out.iterdir()} == {
-        "demo-F32.gguf", "demo-Q8_0.gguf", "Modelfile.F32", "Modelfile.Q8_0", "README.md", "export.json",
+        "demo-F32.gguf", "demo-Q8_0.gguf", "Modelfile.F32", "Modelfile.Q8_0", "README.md", "export.json", "report.html",
     }  # fmt: skip
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

@@ -53,7 +53,7 @@ def test_gptqmodel_makes_the_same_kind_of_folder(demo: Path, tmp_path: Path) -> 
     assert result.passed
     manifest = json.loads((tmp_path / "out" / "export.json").read_text())
     listed = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    made = {"export.json", "README.md"}
+    made = {"export.json", "README.md", "report.html"}
     assert {name: digest for name, digest in hashes(tmp_path / "out").items() if name not in made} == listed
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= listed.keys()
     assert manifest["calibration"]["tokens"] == 4096

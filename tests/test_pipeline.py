@@ -63,11 +63,12 @@ def test_output_appears_whole_and_nothing_else_is_left(base: Path, adapter: Path
             "chat_template.jinja",
             "README.md",
             "export.json",
+            "report.html",
         )
     }
     manifest = json.loads((result.folders[0].path / "export.json").read_text())
     found = hashes(result.folders[0].path)
-    del found["export.json"], found["README.md"]
+    del found["export.json"], found["README.md"], found["report.html"]
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == found
 
 
@@ -83,8 +84,8 @@ def test_runs_repeat_byte_for_byte(base: Path, adapter: Path, tmp_path: Path) ->
         assert export(Recipe.build(values), Execution(threads=threads, block_bytes=block_bytes)).passed
         runs.append(hashes(tmp_path / name))
     assert runs[0] == runs[1]
-    assert {"st/export.json", "gguf/export.json"} <= runs[0].keys()
-    texts = [(tmp_path / "first" / "st" / name).read_text() for name in ("export.json", "README.md")]
+    assert {"st/export.json", "st/report.html", "gguf/export.json"} <= runs[0].keys()
+    texts = [(tmp_path / "first" / "st" / name).read_text() for name in ("export.json", "README.md", "report.html")]
     texts.append((tmp_path / "first" / "gguf" / "Modelfile").read_text())
     for trace in (str(tmp_path), str(base.parent), socket.gethostname(), "first"):
         assert not any(trace in text for text in texts)
@@ -169,7 +170,7 @@ def test_failed_gate(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert verification["gate"]["max_delta"] == 0
     assert verification["broken"]
     found = hashes(rejected)
-    assert found.keys() == manifest["files"].keys() | {"export.json", "README.md"}
+    assert found.keys() == manifest["files"].keys() | {"export.json", "README.md", "report.html"}
     assert all(found[name] == entry["sha256"] for name, entry in manifest["files"].items())
     assert str(rejected) in result.stderr.replace("\n", "")
     # The way is free for the next attempt.

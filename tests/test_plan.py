@@ -208,7 +208,7 @@ def test_plan_is_what_gets_written(base: Path, adapter: Path, tmp_path: Path, op
     planned = describe(make_plan(wanted, Execution()))
     export(wanted)
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
-    del written["export.json"], written["README.md"]
+    del written["export.json"], written["README.md"], written["report.html"]
     artifact = planned["outputs"][0]["artifacts"][0]
     assert {file["name"]: file["bytes"] for file in artifact["files"]} == written
     assert planned["disk_bytes"] == artifact["bytes"] == sum(written.values())

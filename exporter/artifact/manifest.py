@@ -16,7 +16,7 @@ from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.verify.gate import Verification
-from exporter.verify.metrics import Spread
+from exporter.verify.metrics import Profile, Spread
 from exporter.verify.weights import tensor_figures, weights_json
 from exporter.version import __version__
 
@@ -214,6 +214,7 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "kl_divergence": _spread(figures.divergence),
         "jensen_shannon": _spread(figures.jensen_shannon),
         "top_k_divergence": _spread(figures.top_k_divergence),
+        "profile": _profile(figures.profile),
         "gate": {
             "max_delta": verdict.gate.max_delta,
             "max_divergence": _limit(verdict.gate.max_divergence),
@@ -241,6 +242,12 @@ def _spread(figures: Spread | None) -> dict[str, Any] | None:
 def _limit(value: float) -> float | None:
     """JSON has no infinity: None is no limit."""
     return value if math.isfinite(value) else None
+
+
+def _profile(profile: Profile | None) -> dict[str, Any] | None:
+    if profile is None:
+        return None
+    return {key: value and [list(row) for row in value] for key, value in vars(profile).items()}
 
 
 def _ends(interval: tuple[float, float] | None) -> list[float] | None:

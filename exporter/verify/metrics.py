@@ -14,6 +14,12 @@ from exporter.verify.intervals import clustered_stderr, interval
 
 Floats = npt.NDArray[np.float64]
 
+# What a profile of the KL divergence shows: its tails as closely as its middle.
+KL_QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+# Runs of positions along the scored part of a window, and bins of a probability.
+KL_RUNS = 16
+PROBABILITY_BINS = 10
+
 
 @dataclass(frozen=True)
 class Divergences:
@@ -96,6 +102,24 @@ class TopKSpread(Spread):
 
 
 @dataclass(frozen=True)
+class Profile:
+    """How a comparison's figures are spread: what its plots show.
+
+    Attributes:
+        kl_quantiles: `KL_QUANTILES` of the KL divergence over all positions, each with its value in nats; None where
+            that divergence is not known.
+        kl_along_window: the mean KL divergence in nats of runs of neighbouring positions, over all windows, each with
+            its first position, counted from 0 at the first that is scored; None likewise.
+        probability: predictions by the right token's probability in the reference (rows) and in the artifact
+            (columns), in tenths from 0 to 1; 1 itself is in the last.
+    """
+
+    kl_quantiles: tuple[tuple[float, float], ...] | None
+    kl_along_window: tuple[tuple[int, float], ...] | None
+    probability: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """An artifact against the reference, on the same tokens.
 
@@ -121,6 +145,7 @@ class Comparison:
             them.
         jensen_shannon: Jensen-Shannon divergence of the whole predictions in bits, from 0 to 1; None likewise.
         top_k_divergence: KL divergence in the top-k form in nats, from a runtime that gives no more.
+        profile: how the figures are spread over positions; None if that was not looked at.
     """
 
     tokens_scored: int
@@ -140,6 +165,7 @@ class Comparison:
     divergence: Spread | None = None
     jensen_shannon: Spread | None = None
     top_k_divergence: TopKSpread | None = None
+    profile: Profile | None = None
 
 
 def spread(values: Floats) -> Spread:
@@ -206,7 +232,27 @@ def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergen
         divergence=None if known.kl is None else spread(known.kl),
         jensen_shannon=None if known.jensen_shannon is None else spread(known.jensen_shannon),
         top_k_divergence=None if known.top_k is None else TopKSpread(**vars(spread(known.top_k)), k=known.k),
+        profile=profile(np.exp(-ours), np.exp(-theirs), known.kl),
     )
+
+
+def profile(ours: Floats, theirs: Floats, kl: Floats | None) -> Profile:
+    """How figures are spread over positions.
+
+    Args:
+        ours: the right token's probability in the artifact, shape (windows, scored).
+        theirs: the same in the reference.
+        kl: the KL divergence in nats, same shape; None where it is not known.
+    """
+    quantiles = along = None
+    if kl is not None:
+        quantiles = tuple(zip(KL_QUANTILES, map(float, np.quantile(kl, KL_QUANTILES)), strict=True))
+        runs = np.array_split(np.arange(kl.shape[1]), min(KL_RUNS, kl.shape[1]))
+        along = tuple((int(run[0]), float(kl[:, run].mean())) for run in runs)
+    last = PROBABILITY_BINS - 1
+    rows, columns = (np.minimum(values * PROBABILITY_BINS, last).astype(np.int64).ravel() for values in (theirs, ours))
+    counts = np.bincount(rows * PROBABILITY_BINS + columns, minlength=PROBABILITY_BINS**2)
+    return Profile(quantiles, along, tuple(map(tuple, counts.reshape(PROBABILITY_BINS, -1).tolist())))
 
 
 def _root_mean_square(values: Floats) -> Estimate:

@@ -208,15 +208,19 @@ class WeightsResult:
         return total(sums for _, sums in self.tensors if sums.delta)
 
     @cached_property
+    def judged(self) -> Sums:
+        """Of the tensors whose survival has a limit."""
+        return total(sums for weight, sums in self.tensors if _judged(weight, sums))
+
+    @cached_property
     def broken(self) -> tuple[str, ...]:
         """What is wrong, in words; empty if nothing is."""
         reasons = [reason for weight, sums in self.tensors if (reason := _reason(weight, sums))]
         rest = len(reasons) - NAMED
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
-        judged = total(sums for weight, sums in self.tensors if _judged(weight, sums))
-        if not _within(judged.survival, judged.survival_limit):
-            reasons.append(f"of the adapter's whole change {_share(judged)} is stored")
+        if not _within(self.judged.survival, self.judged.survival_limit):
+            reasons.append(f"of the adapter's whole change {_share(self.judged)} is stored")
         return (*self.faults, *reasons)
 
 
@@ -431,14 +435,22 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
     if result is None:
         return None
     parts = {"layers": r"\.layers\.(\d+)\.", "kinds": r"([^.]+)\.(?:weight|bias)$"}
+    # The limit is of the judged ones: the figure is held against it where these are all that changed.
+    limit = result.judged.survival_limit if result.judged.elements == result.updated.elements else None
     by_limit = sorted(result.tensors, key=lambda pair: -pair[1].relative_error / pair[0].tolerance.error)
     return {
         **_figures(result.total),
         "survival_stderr": _number(result.updated.survival_stderr),
+        "survival_limit": _number(limit),
         "delta_error": _number(result.updated.delta_error),
         "judged": sum(_judged(weight, sums) for weight, sums in result.tensors),
         "worst": [
-            {"name": weight.source, "type": weight.type, "relative_error": _number(sums.relative_error)}
+            {
+                "name": weight.source,
+                "type": weight.type,
+                "relative_error": _number(sums.relative_error),
+                "limit": _number(weight.tolerance.error),
+            }
             for weight, sums in by_limit[:NAMED]
         ],
         **{part: {key: _figures(sums) for key, sums in _grouped(result, by).items()} for part, by in parts.items()},

@@ -20,6 +20,7 @@ import pytest
 from exporter import Execution, export
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.artifact.model_card import CARD_NAME
+from exporter.report.html import REPORT_NAME
 from exporter.runtimes.base import TokenScores
 from exporter.verify.gate import judge
 from exporter.verify.limits import FALLBACK_GATE
@@ -148,6 +149,10 @@ def _with(value: Any, *path: str | int) -> Callable[[dict[str, Any]], None]:
         _without("artifacts", 0, "verification", "delta_stderr"),
         _without("artifacts", 0, "verification", "runtime"),
         _with([0.1], "artifacts", 0, "verification", "delta_interval"),
+        _without("artifacts", 0, "verification", "profile"),
+        _with([[0.5, -1.0]], "artifacts", 0, "verification", "profile", "kl_quantiles"),
+        _with([[0, 0.1, 0.2]], "artifacts", 0, "verification", "profile", "kl_along_window"),
+        _with([[1]], "artifacts", 0, "verification", "profile", "probability"),
         _without("artifacts", 0, "verification", "jensen_shannon", "p95"),
         _with(20, "artifacts", 0, "verification", "kl_divergence", "k"),
         _with({"value": 2.0, "stderr": None}, "artifacts", 0, "verification", "probability_rms"),
@@ -197,7 +202,7 @@ def test_the_schema_takes_calibration_windows(schema: dict[str, Any], folders: d
 def test_files_are_all_there_with_their_hashes(folders: dict[str, Path], name: str) -> None:
     folder, manifest = folders[name], read(folders[name])
     actual = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert manifest["files"].keys() == actual - {MANIFEST_NAME, CARD_NAME}
+    assert manifest["files"].keys() == actual - {MANIFEST_NAME, CARD_NAME, REPORT_NAME}
     for file, entry in manifest["files"].items():
         raw = (folder / file).read_bytes()
         assert entry == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
@@ -322,6 +327,9 @@ def test_verdicts(folders: dict[str, Path]) -> None:
     low, high = figures["delta_interval"]
     assert low < figures["delta"] < high
     assert figures["kl_divergence"]["median"] <= figures["kl_divergence"]["p90"] <= figures["kl_divergence"]["largest"]
+    profile = figures["profile"]
+    assert profile["kl_quantiles"][-1] == [1.0, figures["kl_divergence"]["largest"]]
+    assert sum(map(sum, profile["probability"])) == figures["tokens_scored"]
     # At most half of the sum of both KL divergences, which for near predictions are alike.
     assert 0 < figures["jensen_shannon"]["mean"] < figures["kl_divergence"]["mean"]
     assert figures["top_k_divergence"] is None

@@ -98,7 +98,7 @@ def test_backend_from_outside_exports(make_base: Make, make_adapter: Make, tmp_p
     manifest = json.loads(result.stdout)
     assert manifest["artifacts"][0]["format"] == "npy"
     expected = merge_with_us(tmp_path / "reference", base, adapter)
-    assert listing(out) == {f"{name}.npy" for name in expected} | {"export.json", "README.md"}
+    assert listing(out) == {f"{name}.npy" for name in expected} | {"export.json", "README.md", "report.html"}
     for name, tensor in expected.items():
         assert torch.equal(torch.from_numpy(np.load(out / f"{name}.npy")), tensor)
 

@@ -237,7 +237,7 @@ def test_small_files_are_carried_and_nothing_else(make_base: Make, tmp_path: Pat
     export_to(tmp_path / "out", base)
     written = {path.name: path for path in (tmp_path / "out").iterdir()}
     carried = {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert written.keys() == carried | {"config.json", "model.safetensors", "README.md", "export.json"}
+    assert written.keys() == carried | {"config.json", "model.safetensors", "README.md", "export.json", "report.html"}
     for name in carried:
         assert written[name].read_bytes() == (base / name).read_bytes()
 

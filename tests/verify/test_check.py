@@ -96,6 +96,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Pat
         for name in (
             "export.json",
             "README.md",
+            "report.html",
             "model-Q2_K.gguf",
             "model-F32.gguf",
             "model.imatrix.gguf",

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from exporter.runtimes.base import TokenScores
 from exporter.verify.gate import judge
 from exporter.verify.limits import FALLBACK_GATE
-from exporter.verify.metrics import Divergences, Estimate, compare, spread
+from exporter.verify.metrics import Divergences, Estimate, compare, profile, spread
 
 Floats = npt.NDArray[np.float64]
 
@@ -134,6 +134,39 @@ def test_each_divergence_has_a_field_of_its_own() -> None:
     assert coarse.top_k_divergence.k == 20
     assert coarse.top_k_divergence.mean == pytest.approx(0.1)
     assert coarse.divergence is coarse.jensen_shannon is None
+
+
+def test_a_profile_by_hand() -> None:
+    theirs = np.array([[0.05, 0.95, 1.0], [0.5, 0.0, 0.31]])
+    ours = np.array([[0.15, 0.95, 0.0], [0.5, 0.0, 0.29]])
+    kl = np.array([[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]])
+    found = profile(ours, theirs, kl)
+    filled = {(r, c): n for r, row in enumerate(found.probability) for c, n in enumerate(row) if n}
+    assert filled == {(0, 1): 1, (9, 9): 1, (9, 0): 1, (5, 5): 1, (0, 0): 1, (3, 2): 1}
+    assert found.kl_along_window is not None
+    assert [first for first, _ in found.kl_along_window] == [0, 1, 2]
+    assert [mean for _, mean in found.kl_along_window] == pytest.approx([0.05, 0.25, 0.45])
+    assert found.kl_quantiles is not None
+    values = dict(found.kl_quantiles)
+    assert (values[0.0], values[0.5], values[1.0]) == pytest.approx((0.0, 0.25, 0.5))
+
+
+def test_a_profile_of_a_long_window_is_of_sixteen_runs() -> None:
+    kl = np.tile(np.arange(255.0), (2, 1))
+    along = profile(np.ones((2, 255)), np.ones((2, 255)), kl).kl_along_window
+    assert along is not None
+    assert len(along) == 16
+    assert [first for first, _ in along] == [16 * run for run in range(16)]
+    # The last run is one position shorter: 240 … 254.
+    assert (along[0][1], along[-1][1]) == (7.5, 247.0)
+
+
+def test_a_profile_without_divergences_has_the_probabilities() -> None:
+    values = scores([[math.log(0.25), math.log(0.75)]])
+    found = compare(values, values).profile
+    assert found is not None
+    assert found.kl_quantiles is found.kl_along_window is None
+    assert (found.probability[2][2], found.probability[7][7]) == (1, 1)
 
 
 def test_same_top_counts_tokens() -> None:

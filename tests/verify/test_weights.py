@@ -270,6 +270,12 @@ def test_the_summary_has_layers_and_kinds(model: MergedModel, files: Callable[[s
     assert {"q_proj", "down_proj", "norm"} <= summary["kinds"].keys()
     assert summary["kinds"]["q_norm"]["survival"] is None
     assert summary["judged"] == model.updated
+    # All that changed is judged, so the whole has the limit; of values rounded one by one, nothing is.
+    assert abs(summary["survival"] - 1) < summary["survival_limit"] == result.judged.survival_limit
+    alone = weights_json(check(model, files("F16")))
+    assert alone is not None
+    assert (alone["judged"], alone["survival_limit"]) == (0, None)
+    assert [one["relative_error"] / one["limit"] < 1 for one in summary["worst"]] == [True] * 5
     figures = tensor_figures(result)
     assert figures["blk.1.attn_q.weight"] == figures[Q_PROJ]
     assert figures["output_norm.weight"].keys() == {"relative_error"}

@@ -1,0 +1,1 @@
+"""`report.html`: the manifest as a page for people."""

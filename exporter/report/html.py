@@ -1,0 +1,262 @@
+"""`report_html`: the manifest as one page that needs nothing else, and that says nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from exporter.report import plots
+from exporter.report.figures import Figure, figures
+from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, shown
+from exporter.report.plots import Point
+from exporter.report.serving import Command, commands
+from exporter.screen import size
+
+REPORT_NAME = "report.html"
+# From the worst on: what was broken decides, and a folder is as good as its worst artifact.
+_VERDICTS = ("failed", "undecided", "skipped", "passed")
+# Losses of matrices that are named.
+_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an artifact is not passed.
+
+    Attributes:
+        area: what it is about: scores, weights or answers.
+        text: in words.
+    """
+
+    area: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with what it shows.
+
+    Attributes:
+        title: what is drawn.
+        about: how to read it.
+        drawing: SVG.
+    """
+
+    title: str
+    about: str
+    drawing: Markup
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one artifact.
+
+    Attributes:
+        node: its place in the manifest.
+        label: format and type.
+        verdict: passed, failed, undecided or skipped.
+        reasons: why it is not passed.
+        figures: its figures.
+        plots: its plots.
+        fallbacks: tensors by the type that was wanted and the one that they are stored in.
+        losses: the largest losses of matrices that were solved for, with their inputs.
+        commands: what serves it.
+    """
+
+    node: Node
+    label: str
+    verdict: str
+    reasons: list[Reason]
+    figures: list[Figure]
+    plots: list[Plot]
+    fallbacks: dict[tuple[str, str], list[Node]]
+    losses: list[tuple[str, Node, Node]]
+    commands: list[Command]
+
+
+def report_html(manifest: Mapping[str, Any]) -> bytes:
+    """The report of an output folder: a function of its `export.json`, and of nothing else.
+
+    Args:
+        manifest: as `build_manifest` makes it, or as it is read from the file.
+    """
+    # As it is in the file: whichever of the two is given, the page is the same.
+    root = Node(json.loads(json.dumps(manifest)))
+    sections = [_section(root, artifact) for artifact in root["artifacts"]]
+    verdict = min((section.verdict for section in sections), key=_VERDICTS.index)
+    style = Markup(files("exporter.report").joinpath("report.css").read_text(encoding="utf-8"))
+    page = _template().render(root=root, sections=sections, verdict=verdict, summary=_summary(sections), style=style)
+    return page.encode()
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"interval_bar": plots.interval_bar, "ends": _ends, "limit": _limit}
+    environment.filters |= {
+        "count": lambda node: shown(node, count),
+        "counted": counted,
+        "size": lambda node: shown(node, size),
+        "nats": lambda node: shown(node, NATS.text),
+        "number": lambda node: shown(node, "{:g}".format),
+        "figure": lambda figure: shown(figure.value, figure.text),
+        "percent": lambda node: shown(node, PERCENT.text),
+        "change": lambda node: shown(node, CHANGE.text),
+    }
+    return environment.from_string(files("exporter.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
+
+
+def _summary(sections: list[Section]) -> str:
+    """The verdict on the folder in a sentence."""
+    names = {verdict: [one.label for one in sections if one.verdict == verdict] for verdict in _VERDICTS}
+    if broken := names["failed"]:
+        of_all = f" ({len(broken)} of {len(sections)} artifacts)" if len(sections) > 1 else ""
+        verb = "breaks" if len(broken) == 1 else "break"
+        return f"{_listed(broken)}{of_all} {verb} a limit: nothing was published."
+    if unsure := names["undecided"]:
+        return f"What was scored does not tell whether {_listed(unsure)} keeps every limit."
+    if skipped := names["skipped"]:
+        return f"{_listed(skipped)} was written and not verified."
+    return f"{_listed(names['passed'])} {'keep' if len(sections) > 1 else 'keeps'} every limit."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _section(root: Node, artifact: Node) -> Section:
+    found = figures(artifact, root["evaluation"])
+    verdict = artifact["verification"]["verdict"].value
+    return Section(
+        artifact,
+        f"{artifact['format'].value} {artifact['quant'].value}",
+        verdict,
+        list(_reasons(artifact, verdict, found)),
+        found,
+        list(_plots(artifact)),
+        _fallbacks(artifact),
+        _losses(artifact["quantization"]),
+        commands(root.value, artifact.value),
+    )
+
+
+def _reasons(artifact: Node, verdict: str, found: list[Figure]) -> Iterator[Reason]:
+    """What is broken, by what it is about; then what is not decided."""
+    areas = {area: artifact[area]["broken"].value or [] for area in ("weights", "answers")}
+    for text in artifact["verification"]["broken"].value or []:
+        yield Reason(next((area for area, broken in areas.items() if text in broken), "scores"), text)
+    if verdict != "undecided":
+        return
+    looks = artifact["verification"]["looks"].value or []
+    after = f" after {', '.join(map(count, looks))} tokens" if looks else ""
+    for figure in found:
+        if figure.verdict == "undecided" and figure.limit is not None:
+            limit = figure.sign + figure.unit.limit(figure.limit.value)
+            yield Reason("scores", f"{figure.name} may be on either side of its limit, {limit},{after or ' as it is'}")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _ends(figure: Figure) -> Markup:
+    """The interval of a figure; where it follows from an error, it says from which."""
+    if figure.ends is None:
+        return NOTHING
+    if figure.interval:
+        texts = [shown(end, figure.text) for end in figure.interval]
+    else:
+        pointer = figure.error.pointer if figure.error else ""
+        end = Markup('<data value="{}" data-end="{}" data-error-at="{}" data-value-at="{}">{}</data>')
+        texts = [
+            end.format(json.dumps(value), number, pointer, figure.value.pointer, figure.text(value))
+            for number, value in enumerate(figure.ends)
+        ]
+    return Markup(" … ").join(texts)
+
+
+def _limit(figure: Figure) -> Markup:
+    """The limit of a figure, with its sign."""
+    if figure.limit is None:
+        return NOTHING
+    unit = PERCENT if figure.unit is CHANGE else figure.unit
+    ideal = f"{unit.short(figure.ideal)} " if figure.kind == "within" and figure.ideal else ""
+    return ideal + figure.sign + shown(figure.limit, unit.limit)
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def _plots(artifact: Node) -> Iterator[Plot]:
+    title = "Bytes by tensor type"
+    types = [Point(name, one["bytes"], f" · {one['share'].value:.1%}") for name, one in artifact["types"].entries()]
+    yield Plot(title, "What the bytes of all tensors are spent on.", plots.bars(title, types, size))
+    yield from _error_plots(artifact["weights"])
+    yield from _survival_plots(artifact["weights"])
+    profile = artifact["verification"]["profile"]
+    if profile["kl_quantiles"]:
+        title = "KL divergence by quantile"
+        about = "Nats, logarithmic: how far the closest and the farthest predictions are."
+        yield Plot(title, about, plots.quantiles(title, profile["kl_quantiles"]))
+    if profile["kl_along_window"]:
+        runs = [Point(str(run[0].value), run[1]) for run in profile["kl_along_window"]]
+        title = "KL divergence along the window"
+        about = "Mean in nats: errors that build up with the context rise to the right."
+        yield Plot(title, about, plots.columns(title, runs, NATS, "scored position"))
+    if profile["probability"]:
+        title = "Probability of the right token"
+        about = "Predictions by that probability before and after; what is on the diagonal stayed."
+        yield Plot(title, about, plots.heat(title, profile["probability"]))
+
+
+def _error_plots(weights: Node) -> Iterator[Plot]:
+    about = "Of what is stored, against the merge in float32."
+    if layers := _points(weights["layers"], "relative_error"):
+        title = "Relative error by layer"
+        yield Plot(title, about, plots.columns(title, layers, PERCENT, "layer"))
+    kinds = _points(weights["kinds"], "relative_error")
+    exact = ", ".join(point.name for point in kinds if point.number == 0)
+    if lossy := [point for point in kinds if point.number != 0]:
+        title = "Relative error by kind of matrix"
+        yield Plot(title, f"Stored exactly: {exact}." if exact else about, plots.bars(title, lossy, PERCENT.text))
+
+
+def _survival_plots(weights: Node) -> Iterator[Plot]:
+    about = "Share of the adapter's change that is stored; 100% is all of it."
+    layers, kinds = (
+        [point for point in _points(weights[part], "survival") if point.number is not None]
+        for part in ("layers", "kinds")
+    )
+    if layers:
+        title = "Delta survival by layer"
+        yield Plot(title, about, plots.dots(title, layers, PERCENT, "layer", 1))
+    if kinds:
+        title = "Delta survival by kind of matrix"
+        as_text = PERCENT.fixed(max(abs(point.value.value - 1) for point in kinds) or 1)
+        yield Plot(title, about, plots.deviations(title, kinds, as_text, 1))
+
+
+def _points(part: Node, figure: str) -> list[Point]:
+    return [Point(name, one[figure]) for name, one in part.entries()]
+
+
+# --- what degraded ---------------------------------------------------------------------------------------------------
+
+
+def _fallbacks(artifact: Node) -> dict[tuple[str, str], list[Node]]:
+    found: dict[tuple[str, str], list[Node]] = {}
+    for tensor in artifact["tensors"]:
+        if wanted := tensor["wanted"].value:
+            found.setdefault((wanted, tensor["type"].value), []).append(tensor)
+    return found
+
+
+def _losses(quantization: Node) -> list[tuple[str, Node, Node]]:
+    by_loss = sorted(quantization["losses"].entries(), key=lambda entry: -entry[1].value)
+    return [(name, loss, quantization["tokens"][name]) for name, loss in by_loss[:_NAMED]]

@@ -1,0 +1,200 @@
+"""The report says what is in the manifest, the verdict first, and nothing in it can do harm."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from exporter.report.html import report_html
+from tests.report.manifests import CASES, case, checks
+from tests.report.page import Page, numbers, rounded
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = """<script>alert("x")</script>'"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
+
+
+def page_of(name: str) -> Page:
+    return Page.of(report_html(case(name)))
+
+
+def test_the_cases_are_manifests() -> None:
+    schema = json.loads((ROOT / "docs" / "export.schema.json").read_text(encoding="utf-8"))
+    for name in CASES.keys() - {"undecided"}:
+        jsonschema.Draft202012Validator(schema).validate(case(name))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_number_is_the_manifests(name: str) -> None:
+    manifest = case(name)
+    page = Page.of(report_html(manifest))
+    found = set(numbers(manifest, ((one.attributes, one.text) for one in page.elements)))
+    for index, artifact in enumerate(manifest["artifacts"]):
+        at, figures = f"/artifacts/{index}", artifact["verification"]
+        expected = {f"{at}/bytes", *(f"{at}/types/{kind}/bytes" for kind in artifact["types"])}
+        if figures["verdict"] != "skipped":
+            expected |= {f"{at}/verification/{part}" for part in ("perplexity", "probability_rms/value")}
+            expected |= {
+                f"{at}/verification/profile/probability/{r}/{c}" for r in range(10) for c in range(10)
+            }  # fmt: skip
+        if figures.get("kl_divergence"):
+            expected |= {f"{at}/verification/profile/kl_quantiles/{number}/1" for number in range(11)}
+            expected |= {f"{at}/verification/profile/kl_along_window/{number}/1" for number in range(16)}
+        if artifact["weights"]:
+            expected |= {f"{at}/weights/layers/{layer}/relative_error" for layer in range(36)}
+        if artifact["answers"]:
+            expected |= {f"{at}/answers/tokenization/texts", f"{at}/answers/continuations/0/mean_shortfall"}
+        assert expected <= found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_number_in_a_table_says_where_it_is_from(name: str) -> None:
+    """Figures, answers, types: no number is typed in by the template."""
+    page = page_of(name)
+    cells = [one for one in page.all("td", "n") if any(character.isdigit() for character in one.text)]
+    inside = [one for one in page.all("data") if any(parent.startswith("td ") for parent in one.inside)]
+    assert len(cells) <= len(inside)
+    assert all(one.attributes.keys() & {"data-at", "data-length-of", "data-error-at"} for one in page.all("data"))
+
+
+def test_intervals_and_limits_of_the_gates_checks_come_first() -> None:
+    manifest = case("everything")
+    one = manifest["artifacts"][0]["verification"]
+    one["checks"] = []
+    without = {*numbers(manifest, ((e.attributes, e.text) for e in Page.of(report_html(manifest)).elements))}
+    assert "/artifacts/0/verification/delta_interval/0" in without
+    assert "/artifacts/0/verification/gate/max_delta" in without
+    one["checks"] = checks(one, "passed", "passed", "passed")
+    found = {*numbers(manifest, ((e.attributes, e.text) for e in Page.of(report_html(manifest)).elements))}
+    for check in range(2):
+        at = f"/artifacts/0/verification/checks/{check}"
+        assert {f"{at}/value", f"{at}/interval/0", f"{at}/interval/1", f"{at}/limit"} <= found
+    assert not any(pointer.startswith("/artifacts/0/verification/gate") for pointer in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "same"),
+    [
+        ("+0.78%", 0.00784, True), ("+0.79%", 0.00784, False), ("\N{MINUS SIGN}1%", -0.01, True),
+        ("2.9 MB", 2_940_128, True), ("2.8 MB", 2_940_128, False), ("1.80e+308", 1.797e308, True),
+        ("4,096", 4096, True), ("none", 1.0, False),
+    ],
+)  # fmt: skip
+def test_the_check_of_numbers_finds_what_is_wrong(text: str, value: float, same: bool) -> None:
+    assert rounded(text, value) == same
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "artifacts"),
+    [
+        ("everything", "passed", ["passed", "passed"]),
+        ("failed", "failed", ["passed", "failed"]),
+        ("undecided", "undecided", ["undecided", "passed"]),
+        ("unverified", "skipped", ["skipped", "skipped"]),
+    ],
+)
+def test_the_verdict_comes_first(name: str, folder: str, artifacts: list[str]) -> None:
+    page = page_of(name)
+    assert page.texts("p", "word") == [folder]
+    assert [one.attributes["class"].split()[1] for one in page.all("article", "card")] == artifacts
+    # Before anything but the name.
+    assert page.elements.index(page.all("section", "verdict")[0]) < page.elements.index(page.all("table")[0])
+    assert page.texts("title")[0] == f"model: {folder}"
+
+
+def test_a_failed_folder_says_what_is_broken_and_about_what() -> None:
+    manifest = case("failed")
+    page = Page.of(report_html(manifest))
+    broken = manifest["artifacts"][1]["verification"]["broken"]
+    assert page.texts("span", "reason") == broken
+    assert len(broken) == 4
+    assert page.texts("span", "area") == ["scores", "scores", "weights", "answers"]
+    assert page.texts("p", "sentence") == ["gguf Q8_0 (1 of 2 artifacts) breaks a limit: nothing was published."]
+    assert page.elements.index(page.all("ul", "reasons")[0]) < page.elements.index(page.all("table")[0])
+
+
+def test_a_failure_beats_what_is_undecided() -> None:
+    manifest = case("failed")
+    manifest["artifacts"][0] = case("undecided")["artifacts"][0]
+    assert Page.of(report_html(manifest)).texts("p", "word") == ["failed"]
+
+
+def test_what_is_undecided_is_said_with_what_was_scored() -> None:
+    (reason,) = page_of("undecided").texts("span", "reason")
+    assert reason.startswith("KL divergence may be on either side of its limit, ≤ 0.0")
+    assert reason.endswith("after 124, 248 tokens")
+
+
+def test_what_is_missing_is_left_out() -> None:
+    texts = {name: "".join(page_of(name).texts("body")) for name in CASES}
+    assert "KL of the top 20" in texts["without KL"]
+    assert "there is no KL divergence to draw" in texts["without KL"]
+    for name, part in (
+        ("unverified", "Perplexity"), ("unverified", "Answers"), ("no adapter", "Delta survival 99"),
+        ("everything", "Dead columns"),
+    ):  # fmt: skip
+        assert part not in texts[name], name
+    assert "Nothing was scored" in texts["unverified"]
+    assert "Dead columns" in texts["gptq"]
+    assert "not finite" in texts["failed"]
+    assert "3 tensors are stored as Q5_0: the shape does not allow Q4_K" in texts["everything"]
+
+
+# --- harm ----------------------------------------------------------------------------------------------------------
+
+
+def _hostile(value: Any, key: str = "") -> Any:
+    """Everything that comes from an input or another package, made hostile."""
+    if isinstance(value, dict):
+        spoilt = key in ("types", "layers", "kinds", "versions", "files", "options", "explained", "losses", "tokens")
+        return {
+            (f"{HOSTILE}{name}" if spoilt else name): _hostile(item, name)
+            for name, item in value.items()
+        }  # fmt: skip
+    if isinstance(value, list):
+        return [_hostile(item, "" if isinstance(item, dict) else key) for item in value]
+    if isinstance(value, str) and key not in ("verdict", "kind", "role", "runtimes", "evidence"):
+        return HOSTILE + value
+    return value
+
+
+@pytest.mark.parametrize("name", ["everything", "failed", "gptq"])
+def test_names_and_notes_cannot_do_harm(name: str) -> None:
+    page = Page.of(report_html(_hostile(case(name))))
+    assert [one.tag for one in page.elements] == [one.tag for one in page_of(name).elements]
+    assert not {"script", "img"} & {one.tag for one in page.elements}
+    assert not any(key.startswith("on") for one in page.elements for key in one.attributes)
+    assert HOSTILE.split("'")[0] in page.texts("h1")[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_needs_nothing_else(name: str) -> None:
+    text = report_html(case(name)).decode()
+    page = Page.of(text.encode())
+    assert "url(" not in text
+    assert "@import" not in text
+    links = [one.attributes[key] for one in page.elements for key in ("src", "href") if key in one.attributes]
+    assert all(link == "data:," or link.startswith("#artifact-") for link in links)
+    (policy,) = [one for one in page.all("meta") if one.attributes.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.attributes["content"].startswith("default-src 'none'")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_a_function_of_the_manifest(name: str) -> None:
+    manifest = case(name)
+    before = copy.deepcopy(manifest)
+    html = report_html(manifest)
+    assert html == report_html(json.loads(json.dumps(manifest)))
+    assert manifest == before
+    assert not re.search(rb"\d{4}-\d\d-\d\d|\d\d:\d\d", html)
