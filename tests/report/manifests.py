@@ -129,7 +129,10 @@ def manifest() -> Manifest:
             "tokenizer_from": "base",
         },
         "versions": {"torch": "2.13.0", "gguf": "0.19.0"},
-        "evaluation": {"source": "embedded", "windows": 8, "n_ctx": 64, "tokens_scored": 248, "sha256": HASH, "drawn": None},
+        "evaluation": {
+            "source": "embedded", "windows": 8, "n_ctx": 64, "tokens_scored": 248, "sha256": HASH,
+            "drawn": None,
+        },
         "calibration": {
             "source": "embedded", "windows": 16, "window": 1024, "tokens": 16384, "seed": 0, "sha256": HASH,
         },
