@@ -45,7 +45,7 @@ EVALUATION := $(if $(CALIBRATION),--calibration $(CALIBRATION))
 OPTIONS := $(SOURCE) --format $(FORMAT) $(foreach quant,$(QUANT),--quant $(quant)) $(EVALUATION) --device $(DEVICE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gptqmodel serve-env export plan verify demo test check test-all format lint types bench bench-gptq gpu-check clean
+.PHONY: help setup gptqmodel serve-env export plan verify demo browser test check test-all format lint types bench bench-gptq gpu-check clean
 
 help:  ## Show this list.
 	@echo "make TARGET [FORMAT=gguf|safetensors] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
@@ -101,6 +101,13 @@ demo: $(DEMO)/demo.json  ## Make the demo model and its adapter (under 2 minutes
 $(DEMO)/demo.json: $(READY) scripts/make_demo.py
 	@$(BIN)/python scripts/make_demo.py $(DEMO)
 	@touch $@
+
+browser:  ## Install Chromium, which the tests of the report open it in (Debian and Ubuntu).
+	@if command -v chromium >/dev/null; then echo "chromium is here"; \
+	elif command -v apt-get >/dev/null; then \
+		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else echo "There is no apt-get: install chromium by other means, or the tests in a browser are skipped."; fi
 
 test: $(READY) $(DEMO)/demo.json  ## Run the ordinary tests (a few minutes).
 	@$(BIN)/pytest $(ARGS)

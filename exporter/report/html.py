@@ -172,7 +172,7 @@ def _ends(figure: Figure) -> Markup:
     if figure.interval:
         texts = [shown(end, figure.text) for end in figure.interval]
     else:
-        pointer = figure.error.pointer if figure.error else ""
+        pointer = figure.error.pointer if figure.error is not None else ""
         end = Markup('<data value="{}" data-end="{}" data-error-at="{}" data-value-at="{}">{}</data>')
         texts = [
             end.format(json.dumps(value), number, pointer, figure.value.pointer, figure.text(value))
