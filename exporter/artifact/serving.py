@@ -25,7 +25,9 @@ def serving_commands(manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -
         manifest: the folder's `export.json`.
         artifact: one of its `artifacts`.
     """
-    entry, name, runtimes = shlex.quote(artifact["entry"]), str(manifest["name"]), artifact["runtimes"]
+    entry, name, runtimes = artifact["entry"], str(manifest["name"]), artifact["runtimes"]
+    # A name that begins with a dash is no option.
+    entry = shlex.quote(f"./{entry}" if entry.startswith("-") else entry)
     commands = []
     if "llamacpp" in runtimes:
         commands += [("llama-server", f"llama-server -m {entry}"), ("llama-cli", f"llama-cli -m {entry}")]

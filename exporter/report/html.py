@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from exporter.artifact.serving import serving_commands
 from exporter.report import plots
 from exporter.report.figures import Figure, figures
 from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, shown
 from exporter.report.plots import Point
-from exporter.report.serving import Command, commands
 from exporter.screen import size
 
 REPORT_NAME = "report.html"
@@ -67,7 +67,7 @@ class Section:
         plots: its plots.
         fallbacks: tensors by the type that was wanted and the one that they are stored in.
         losses: the largest losses of matrices that were solved for, with their inputs.
-        commands: what serves it.
+        commands: what serves it, and how.
     """
 
     node: Node
@@ -78,7 +78,7 @@ class Section:
     plots: list[Plot]
     fallbacks: dict[tuple[str, str], list[Node]]
     losses: list[tuple[str, Node, Node]]
-    commands: list[Command]
+    commands: list[tuple[str, str]]
 
 
 def report_html(manifest: Mapping[str, Any]) -> bytes:
@@ -143,7 +143,7 @@ def _section(root: Node, artifact: Node) -> Section:
         list(_plots(artifact)),
         _fallbacks(artifact),
         _losses(artifact["quantization"]),
-        commands(root.value, artifact.value),
+        serving_commands(root.value, artifact.value),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copies
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -217,3 +218,12 @@ def test_every_folder_has_one(make_base: Make, make_adapter: Make, tmp_path: Pat
     assert {"Modelfile.F16", "Modelfile.Q8_0"} <= folder.manifest["files"].keys()
     assert "ollama create" in card.text
     assert "was not verified" in card.text
+
+
+def test_names_in_commands_are_quoted() -> None:
+    manifest = {"name": "my model; rm -rf ~"}
+    artifact = {"entry": "-a 'b'.gguf", "quant": "Q8_0", "runtimes": ["llamacpp", "vllm"], "files": []}
+    commands = dict(serving_commands(manifest, artifact))
+    assert shlex.split(commands["llama-server"]) == ["llama-server", "-m", "./-a 'b'.gguf"]
+    assert shlex.split(commands["vllm"])[-1] == "my model; rm -rf ~"
+    assert serving_commands(manifest, artifact | {"runtimes": []}) == []
