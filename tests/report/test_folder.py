@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from exporter.recipe import Calibration, Evaluation
+from exporter.recipe import Calibration, Evaluation, Limits
 from exporter.report.html import REPORT_NAME, report_html
 from exporter.reporter import Reporter
 from exporter.verify.published import verify_published
@@ -34,7 +34,7 @@ def test_a_folder_has_its_report(
 ) -> None:
     base = make_base("qwen2")
     adapter = make_adapter(base)
-    strict = EVALUATION.model_copy(update={"gate": {"*": 100.0, "Q2_K": 0.0}})
+    strict = EVALUATION.model_copy(update={"gate": {"*": 100.0, "Q2_K": Limits(kl=0.0)}})
     evaluation = strict if verdict == "failed" else EVALUATION
     settings: dict[str, Any] = {"calibration": TEXT.model_dump(), "evaluation": evaluation.model_dump()}
     result = export_to(
