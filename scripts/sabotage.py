@@ -267,7 +267,9 @@ def tables(verdicts: Sequence[Verdict]) -> str:
     lines = ["| fault | format and type | verdict | by what |", "|---|---|---|---|"]
     for one in sorted((one for one in verdicts if one.fault), key=lambda one: FAULTS.index(one.fault or FAULTS[0])):
         assert one.fault is not None
-        word = "caught" if one.caught else "missed" + (", by design" if one.right else "")
+        word = "caught" if one.caught else "missed"
+        if one.fault.information and one.right:
+            word += " in part" if one.caught else ", by design"
         lines.append(f"| {_cell(one.fault.name)} | {one.type} | {word} | {_cell(_first(one))} |")
     lines += ["", "| sound artifact | verdict | why |", "|---|---|---|"]
     for one in verdicts:

@@ -1,7 +1,7 @@
 """Holds what a GGUF header says of the model and its tokenizer against the files that it was made from.
 
 A wrong epsilon or merge may change no more than rounding does: what can be compared is not measured. Keys are those of
-the specification (ggml/docs/gguf.md); nothing of the writer is used.
+the specification (ggml/docs/gguf.md); of the writer, only the table of pre-tokenizers' names is used.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from exporter.backends.gguf.vocabulary import pre_tokenizer
 from exporter.families import Family
 from exporter.model import MergedModel
 from exporter.stopping import stop_tokens
 
-# Keys of the architecture's own, and what they are in config.json. What this does not have, the header need not.
+# Keys of the architecture's own, and what they are in config.json; what this does not have, the header must not.
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
@@ -40,12 +40,12 @@ def header_faults(metadata: Mapping[str, Any], model: MergedModel, family: Famil
     """
     stated = {"general.architecture": family.gguf_architecture}
     stated |= {f"{family.gguf_architecture}.{key}": value for key, value in _hyperparameters(model.config).items()}
-    stated |= _tokenizer(model)
+    definition = model.tokenizer.definition()
+    stated |= _tokenizer(model) | {"tokenizer.ggml.pre": pre_tokenizer(definition)}
     for key, wanted in stated.items():
         found = metadata.get(key)
-        if wanted is not None and not _same(found, wanted):
+        if not _same(found, wanted):
             yield f"{key} is {_shown(found)} and should be {_shown(wanted)}"
-    definition = model.tokenizer.definition()
     # Beyond the tokens that have a text, the header may name them as it likes.
     texts = {index: text for text, index in definition["model"]["vocab"].items()}
     texts |= {int(entry["id"]): entry["content"] for entry in definition.get("added_tokens") or []}
@@ -60,9 +60,11 @@ def header_faults(metadata: Mapping[str, Any], model: MergedModel, family: Famil
 def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta"))
+    heads = config.get("num_attention_heads")
     return {key: config.get(source) for key, source in _SIZES.items()} | {
-        "rope.freq_base": theta,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        # What transformers takes where nothing is said.
+        "rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         "rope.scaling.type": None if kind == "default" else kind,
         "rope.scaling.factor": None if kind == "default" else rope.get("factor"),
     }
@@ -98,5 +100,5 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = "missing" if value is None else repr(value)
+    text = "missing" if value is None else f"{value:.7g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -31,7 +31,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("changes", [{}, {"rope_parameters": YARN}, {"rope_parameters": DELETED, "rope_theta": 5e5}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rope_parameters": YARN}, {"rope_parameters": DELETED, "rope_theta": 500000}, {"eos_token_id": [3, 4]}],
+)
 def test_a_sound_header_has_no_fault(
     make_base: Callable[..., Path], tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
@@ -45,7 +48,7 @@ def test_a_sound_header_has_no_fault(
     ("key", "value", "reason"),
     [
         ("general.architecture", "qwen2", "general.architecture is 'qwen2' and should be 'qwen3'"),
-        ("qwen3.rope.freq_base", 1e6, "qwen3.rope.freq_base is 1000000.0 and should be 10000"),
+        ("qwen3.rope.freq_base", 1e6, "qwen3.rope.freq_base is 1000000 and should be 10000"),
         (
             "qwen3.attention.layer_norm_rms_epsilon",
             1e-5,
@@ -54,6 +57,7 @@ def test_a_sound_header_has_no_fault(
         ("qwen3.context_length", 128, "qwen3.context_length is 128 and should be 256"),
         ("qwen3.attention.head_count_kv", None, "qwen3.attention.head_count_kv is missing and should be 2"),
         ("tokenizer.ggml.eos_token_id", 2, "tokenizer.ggml.eos_token_id is 2 and should be "),
+        ("tokenizer.ggml.pre", "llama-bpe", "tokenizer.ggml.pre is 'llama-bpe' and should be 'qwen2'"),
         ("tokenizer.chat_template", "{{ messages }}", "tokenizer.chat_template is '{{ messages }}' and should be "),
     ],
 )
@@ -66,6 +70,12 @@ def test_a_value_that_is_not_the_model_s_is_named(
     found = faults(metadata | {key: value}, model)
     assert len(found) == 1
     assert found[0].startswith(reason)
+
+
+def test_a_value_that_the_model_does_not_have_is_named(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    model = merged_model(make_base("qwen3"))
+    metadata = stated(model, tmp_path) | {"qwen3.rope.scaling.type": "linear"}
+    assert faults(metadata, model) == ["qwen3.rope.scaling.type is 'linear' and should be missing"]
 
 
 @pytest.mark.parametrize("key", ["tokens", "merges"])
