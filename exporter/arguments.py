@@ -51,6 +51,12 @@ Gates = Annotated[
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and say so in the manifest.")]
 NoAnswers = Annotated[bool, typer.Option("--no-answers", help="Score only: do not ask the artifacts for answers.")]
+FilesOnly = Annotated[
+    bool,
+    typer.Option(
+        "--files-only", help="Hold weights, configuration and tokenizer against base and adapter; run nothing."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
@@ -220,6 +226,28 @@ def reference_recipe_from(
     )
 
 
+def check_files_only(**others: Any) -> None:
+    """Nothing is scored where only files are compared.
+
+    Args:
+        others: the options of scoring, by name.
+
+    Raises:
+        RecipeError: one is given.
+    """
+    given = _options_of(others)
+    if given:
+        raise RecipeError(
+            "--files-only", found=f"{given} beside it", expected="no option of scoring: nothing is scored",
+            remedy=f"Leave out {given}, or --files-only.",
+        )  # fmt: skip
+
+
+def _options_of(values: dict[str, Any]) -> str:
+    """The options that were given, as they are written."""
+    return " ".join(f"--{name.replace('_', '-')}" for name, value in values.items() if value not in (None, [], False))
+
+
 def check_verify_options(reference: Path | None, **others: Any) -> None:
     """Either a reference pack, or what the reference is made from.
 
@@ -237,11 +265,11 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
                 remedy="Say what to judge the artifact by.",
             )  # fmt: skip
         return
-    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None and value != []]
+    given = _options_of(others)
     if given:
         raise RecipeError(
-            f"--reference {reference}", found=f"{' '.join(given)} beside it",
-            expected="the pack alone, which holds what they stand for", remedy=f"Leave out {' '.join(given)}.",
+            f"--reference {reference}", found=f"{given} beside it",
+            expected="the pack alone, which holds what they stand for", remedy=f"Leave out {given}.",
         )  # fmt: skip
 
 

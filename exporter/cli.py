@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from exporter.arguments import (
     Endpoint,
     EvalTokens,
     EvalWindow,
+    FilesOnly,
     Force,
     ForceUnservable,
     Format,
@@ -47,6 +48,7 @@ from exporter.arguments import (
     Threads,
     Window,
     arguments_of,
+    check_files_only,
     check_plot_file,
     check_verify_options,
     evaluation_from,
@@ -56,6 +58,10 @@ from exporter.arguments import (
 )
 from exporter.errors import ExporterError
 from exporter.version import __version__
+
+if TYPE_CHECKING:
+    from exporter.verify.published import PublishedResult
+    from exporter.verify.stored import FilesResult
 
 app = typer.Typer(
     name="exporter",
@@ -203,6 +209,7 @@ def verify_command(
     eval_window: EvalWindow = None,
     gate: Gates = None,
     no_answers: NoAnswers = False,
+    files_only: FilesOnly = False,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -221,6 +228,15 @@ def verify_command(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
             max_eval_tokens=max_eval_tokens, eval_window=eval_window,
         )  # fmt: skip
+        if files_only:
+            check_files_only(
+                reference=reference, runtime=runtime, endpoint=endpoint, calibration=calibration,
+                eval_tokens=eval_tokens, max_eval_tokens=max_eval_tokens, eval_window=eval_window, gate=gate,
+                no_answers=no_answers,
+            )  # fmt: skip
+            from exporter.verify.stored import verify_files
+
+            return told(verify_files(artifact, base or "", tuple(adapter or ()), screen))
         from exporter.merge import resolve_device
         from exporter.verify.published import verify_published, verify_with_pack
 
@@ -232,6 +248,9 @@ def verify_command(
             result = verify_published(
                 artifact, base or "", adapters, text, evaluation, runtime, place, screen, endpoint
             )
+        return told(result)
+
+    def told(result: PublishedResult | FilesResult) -> int:
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
         result.show(console)

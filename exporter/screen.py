@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -354,6 +354,19 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             console.print(f"  {escape(label)}: {_weights_line(verdict.weights)}", highlight=False, soft_wrap=True)
         for reason in verdict.broken:
             console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def show_weights(
+    console: Console, weights: Mapping[str, WeightsResult | None], broken: Mapping[str, Sequence[str]]
+) -> None:
+    """A line an artifact whose files were compared and not scored, and what is wrong with it."""
+    for label, found in weights.items():
+        verdict = _VERDICTS["failed" if broken[label] else "passed"]
+        line = "" if found is None else f", {_weights_line(found)}"
+        console.print(f"{escape(label)}: {verdict}{line}", highlight=False, soft_wrap=True)
+        for reason in broken[label]:
+            console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+    console.print("files were held against base and adapter; nothing was scored", highlight=False, soft_wrap=True)
 
 
 def _weights_line(weights: WeightsResult) -> str:

@@ -1,12 +1,13 @@
 """Break artifacts on purpose and see that verification says so, and that it passes sound ones.
 
     python scripts/sabotage.py --base DIR --adapter DIR --work DIR [--formats gguf …] [--types Q4_K_M …]
-        [--only "adapter left" …] [--all-types] [--json FILE]
+        [--only "adapter left" …] [--all-types] [--fast] [--calibration-tokens N] [--json FILE]
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
 what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
-(exit status 1 or 2), or fail it (3). Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is
-missed or a sound artifact fails. GPTQ is scored by transformers, which needs `make gptqmodel`.
+(exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only what that
+passes. Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is missed or a sound artifact
+fails. GPTQ is scored by transformers, which needs `make gptqmodel`.
 """
 
 from __future__ import annotations
@@ -104,12 +105,15 @@ def reasons_of(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
     return ()
 
 
-def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str) -> Verdict:
-    """Hold an artifact against what it should be."""
+def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str, *, fast: bool) -> Verdict:
+    """Hold an artifact against what it should be; if `fast`, its files alone first."""
     damaged.publish()
     adapters = [part for adapter in inputs.adapters for part in ("--adapter", adapter)]
+    command = ("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
     started = time.monotonic()
-    done = exporter("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
+    done = exporter(*command, *(["--files-only"] if fast else []))
+    if fast and done.returncode == 0:
+        done = exporter(*command)
     if "damaged after publishing" in done.stderr:
         raise RuntimeError(f"the manifest of {damaged.folder} does not fit its files:\n{done.stderr}")
     if "Traceback" in done.stderr or (done.returncode and not reasons_of(done)):
@@ -122,10 +126,11 @@ class Exports:
 
     Args:
         work: the folder that they are made in.
+        calibration_tokens: what types are calibrated on that need it; None for the default.
     """
 
-    def __init__(self, work: Path) -> None:
-        self._work = work
+    def __init__(self, work: Path, calibration_tokens: int | None) -> None:
+        self._work, self._calibration_tokens = work, calibration_tokens
         self._made: dict[tuple[Inputs, str, str], Path] = {}
 
     def make(self, wanted: Iterable[tuple[Inputs, str, str]]) -> None:
@@ -140,7 +145,7 @@ class Exports:
                 | _options(format_, quant, inputs)
                 for format_, quant in types
             ]
-            export(inputs, outputs, self._work, verified=False)
+            export(inputs, outputs, self._work, verified=False, calibration_tokens=self._calibration_tokens)
             self._made |= {(inputs, *one): folder for one, folder in folders.items()}
 
     def folder(self, inputs: Inputs, format_: str, quant: str) -> Path:
@@ -158,7 +163,14 @@ def _options(format_: str, quant: str, inputs: Inputs) -> dict[str, Any]:
     return {}
 
 
-def export(inputs: Inputs, outputs: Sequence[Mapping[str, Any]], work: Path, *, verified: bool) -> list[dict[str, Any]]:
+def export(
+    inputs: Inputs,
+    outputs: Sequence[Mapping[str, Any]],
+    work: Path,
+    *,
+    verified: bool,
+    calibration_tokens: int | None = None,
+) -> list[dict[str, Any]]:
     """Export; returns the artifacts of all manifests."""
     recipe = {
         "base": str(inputs.base),
@@ -168,6 +180,8 @@ def export(inputs: Inputs, outputs: Sequence[Mapping[str, Any]], work: Path, *, 
         "verify": verified,
         "force": True,
     }
+    if calibration_tokens:
+        recipe["calibration"] = {"tokens": calibration_tokens}
     file = work / "sabotage.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     done = exporter("export", file, "--json")
@@ -183,32 +197,47 @@ def export(inputs: Inputs, outputs: Sequence[Mapping[str, Any]], work: Path, *, 
 
 
 def sabotage(
-    faults: Sequence[Fault], types: Sequence[tuple[str, str]], known: Mapping[str, Inputs], work: Path
+    faults: Sequence[Fault],
+    types: Sequence[tuple[str, str]],
+    known: Mapping[str, Inputs],
+    work: Path,
+    *,
+    fast: bool = False,
+    calibration_tokens: int | None = None,
 ) -> list[Verdict]:
     """Verify every sound artifact that a fault is made in, unchanged, and then every fault."""
     cases = [(fault, format_, quant) for format_, quant in types for fault in faults if fault.fits(format_, quant)]
     sound = dict.fromkeys((known[fault.judged], format_, quant) for fault, format_, quant in cases)
-    exports = Exports(work)
+    exports = Exports(work, calibration_tokens)
     exports.make([*sound, *((known[fault.made], format_, fault.quant or quant) for fault, format_, quant in cases)])
     verdicts = []
     for inputs, format_, quant in sound:
         name = next(name for name, one in known.items() if one == inputs)
         folder = exports.folder(inputs, format_, quant)
         label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}")
-        verdicts.append(case(None, label, folder, folder, folder, inputs, work))
+        verdicts.append(case(None, label, folder, folder, folder, inputs, work, fast=fast))
     for fault, format_, quant in cases:
         target = exports.folder(known[fault.judged], format_, quant)
         source = exports.folder(known[fault.made], format_, fault.quant or quant)
         files = target if fault.shard is not None else source
         try:
-            verdicts.append(case(fault, f"{format_} {quant}", files, source, target, known[fault.judged], work))
+            label = f"{format_} {quant}"
+            verdicts.append(case(fault, label, files, source, target, known[fault.judged], work, fast=fast))
         except NotApplicableError as error:
             print(f"left out: {fault.name} in {format_} {quant}: {error}", file=sys.stderr)
     return verdicts
 
 
 def case(
-    fault: Fault | None, type_: str, files: Path, source: Path, target: Path, inputs: Inputs, work: Path
+    fault: Fault | None,
+    type_: str,
+    files: Path,
+    source: Path,
+    target: Path,
+    inputs: Inputs,
+    work: Path,
+    *,
+    fast: bool,
 ) -> Verdict:
     """One artifact: copied, damaged, verified and removed.
 
@@ -220,6 +249,7 @@ def case(
         target: the sound artifact that it is passed off as.
         inputs: what it is held against.
         work: where it lies meanwhile.
+        fast: whether its files are compared first, and scored only if that finds nothing.
     """
     manifest = json.loads((target / MANIFEST_NAME).read_text("utf-8"))
     config = json.loads((inputs.base / "config.json").read_text("utf-8"))
@@ -231,7 +261,7 @@ def case(
             if fault.shard is not None:
                 swap_shard(damaged, fault.shard, source)
             fault.apply(damaged)
-        verdict = verify(damaged, inputs, fault, type_)
+        verdict = verify(damaged, inputs, fault, type_, fast=fast)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     word = "" if verdict.right else "  <---"
@@ -302,6 +332,8 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", help="types to make faults in; by default one or two of each format")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults whose names contain one of these")
     parser.add_argument("--all-types", action="store_true", help="export and verify every type of the formats, too")
+    parser.add_argument("--fast", action="store_true", help="compare files first, and score what that passes")
+    parser.add_argument("--calibration-tokens", type=int, help="for types that are calibrated; faults need few")
     parser.add_argument("--json", type=Path, help="write all verdicts with all reasons here")
     arguments = parser.parse_args()
     faults = [fault for fault in FAULTS if not arguments.only or any(name in fault.name for name in arguments.only)]
@@ -316,7 +348,14 @@ def main() -> int:
     try:
         names = {name for fault in faults for name in (fault.made, fault.judged)}
         sound = Inputs(arguments.base.absolute(), tuple(adapter.absolute() for adapter in arguments.adapter))
-        verdicts = sabotage(faults, types, inputs_of(sound, names, work), work)
+        verdicts = sabotage(
+            faults,
+            types,
+            inputs_of(sound, names, work),
+            work,
+            fast=arguments.fast,
+            calibration_tokens=arguments.calibration_tokens,
+        )
         if arguments.all_types:
             verdicts += every_type(arguments.formats, sound, work)
     finally:

@@ -101,9 +101,7 @@ def verify_published(
     """
     manifest, serving = _open(folder, runtime, endpoint)
     check_files(folder, manifest.files)
-    checkpoint = Checkpoint.open(resolve_base(base).folder)
-    opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
-    model = plan_merge(checkpoint, opened, manifest.name)
+    model = open_trained(base, adapters, manifest.name)
     windows = make_windows(calibration, evaluation, model.tokenizer)
     threads = Execution().workers
     reference = walk_reference(model, windows, device, reporter, threads=threads)
@@ -163,6 +161,22 @@ def verify_with_pack(
 
     with opened_reference(pack, description, device, Execution().workers) as reference:
         return _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
+
+
+def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:
+    """The trained model that base and adapters make; its tensors are not read yet.
+
+    Args:
+        base: a folder or a hub id.
+        adapters: likewise.
+        name: what it is called.
+
+    Raises:
+        RefusalError: they cannot be read, or do not fit.
+    """
+    checkpoint = Checkpoint.open(resolve_base(base).folder)
+    opened = tuple(Adapter.open(resolve_adapter(adapter).folder) for adapter in adapters)
+    return plan_merge(checkpoint, opened, name)
 
 
 def _open(folder: Path, runtime: str | None, endpoint: str | None) -> tuple[_Manifest, list[str]]:
