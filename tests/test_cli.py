@@ -175,6 +175,10 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
         ["verify", ".", "--reference", "r", "--eval-window", "64"],
         "--eval-window",
     ),
+    "files only, without a base": (["verify", ".", "--files-only"], "--base"),
+    "files only, and a reference": (["verify", ".", "--files-only", "--reference", "r"], "--reference"),
+    "files only, and scores": (["verify", ".", "--files-only", "--base", "b", "--eval-tokens", "64"], "--eval-tokens"),
+    "files only, and answers": (["verify", ".", "--files-only", "--base", "b", "--no-answers"], "--no-answers"),
     "reference without a base": (["reference", "--out", "o"], "--base"),
     "reference without an output": (["reference", "--base", "b"], "--out"),
     "reference of too few tokens": (["reference", "--base", "b", "--out", "o", "--eval-tokens", "3"], "tokens"),
@@ -410,3 +414,18 @@ def test_recipe_file_and_a_kept_reference(workplace: Path, inputs: Arguments) ->
     del written["reference.json"]
     assert {file["name"]: file["bytes"] for file in planned["files"]} == written
     assert planned["bytes"] == sum(written.values())
+
+
+def test_verify_of_files_alone(workplace: Path, inputs: Arguments) -> None:
+    quants = ("--quant", "Q8_0", "--quant", "F16")
+    assert invoke("export", *inputs, "--format", "gguf", *quants, "--out", "out", "--no-verify").exit_code == 0
+    result = invoke("verify", "out", *inputs, "--files-only", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert {label: found["broken"] for label, found in json.loads(result.stdout).items()} == {
+        "gguf Q8_0": [],
+        "gguf F16": [],
+    }
+    assert "nothing was scored" in result.stderr
+    result = invoke("verify", "out", *inputs[:2], "--files-only")
+    assert result.exit_code == 3
+    assert "of the adapter's whole change" in result.stderr or "% off" in result.stderr

@@ -14,6 +14,7 @@ from exporter.errors import ArtifactError, ExporterError, RecipeError, RuntimeSc
 from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
 from exporter.verify.published import PublishedResult, verify_published
+from exporter.verify.stored import UNREADABLE, FilesResult, verify_files
 from tests.exports import export_to
 from tests.folders import copy, hashes
 
@@ -114,6 +115,50 @@ def test_limits_may_be_given(good: dict[str, Path], inputs: tuple[Path, Path]) -
     verdicts = verify(good["gguf"], inputs[0], evaluation=loose).verdicts.values()
     assert all(verdict.weights and verdict.broken == verdict.weights.broken != () for verdict in verdicts)
     assert verify(good["gguf"], *inputs, evaluation=loose).passed
+
+
+# --- files alone ---------------------------------------------------------------------------------------------------
+
+
+def compare_files(folder: Path, base: Path, *adapters: Path) -> FilesResult:
+    return verify_files(folder, str(base), tuple(map(str, adapters)), Reporter())
+
+
+@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
+def test_files_are_held_against_base_and_adapter_and_nothing_is_run(
+    good: dict[str, Path], inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    def run(*_: object) -> None:
+        raise AssertionError("loaded a runtime")
+
+    monkeypatch.setattr("exporter.verify.published.load_runtime", run)
+    result = compare_files(good[format_], *inputs)
+    assert result.passed
+    manifest = json.loads((good[format_] / "export.json").read_text())
+    stored = {f"{a['format']} {a['quant']}": a["weights"] for a in manifest["artifacts"]}
+    assert {label: found["weights"] for label, found in result.as_json().items()} == stored
+
+
+@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
+def test_files_of_another_model_fail_with_the_reasons_of_a_whole_verification(
+    good: dict[str, Path], inputs: tuple[Path, Path], format_: str
+) -> None:
+    result = compare_files(good[format_], inputs[0])
+    assert not result.passed
+    whole = verify(good[format_], inputs[0], evaluation=EVALUATION.model_copy(update={"gate": {"*": 100.0}}))
+    assert result.broken == {label: verdict.broken for label, verdict in whole.verdicts.items()}
+
+
+def test_files_that_nothing_here_can_read_do_not_pass(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = copy(good["gguf"], tmp_path / "out")
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["artifacts"][0]["format"] = "of-another-package"
+    (folder / "export.json").write_text(json.dumps(manifest))
+    result = compare_files(folder, *inputs)
+    assert not result.passed
+    assert result.broken == {"of-another-package F32": (UNREADABLE,), "gguf F16": ()}
 
 
 # --- tampering -----------------------------------------------------------------------------------------------------
