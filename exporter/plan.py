@@ -203,7 +203,10 @@ def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> Folde
     planned = backend.share(planned) if isinstance(backend, SharingBackend) else planned
     ends = stop_tokens(model).notes
     artifacts = tuple(replace(artifact, notes=(*artifact.notes, *ends)) if ends else artifact for artifact in planned)
-    entries = Counter(file.name for artifact in artifacts for file in artifact.files)
+    # Of model folders, which are their own entry, one to an output, however their shards are named.
+    entries = Counter(
+        name for one in artifacts for name in dict.fromkeys((one.entry, *(file.name for file in one.files)))
+    )
     clash = next((name for name, count in entries.items() if count > 1), None)
     if clash:
         raise OutputExistsError(

@@ -84,15 +84,15 @@ def windows_of(verification: Node, evaluation: Node) -> int:
 
 
 def _scores(verification: Node, evaluation: Node) -> Iterator[Figure]:
-    windows, gate = windows_of(verification, evaluation), verification["gate"]
+    windows = windows_of(verification, evaluation)
     checks = {check["name"].value: check for check in verification["checks"]}
 
     def judged(name: str, figure: Figure) -> Figure:
         figure = replace(figure, ends=_ends(figure, windows))
-        return _by_check(figure, checks[name]) if name in checks else _by_limit(figure)
+        return _by_check(figure, checks[name]) if name in checks else figure
 
     delta = Figure("Perplexity change", "against the trained model", verification["delta"], CHANGE, kind="within")
-    yield judged("perplexity", replace(delta, interval=verification["delta_interval"], limit=gate["max_delta"]))
+    yield judged("perplexity", replace(delta, interval=verification["delta_interval"]))
     if kl := verification["kl_divergence"]:
         mean = Figure("KL divergence", "mean over predictions, in nats", kl["mean"], NATS, error=kl["stderr"])
         yield judged("kl_divergence", mean)
@@ -100,7 +100,7 @@ def _scores(verification: Node, evaluation: Node) -> Iterator[Figure]:
         name, about = f"KL of the top {top['k'].value}", "mean, in nats: a lower bound of KL divergence"
         yield judged("top_k_divergence", Figure(name, about, top["mean"], NATS, error=top["stderr"]))
     same = Figure("Same top token", "share of predictions", verification["same_top"], PERCENT, kind="at_least", ideal=1)
-    yield judged("same_top", replace(same, error=verification["same_top_stderr"], limit=gate["min_same_top"]))
+    yield judged("same_top", replace(same, error=verification["same_top_stderr"]))
     rms = verification["probability_rms"]
     yield judged("", Figure("RMS Δp", "of the right token's probability", rms["value"], PERCENT, error=rms["stderr"]))
 

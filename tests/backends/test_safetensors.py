@@ -184,10 +184,12 @@ def test_unknown_option(make_base: Make, tmp_path: Path) -> None:
     assert "shards" in refused(RecipeError, tmp_path / "out", make_base(), options={"shards": 3}).thing
 
 
-def test_two_types_in_one_folder(make_base: Make, tmp_path: Path) -> None:
-    assert (
-        "model.safetensors" in refused(OutputExistsError, tmp_path / "out", make_base(), quant=["bf16", "fp16"]).thing
-    )
+@pytest.mark.parametrize("quant", [["bf16", "fp16"], ["bf16", "fp32"]], ids=" ".join)
+def test_two_types_in_one_folder(make_base: Make, tmp_path: Path, quant: list[str]) -> None:
+    base, out = make_base(), tmp_path / "out"
+    # In two shards or three the type that is twice as wide: the names of the files differ, the folder is the same.
+    options = {"max_shard_size": (base / "model.safetensors").stat().st_size * 2 // 3}
+    assert refused(OutputExistsError, out, base, quant=quant, options=options).thing == str(out)
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from exporter.report.html import report_html
-from tests.report.manifests import CASES, case, checks
+from tests.report.manifests import CASES, case
 from tests.report.page import Page, numbers, rounded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,16 +65,10 @@ def test_every_number_in_a_table_says_where_it_is_from(name: str) -> None:
     assert all(one.attributes.keys() & {"data-at", "data-length-of", "data-error-at"} for one in page.all("data"))
 
 
-def test_intervals_and_limits_of_the_gates_checks_come_first() -> None:
+def test_intervals_and_limits_are_those_of_the_gates_checks() -> None:
     manifest = case("everything")
-    one = manifest["artifacts"][0]["verification"]
-    one["checks"] = []
-    without = {*numbers(manifest, ((e.attributes, e.text) for e in Page.of(report_html(manifest)).elements))}
-    assert "/artifacts/0/verification/delta_interval/0" in without
-    assert "/artifacts/0/verification/gate/max_delta" in without
-    one["checks"] = checks(one, "passed", "passed", "passed")
     found = {*numbers(manifest, ((e.attributes, e.text) for e in Page.of(report_html(manifest)).elements))}
-    for check in range(2):
+    for check in range(3):
         at = f"/artifacts/0/verification/checks/{check}"
         assert {f"{at}/value", f"{at}/interval/0", f"{at}/interval/1", f"{at}/limit"} <= found
     assert not any(pointer.startswith("/artifacts/0/verification/gate") for pointer in found)
@@ -156,6 +150,9 @@ def test_what_is_missing_is_left_out() -> None:
 
 def _hostile(value: Any, key: str = "") -> Any:
     """Everything that comes from an input or another package, made hostile."""
+    if key == "checks":
+        # The gate's own words and numbers.
+        return value
     if isinstance(value, dict):
         spoilt = key in ("types", "layers", "kinds", "versions", "files", "options", "explained", "losses", "tokens")
         return {
