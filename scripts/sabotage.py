@@ -5,8 +5,8 @@
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
 what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
-(exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only what that
-passes. Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is missed or a sound artifact
+(exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only the faults
+that this passes and the sound artifacts of the inputs that were given. Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is missed or a sound artifact
 fails. GPTQ is scored by transformers, which needs `make gptqmodel`.
 """
 
@@ -105,14 +105,14 @@ def reasons_of(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
     return ()
 
 
-def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str, *, fast: bool) -> Verdict:
-    """Hold an artifact against what it should be; if `fast`, its files alone first."""
+def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str, *, fast: bool, scored: bool) -> Verdict:
+    """Hold an artifact against what it should be; if `fast`, its files alone first, and only them unless `scored`."""
     damaged.publish()
     adapters = [part for adapter in inputs.adapters for part in ("--adapter", adapter)]
     command = ("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
     started = time.monotonic()
     done = exporter(*command, *(["--files-only"] if fast else []))
-    if fast and done.returncode == 0:
+    if fast and done.returncode == 0 and scored:
         done = exporter(*command)
     if "damaged after publishing" in done.stderr:
         raise RuntimeError(f"the manifest of {damaged.folder} does not fit its files:\n{done.stderr}")
@@ -215,7 +215,8 @@ def sabotage(
         name = next(name for name, one in known.items() if one == inputs)
         folder = exports.folder(inputs, format_, quant)
         label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}")
-        verdicts.append(case(None, label, folder, folder, folder, inputs, work, fast=fast))
+        scored = name == "sound"
+        verdicts.append(case(None, label, folder, folder, folder, inputs, work, fast=fast, scored=scored))
     for fault, format_, quant in cases:
         target = exports.folder(known[fault.judged], format_, quant)
         source = exports.folder(known[fault.made], format_, fault.quant or quant)
@@ -238,6 +239,7 @@ def case(
     work: Path,
     *,
     fast: bool,
+    scored: bool = True,
 ) -> Verdict:
     """One artifact: copied, damaged, verified and removed.
 
@@ -250,6 +252,7 @@ def case(
         inputs: what it is held against.
         work: where it lies meanwhile.
         fast: whether its files are compared first, and scored only if that finds nothing.
+        scored: whether they are scored then.
     """
     manifest = json.loads((target / MANIFEST_NAME).read_text("utf-8"))
     config = json.loads((inputs.base / "config.json").read_text("utf-8"))
@@ -261,7 +264,7 @@ def case(
             if fault.shard is not None:
                 swap_shard(damaged, fault.shard, source)
             fault.apply(damaged)
-        verdict = verify(damaged, inputs, fault, type_, fast=fast)
+        verdict = verify(damaged, inputs, fault, type_, fast=fast, scored=scored)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     word = "" if verdict.right else "  <---"
