@@ -6,8 +6,9 @@
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
 what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
 (exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only the faults
-that this passes and the sound artifacts of the inputs that were given. Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is missed or a sound artifact
-fails. GPTQ is scored by transformers, which needs `make gptqmodel`.
+that this passes and the sound artifacts of the inputs that were given. Prints two tables, of faults and of sound
+artifacts; exit status 1 if a fault is missed or a sound artifact fails. GPTQ is scored by transformers, which needs
+`make gptqmodel`.
 """
 
 from __future__ import annotations
