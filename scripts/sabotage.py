@@ -2,6 +2,7 @@
 
     python scripts/sabotage.py --base DIR --adapter DIR --work DIR [--formats gguf …] [--types Q4_K_M …]
         [--only "adapter left" …] [--all-types] [--fast] [--calibration-tokens N] [--json FILE]
+    python scripts/sabotage.py --show FILE …     # the tables of results that --json wrote; of a case, the last
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
 what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
@@ -69,6 +70,14 @@ class Verdict:
         if self.fault is None:
             return self.status == 0
         return self.caught or (self.fault.information and self.status == 0)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Verdict:
+        """One of a file of results."""
+        fault = next((one for one in FAULTS if one.name == values["fault"]), None)
+        if fault is None and values["fault"] is not None:
+            raise ValueError(f"{values['fault']} is no fault of scripts/faults.py")
+        return cls(fault, values["type"], values["status"], tuple(values["reasons"]), values["seconds"])
 
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""
@@ -297,29 +306,43 @@ def every_type(formats: Sequence[str], inputs: Inputs, work: Path) -> list[Verdi
 
 
 def tables(verdicts: Sequence[Verdict]) -> str:
-    """Both, in Markdown."""
-    lines = ["| fault | format and type | verdict | by what |", "|---|---|---|---|"]
-    for one in sorted((one for one in verdicts if one.fault), key=lambda one: FAULTS.index(one.fault or FAULTS[0])):
-        assert one.fault is not None
-        word = "caught" if one.caught else "missed"
-        if one.fault.information and one.right:
-            word += " in part" if one.caught else ", by design"
-        lines.append(f"| {_cell(one.fault.name)} | {one.type} | {word} | {_cell(_first(one))} |")
-    lines += ["", "| sound artifact | verdict | why |", "|---|---|---|"]
+    """Both, in Markdown: a row a fault and a column a type; and a row a format of the sound ones."""
+    faulty = {(one.fault, one.type): one for one in verdicts if one.fault}
+    types = list(dict.fromkeys(type_ for _, type_ in faulty))
+    lines = [_row("fault", *types, "by what"), _row(*["---"] * (len(types) + 2))]
+    for fault in FAULTS:
+        found = [faulty.get((fault, type_)) for type_ in types]
+        if not any(found):
+            continue
+        first = next((one.reasons[0] for one in found if one and one.reasons), "")
+        reason = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}…"
+        lines.append(_row(fault.name, *map(_word, found), reason))
+    lines += ["", _row("sound artifacts", "passed", "wrongly failed"), _row(*["---"] * 3)]
+    sound: dict[str, dict[str, Verdict]] = {}
     for one in verdicts:
         if one.fault is None:
-            lines.append(f"| {one.type} | {'passed' if one.right else 'wrongly failed'} | {_cell(_first(one))} |")
+            format_, rest = one.type.split(" ", 1)
+            quant, *inputs = rest.split(", ", 1)
+            sound.setdefault(", ".join([format_, *inputs]), {})[quant] = one
+    for name, by_type in sound.items():
+        passed = " ".join(quant for quant, one in by_type.items() if one.right)
+        failed = [f"{quant}: {'; '.join(one.reasons)}" for quant, one in by_type.items() if not one.right]
+        lines.append(_row(name, passed, ". ".join(failed)))
     return "\n".join(lines)
 
 
-def _first(verdict: Verdict) -> str:
-    if not verdict.reasons:
+def _word(verdict: Verdict | None) -> str:
+    """What became of a fault. Of several bits, each in a matrix of its own, how many were named."""
+    if verdict is None:
         return ""
-    first = verdict.reasons[0]
-    if verdict.fault and verdict.fault.information:
-        # Which of several are seen is the point.
-        return "; ".join(verdict.reasons)
-    return first if len(first) <= _LONGEST else f"{first[:_LONGEST]}…"
+    assert verdict.fault is not None
+    if verdict.fault.information and verdict.right:
+        return f"caught in part ({len(verdict.reasons)})" if verdict.caught else "missed, by design"
+    return "caught" if verdict.caught else "**missed**"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(text: str) -> str:
@@ -329,9 +352,9 @@ def _cell(text: str) -> str:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--adapter", type=Path, action="append", required=True)
-    parser.add_argument("--work", type=Path, required=True, help="a folder for inputs and artifacts; they are removed")
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--adapter", type=Path, action="append")
+    parser.add_argument("--work", type=Path, help="a folder for inputs and artifacts; they are removed")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--types", nargs="+", help="types to make faults in; by default one or two of each format")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults whose names contain one of these")
@@ -339,7 +362,12 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="compare files first, and score what that passes")
     parser.add_argument("--calibration-tokens", type=int, help="for types that are calibrated; faults need few")
     parser.add_argument("--json", type=Path, help="write all verdicts with all reasons here")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="run nothing: the tables of these results")
     arguments = parser.parse_args()
+    if arguments.show:
+        return report(Verdict.from_json(one) for file in arguments.show for one in json.loads(file.read_text("utf-8")))
+    if not (arguments.base and arguments.adapter and arguments.work):
+        parser.error("--base, --adapter and --work are needed")
     faults = [fault for fault in FAULTS if not arguments.only or any(name in fault.name for name in arguments.only)]
     types = [
         (format_, quant)
@@ -365,9 +393,15 @@ def main() -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_json(arguments.json, [one.as_json() for one in verdicts])
-    print(tables(verdicts))
-    wrong = [one for one in verdicts if not one.right]
-    print(f"\n{len(verdicts)} artifacts, {len(wrong)} judged wrongly")
+    return report(verdicts)
+
+
+def report(verdicts: Iterable[Verdict]) -> int:
+    """Print the tables, of each case its last verdict; the exit status."""
+    last = list({(one.fault, one.type): one for one in verdicts}.values())
+    print(tables(last))
+    wrong = [one for one in last if not one.right]
+    print(f"\n{len(last)} artifacts, {len(wrong)} judged wrongly")
     return 1 if wrong else 0
 
 

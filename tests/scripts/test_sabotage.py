@@ -17,7 +17,7 @@ if str(SCRIPTS) not in sys.path:
     sys.path.insert(0, str(SCRIPTS))
 
 from faults import FAULTS, Fault  # noqa: E402
-from sabotage import Verdict, reasons_of, tables  # noqa: E402
+from sabotage import Verdict, reasons_of, report, tables  # noqa: E402
 
 
 def done(status: int, stdout: str = "", stderr: str = "") -> CompletedProcess[str]:
@@ -65,21 +65,38 @@ def test_a_verdict_is_right_or_not(fault: Fault | None, status: int, reasons: tu
 
 
 def test_the_tables_are_markdown() -> None:
+    low = next(fault for fault in FAULTS if fault.information)
     verdicts = [
         Verdict(None, "gguf Q8_0", 0, (), 1.0),
-        Verdict(FAULTS[1], "gguf Q8_0", 3, ("<|a|>",), 1.0),
+        Verdict(None, "gguf F16", 0, (), 1.0),
+        Verdict(None, "gguf Q8_0, untied", 3, ("a", "b"), 1.0),
+        Verdict(FAULTS[1], "gguf Q8_0", 3, ("<|a|>", "b"), 1.0),
         Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0),
+        Verdict(FAULTS[0], "gguf F16", 3, ("c",), 1.0),
+        Verdict(low, "gguf Q8_0", 3, ("d", "e"), 1.0),
+        Verdict(low, "gguf F16", 0, (), 1.0),
     ]
     assert tables(verdicts).splitlines() == [
-        "| fault | format and type | verdict | by what |",
-        "|---|---|---|---|",
-        f"| {FAULTS[0].name} | gguf Q8_0 | missed |  |",
-        f"| {FAULTS[1].name} | gguf Q8_0 | caught | \\<\\|a\\|> |",
+        "| fault | gguf Q8_0 | gguf F16 | by what |",
+        "| --- | --- | --- | --- |",
+        f"| {FAULTS[0].name} | **missed** | caught | c |",
+        f"| {FAULTS[1].name} | caught |  | \\<\\|a\\|> |",
+        f"| {low.name} | caught in part (2) | missed, by design | d |",
         "",
-        "| sound artifact | verdict | why |",
-        "|---|---|---|",
-        "| gguf Q8_0 | passed |  |",
+        "| sound artifacts | passed | wrongly failed |",
+        "| --- | --- | --- |",
+        "| gguf | Q8_0 F16 |  |",
+        "| gguf, untied |  | Q8_0: a; b |",
     ]
+
+
+def test_results_are_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = [Verdict(None, "gguf Q8_0", 0, (), 1.0), Verdict(FAULTS[0], "gguf Q8_0", 3, ("a",), 2.0)]
+    assert [Verdict.from_json(one.as_json()) for one in verdicts] == verdicts
+    # A case that was run twice counts as it was found last.
+    assert report([Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0), *verdicts]) == 0
+    assert capsys.readouterr().out == f"{tables(verdicts)}\n\n2 artifacts, 0 judged wrongly\n"
+    assert report([Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0)]) == 1
 
 
 @pytest.mark.slow
