@@ -138,7 +138,7 @@ def _section(root: Node, artifact: Node) -> Section:
         artifact,
         f"{artifact['format'].value} {artifact['quant'].value}",
         verdict,
-        list(_reasons(artifact, verdict, found)),
+        list(_reasons(artifact, verdict)),
         found,
         list(_plots(artifact)),
         _fallbacks(artifact),
@@ -147,19 +147,14 @@ def _section(root: Node, artifact: Node) -> Section:
     )
 
 
-def _reasons(artifact: Node, verdict: str, found: list[Figure]) -> Iterator[Reason]:
-    """What is broken, by what it is about; then what is not decided."""
+def _reasons(artifact: Node, verdict: str) -> Iterator[Reason]:
+    """What is broken or not decided, by what it is about; then what could decide it."""
     areas = {area: artifact[area]["broken"].value or [] for area in ("weights", "answers")}
     for text in artifact["verification"]["broken"].value or []:
         yield Reason(next((area for area, broken in areas.items() if text in broken), "scores"), text)
-    if verdict != "undecided":
-        return
-    looks = artifact["verification"]["looks"].value or []
-    after = f" after {', '.join(map(count, looks))} tokens" if looks else ""
-    for figure in found:
-        if figure.verdict == "undecided" and figure.limit is not None:
-            limit = figure.sign + figure.unit.limit(figure.limit.value)
-            yield Reason("scores", f"{figure.name} may be on either side of its limit, {limit},{after or ' as it is'}")
+    if verdict == "undecided":
+        looks = " and ".join(map(count, artifact["verification"]["looks"].value))
+        yield Reason("tokens", f"looked at after {looks} predictions; more may decide (--max-eval-tokens)")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
