@@ -301,16 +301,26 @@ def compare_command(
     out: Annotated[
         Path | None, typer.Option(help="Write size against quality as a plot too: a file that ends in .svg or .html.")
     ] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Load each and measure its speed, one after another.")] = False,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Show artifacts side by side, from the manifests of their folders."""
+    from exporter.screen import Screen, stderr_console, stdout_console
+
+    console = stderr_console()
+    screen = Screen(console)
 
     def run() -> int:
         check_plot_file(out)
         from exporter.compare import compare_folders
-        from exporter.screen import stdout_console
 
         comparison = compare_folders(folders)
+        if speed:
+            from exporter.merge import resolve_device
+            from exporter.speed import measure_folders
+
+            comparison = compare_folders(folders, measure_folders(folders, resolve_device(device), screen))
         if as_json:
             print(json.dumps(comparison.as_json(), indent=2, ensure_ascii=False))
         else:
@@ -322,7 +332,7 @@ def compare_command(
             out.write_text(draw(comparison), encoding="utf-8")
         return 0
 
-    _guarded(Console(stderr=True), run)
+    _guarded(console, run, screen.stop)
 
 
 @app.command("formats")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from exporter.errors import ArtifactError
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Where a manifest would have a measured speed, in tokens a second.
-_SPEED = "tokens_per_second"
+    from exporter.speed import Speed
+
 # Two references of one model differ by less, relatively, in perplexity.
 _SAME_MODEL = 1e-3
 
@@ -42,7 +42,7 @@ class Compared:
         survival: share of the adapter's change that is stored, in words.
         verdict: `passed`, `failed`, `undecided` or `skipped`.
         tokens: hash of the evaluation tokens; None if nothing was scored.
-        speed: tokens a second; None where the manifest does not say.
+        speed: how fast it was just now; None if that was not measured.
     """
 
     folder: str
@@ -54,7 +54,7 @@ class Compared:
     survival: str
     verdict: str
     tokens: str | None
-    speed: float | None
+    speed: Speed | None = None
 
     @property
     def label(self) -> str:
@@ -97,10 +97,10 @@ class Comparison:
 
         from exporter.screen import size
 
-        speeds = any(artifact.speed is not None for artifact in self.artifacts)
+        speeds = [artifact.speed for artifact in self.artifacts if artifact.speed]
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))
         columns = ("folder", "artifact", "size", "change (95 % interval)", "KL", "same top", "delta kept", "verdict")
-        for column in (*columns, *(["tokens/s"] if speeds else [])):
+        for column in (*columns, *(_SPEEDS if speeds else ())):
             left = column in ("folder", "artifact", "verdict")
             table.add_column(column, justify="left" if left else "right", no_wrap=column != "folder")
         for artifact in self.artifacts:
@@ -114,20 +114,39 @@ class Comparison:
                 share_text(artifact.scores.get("same_top")),
                 artifact.survival,
                 f"[{color}]{escape(artifact.verdict)}[/]",
-                *([f"{artifact.speed:.1f}" if artifact.speed is not None else "-"] if speeds else []),
+                *(_speed_cells(artifact.speed) if speeds else ()),
             )
         console.print(table)
+        for runtime in dict.fromkeys(speed.runtime for speed in speeds):
+            console.print(f"speed, one request at a time, in {escape(runtime)}", highlight=False, soft_wrap=True)
         for warning in self.warnings:
             console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
-def compare_folders(folders: Sequence[Path]) -> Comparison:
+_SPEEDS = ("prompt tok/s", "output tok/s")
+
+
+def _speed_cells(speed: Speed | None) -> tuple[str, str]:
+    if speed is None:
+        return "-", "-"
+    return f"{speed.prompt:.1f}", "-" if speed.output is None else f"{speed.output:.1f}"
+
+
+def compare_folders(folders: Sequence[Path], speeds: Mapping[tuple[Path, str, str], Speed] | None = None) -> Comparison:
     """Read the manifests, published or rejected.
+
+    Args:
+        folders: output folders.
+        speeds: as `exporter.speed.measure_folders` found them; no manifest has any, since they are the machine's.
 
     Raises:
         ArtifactError: a folder has no manifest, or one that cannot be read as one.
     """
-    found = [artifact for folder in folders for artifact in _read(folder)]
+    found = [
+        replace(artifact, speed=(speeds or {}).get((folder, artifact.format, artifact.quant)))
+        for folder in folders
+        for artifact in _read(folder)
+    ]
     found.sort(key=lambda artifact: (artifact.bytes, artifact.label))
     return Comparison(tuple(found), tuple(_warnings(found)))
 
@@ -152,7 +171,6 @@ def _read(folder: Path) -> list[Compared]:
 
 
 def _compared(folder: str, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> Compared:
-    speed = artifact.get(_SPEED, artifact["verification"].get(_SPEED))
     return Compared(
         folder=folder,
         model=str(manifest["name"]),
@@ -163,7 +181,6 @@ def _compared(folder: str, manifest: Mapping[str, Any], artifact: Mapping[str, A
         survival=survival_text(artifact),
         verdict=verdict_of(artifact),
         tokens=(manifest.get("evaluation") or {}).get("sha256"),
-        speed=None if speed is None else float(speed),
     )
 
 

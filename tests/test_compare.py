@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from exporter.compare import compare_folders
 from exporter.plot import plot_svg
+from exporter.speed import Speed
 from tests.commands import invoke
 from tests.manifests import manifest_of
 
@@ -52,12 +55,16 @@ def test_json(folders: list[Path]) -> None:
     assert found["artifacts"][1]["scores"]["kl_divergence"]["mean"] == 0.002848
 
 
-def test_a_speed_that_was_measured_has_a_column(folders: list[Path], tmp_path: Path) -> None:
-    fast = manifest_of()
-    fast["artifacts"][0]["tokens_per_second"] = 41.25
-    header, *rows = invoke("compare", *folders, write(tmp_path / "fast", fast)).stdout.splitlines()
-    assert "tokens/s" in header
-    assert sorted(row.split()[-1] for row in rows) == ["-", "-", "-", "41.2"]
+def test_a_speed_that_was_measured_has_columns(folders: list[Path]) -> None:
+    one = {(folders[0], "gguf", "Q8_0"): Speed("llama.cpp 1", 1234.56, 41.25)}
+    comparison = compare_folders(folders, one)
+    assert [artifact.speed for artifact in comparison.artifacts] == [None, None, *one.values()]
+    console = Console(record=True, width=200, file=io.StringIO())
+    comparison.show(console)
+    header, *rows, last = console.export_text().splitlines()
+    assert "prompt tok/s" in header
+    assert [row.split()[-2:] for row in rows] == [["-", "-"], ["-", "-"], ["1234.6", "41.2"]]
+    assert last == "speed, one request at a time, in llama.cpp 1"
 
 
 def test_other_tokens_are_warned_of(folders: list[Path], tmp_path: Path) -> None:
