@@ -81,7 +81,7 @@ def main() -> int:
         built = time.perf_counter()
         walked = walk.run()
         done = time.perf_counter()
-        finish_reference(walk, walked, windows, device, lambda _: None)
+        finish_reference(walk, walked, windows, device).complete()
     scored = time.perf_counter()
     whole = scored - started
     parts = {

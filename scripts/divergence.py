@@ -79,7 +79,7 @@ def main() -> int:
     model = plan_merge(Checkpoint.open(args.base), adapters, "model")
     windows = make_windows(Calibration(text=args.calibration), Evaluation(tokens=args.tokens), model.tokenizer)
     threads = Execution().workers
-    reference = score_reference(model, windows, resolve_device("cpu"), silent, threads=threads)
+    reference = score_reference(model, windows, resolve_device("cpu"), threads=threads)
     torch.set_num_threads(threads)
     rows, found = [], {}
     for path in args.paths:

@@ -8,7 +8,7 @@ import torch
 
 from exporter.calibration import Windows
 from exporter.runtimes.base import TopK
-from exporter.verify.reference import HeldHead, Reference, score_windows
+from exporter.verify.reference import HeldHead, Reference
 
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -23,8 +23,7 @@ def reference_of(logits: npt.NDArray[np.float32], windows: Windows | None = None
     if windows is None:
         windows = Windows(((0,) * (2 * scored + 1),) * count, 2 * scored + 1, "made", "0" * 64)
     assert windows.scored == scored
-    hidden, head = torch.from_numpy(logits).__getitem__, HeldHead(torch.eye(vocabulary))
-    return Reference(windows, hidden, head, score_windows(windows, hidden, head, lambda _: None))
+    return Reference(windows, torch.from_numpy(logits).__getitem__, HeldHead(torch.eye(vocabulary)))
 
 
 def top_of(logits: npt.NDArray[np.float32], k: int) -> TopK:

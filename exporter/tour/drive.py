@@ -123,8 +123,7 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
             written[one.folder][one.plan.label] = one.finish(plan, findings)
         reporter.toured()
         if plan.walks and plan.tokens.evaluation is not None:
-            reporter.scoring("reference", plan.tokens.evaluation)
-            reference = finish_reference(walk, walked, plan.tokens.evaluation, device, reporter.window)
+            reference = finish_reference(walk, walked, plan.tokens.evaluation, device)
         return Toured(written, reference, device)
 
 

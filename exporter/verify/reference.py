@@ -68,22 +68,49 @@ class HeldHead(Head):
 class Reference:
     """What the trained model says about the scored positions of all windows.
 
-    Attributes:
+    A product with a large head takes as long as many layers. So the reference is scored with the logits that the first
+    artifact's are compared with, and `scores` computes only those of windows that nothing was compared on.
+
+    Args:
         windows: what is scored.
         hidden: final hidden states of the scored positions of a window by its number, after the norm: float32,
             (scored, hidden).
         head: turns them into logits.
-        scores: log-probabilities of the right tokens, and the likeliest tokens.
+        scores: if they are known.
     """
 
     def __init__(
-        self, windows: Windows, hidden: Callable[[int], torch.Tensor], head: Head, scores: TokenScores
+        self, windows: Windows, hidden: Callable[[int], torch.Tensor], head: Head, scores: TokenScores | None = None
     ) -> None:
-        self.windows, self.hidden, self.head, self.scores = windows, hidden, head, scores
+        self.windows, self.hidden, self.head = windows, hidden, head
+        shape = (len(windows.ids), windows.scored)
+        self._scores = scores or TokenScores(np.zeros(shape), np.zeros(shape, dtype=np.int64))
+        self._missing = set() if scores else set(range(len(windows.ids)))
+
+    @property
+    def scores(self) -> TokenScores:
+        """Log-probabilities of the right tokens, and the likeliest tokens."""
+        self.complete()
+        return self._scores
+
+    def complete(self, on_window: OnWindow = lambda _: None) -> None:
+        """Score every window that is not yet, calling `on_window` with 1 after each."""
+        for window in sorted(self._missing):
+            for _ in self.logits(window):
+                pass
+            on_window(1)
 
     def logits(self, window: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of one window, a few positions at a time: which, and float32 (positions, vocabulary)."""
-        return window_logits(self.windows, self.hidden(window), self.head)
+        states = self.hidden(window)
+        targets = torch.tensor(self.windows.ids[window][self.windows.first_scored + 1 :], device=states.device)
+        new = window in self._missing
+        for rows, logits in window_logits(self.windows, states, self.head):
+            if new:
+                right, top = score_logits(logits, targets[rows])
+                self._scores.log_probabilities[window, rows], self._scores.top_tokens[window, rows] = right, top
+            yield rows, logits
+        self._missing.discard(window)
 
 
 def window_logits(windows: Windows, hidden: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -104,32 +131,14 @@ def window_logits(windows: Windows, hidden: torch.Tensor, head: Head) -> Iterato
         yield rows, logits
 
 
-def score_windows(
-    windows: Windows, hidden: Callable[[int], torch.Tensor], head: Head, on_window: OnWindow
-) -> TokenScores:
-    """Scores of all windows; the arguments are those of `Reference`, and `on_window` is called with 1 after each."""
-    log_probabilities, top_tokens = [], []
-    for number, ids in enumerate(windows.ids):
-        states = hidden(number)
-        targets = torch.tensor(ids[windows.first_scored + 1 :], device=states.device)
-        right, top = zip(
-            *(score_logits(logits, targets[rows]) for rows, logits in window_logits(windows, states, head)), strict=True
-        )
-        log_probabilities.append(np.concatenate(right))
-        top_tokens.append(np.concatenate(top))
-        on_window(1)
-    return TokenScores(np.stack(log_probabilities), np.stack(top_tokens))
-
-
-def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str, on_window: OnWindow) -> Reference:
-    """Norm, head and scores, once every layer has been walked.
+def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str) -> Reference:
+    """Norm and head, once every layer has been walked.
 
     Args:
         walk: gives the model's own norm.
         walked: what it brought back; the evaluation windows are the first of its groups, and are closed.
         windows: the evaluation windows.
         device: where the head computes.
-        on_window: called with 1 after each window is scored.
     """
     if walked.norm is None or walked.head is None:
         raise ValueError("the walk had no evaluation windows")
@@ -140,8 +149,7 @@ def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str, 
         scored[number] = walk.normalize(last, walked.norm)[0, windows.first_scored : -1].float()
     states.close()
     walk.set_threads()
-    head = HeldHead(walked.head)
-    return Reference(windows, scored.__getitem__, head, score_windows(windows, scored.__getitem__, head, on_window))
+    return Reference(windows, scored.__getitem__, HeldHead(walked.head))
 
 
 def evaluation_group(windows: Windows) -> Group:
@@ -153,7 +161,6 @@ def score_reference(
     model: MergedModel,
     windows: Windows,
     device: str,
-    on_window: OnWindow,
     *,
     threads: int = 1,
     on_layer: Callable[[int, int], None] = lambda _done, _layers: None,
@@ -168,7 +175,6 @@ def score_reference(
         model: the merged model.
         windows: what to score.
         device: where layers and head compute.
-        on_window: called with 1 after each window is scored.
         threads: threads on the CPU.
         on_layer: called after each layer with the number of layers that are done, and of all.
         on_file: called with each file of the base when the walk gets to it.
@@ -192,4 +198,4 @@ def score_reference(
         on_layer=on_layer,
     )
     with lone_walk(model, [evaluation_group(windows)], settings, on_file=on_file) as walk:
-        return finish_reference(walk, walk.run(), windows, device, on_window)
+        return finish_reference(walk, walk.run(), windows, device)

@@ -66,6 +66,8 @@ def make_reference(
                 scratch=staging.scratch,
                 key=_key(plan, device),
             )
+            reporter.scoring("reference", plan.windows)
+            reference.complete(reporter.window)
             hashes = hasher.finish(path for _, path in model_files(plan.model))
         except RefusalError:
             # The inputs turned out to be wrong on the way (a NaN in the base, say): leave nothing behind.
@@ -109,18 +111,12 @@ def walk_reference(
 
     reporter.walking(windows)
 
-    def on_layer(done: int, layers: int) -> None:
-        reporter.layer(done, layers)
-        if done == layers:
-            reporter.scoring("reference", windows)
-
     return score_reference(
         model,
         windows,
         device,
-        reporter.window,
         threads=threads,
-        on_layer=on_layer,
+        on_layer=reporter.layer,
         on_file=on_file,
         compute_dtype=compute_dtype,
         scratch=scratch,

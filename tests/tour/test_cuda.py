@@ -33,7 +33,7 @@ def test_the_reference_is_the_cpu_s(
     adapters = [] if family == "experts" else [make_adapter(base)]
     windows = random_windows(4, 64, 384)
     cpu, cuda = (
-        score_reference(merged_model(base, *adapters), windows, device, lambda _: None).scores.log_probabilities
+        score_reference(merged_model(base, *adapters), windows, device).scores.log_probabilities
         for device in ("cpu", "cuda")
     )
     assert np.abs(cpu - cuda).max() < 1e-3

@@ -22,7 +22,7 @@ WINDOWS = random_windows(2, 32, 384)
 
 
 def reference(base: Path, *adapters: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return score_reference(merged_model(base, *adapters), WINDOWS, "cpu", lambda _: None).scores.log_probabilities
+    return score_reference(merged_model(base, *adapters), WINDOWS, "cpu").scores.log_probabilities
 
 
 def peft(base: Path, *adapters: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -86,8 +86,25 @@ def test_the_same_adapter_twice_counts_twice(make_base: Callable[..., Path], mak
 
 def test_every_window_is_reported(make_base: Callable[..., Path]) -> None:
     seen: list[int] = []
-    score_reference(merged_model(make_base("qwen2")), WINDOWS, "cpu", seen.append)
+    found = score_reference(merged_model(make_base("qwen2")), WINDOWS, "cpu")
+    found.complete(seen.append)
     assert seen == [1, 1]
+    found.complete(seen.append)
+    assert seen == [1, 1]
+
+
+def test_scores_do_not_depend_on_when_they_are_made(make_base: Callable[..., Path]) -> None:
+    """With the logits that something is compared with, or by themselves."""
+    model = merged_model(make_base("qwen2"))
+    alone, beside = score_reference(model, WINDOWS, "cpu"), score_reference(model, WINDOWS, "cpu")
+    for _ in beside.logits(1):
+        pass
+    seen: list[int] = []
+    beside.complete(seen.append)
+    assert seen == [1]
+    assert np.array_equal(alone.scores.log_probabilities, beside.scores.log_probabilities)
+    assert np.array_equal(alone.scores.top_tokens, beside.scores.top_tokens)
+    assert (alone.scores.log_probabilities < 0).all()
 
 
 def test_a_base_that_transformers_cannot_load_fails(make_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -95,7 +112,7 @@ def test_a_base_that_transformers_cannot_load_fails(make_base: Callable[..., Pat
     model = merged_model(base)
     edit_json(base / "config.json", model_type="nothing")
     with pytest.raises(RuntimeScoreError, match="nothing"):
-        score_reference(model, WINDOWS, "cpu", lambda _: None)
+        score_reference(model, WINDOWS, "cpu")
 
 
 def test_a_base_that_changes_meanwhile_fails(make_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -103,7 +120,7 @@ def test_a_base_that_changes_meanwhile_fails(make_base: Callable[..., Path], tmp
     model = merged_model(base)
     drop_tensor(base / "model.safetensors", "model.norm.weight")
     with pytest.raises(ExporterError, match=r"model\.safetensors"):
-        score_reference(model, WINDOWS, "cpu", lambda _: None)
+        score_reference(model, WINDOWS, "cpu")
 
 
 def test_memory_is_one_layer_and_not_the_model(make_base: Callable[..., Path]) -> None:
@@ -127,7 +144,7 @@ def test_logits_are_those_of_the_whole_model(
 ) -> None:
     base = make_base(family, tied=tied)
     adapter = make_adapter(base)
-    found = score_reference(merged_model(base, adapter), WINDOWS, "cpu", lambda _: None)
+    found = score_reference(merged_model(base, adapter), WINDOWS, "cpu")
     with torch.no_grad():
         whole = load_peft(base, adapter)(input_ids=torch.tensor(WINDOWS.ids)).logits
     for window in range(2):
@@ -137,7 +154,5 @@ def test_logits_are_those_of_the_whole_model(
 
 def test_layers_are_reported(make_base: Callable[..., Path]) -> None:
     seen: list[tuple[int, int]] = []
-    score_reference(
-        merged_model(make_base("qwen2")), WINDOWS, "cpu", lambda _: None, on_layer=lambda *done: seen.append(done)
-    )
+    score_reference(merged_model(make_base("qwen2")), WINDOWS, "cpu", on_layer=lambda *done: seen.append(done))
     assert seen == [(1, 2), (2, 2)]
