@@ -68,7 +68,7 @@ def tour_memory(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: Tok
     scoring = 0
     if evaluated and (head := model.head):
         kept = 4 if head.updates else DTYPE_BYTES[head.source.dtype]
-        scoring = kept * head.elements + 4 * hidden * (HEAD_ROWS + evaluated) + 4 * 4 * head.shape[0] * LOGIT_ROWS
+        scoring = kept * head.elements + 4 * hidden * (HEAD_ROWS + evaluated) + 2 * 4 * head.shape[0] * LOGIT_ROWS
     return round(_MARGIN * (_WALK_RESIDENT_BYTES + adapters + states + max(layer + max(passing, solving), scoring)))
 
 

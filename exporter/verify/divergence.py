@@ -12,13 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.runtimes.base import TokenScores, TopK, TopKScores
+from exporter.runtimes.base import TokenScores, TopK, TopKScores, block_rows
 from exporter.verify.metrics import Divergences
 from exporter.verify.reference import Reference
 
-# Logits of one model that a thread works on at a time: they and what is computed from them stay in its cache, which
-# makes the sums of a large vocabulary several times as fast.
-BLOCK_BYTES = 1 << 20
 # What is added to the artifact's bucket of all other tokens: it is 1 minus a sum over log-probabilities in float32, and
 # may be off by that much. A bucket that is too small would make the top-k form exceed the divergence that it bounds.
 REST_ERROR = 1e-6
@@ -46,7 +43,7 @@ class Divergence:
         for rows, expected in self._reference.logits(window):
             found = logits[rows].to(expected.device)
             shared = min(found.shape[1], expected.shape[1])
-            size = _block_rows(expected) if expected.device.type == "cpu" else len(expected)
+            size = block_rows(expected)
             blocks = zip(*(torch.split(side[:, :shared], size) for side in (expected, found)), strict=True)
             kl, jensen_shannon = zip(*(divergences(*block) for block in blocks), strict=True)
             self._kl[window, rows] = torch.cat(kl).cpu().numpy()
@@ -69,11 +66,6 @@ class Divergence:
         if isinstance(scores, TopKScores):
             return Divergences(top_k=top_k_divergences(self._reference, scores.top), k=scores.top.ids.shape[2])
         return Divergences()
-
-
-def _block_rows(logits: torch.Tensor) -> int:
-    """Rows that keep every thread busy with a block of its own."""
-    return max(1, torch.get_num_threads() * BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
 
 
 def divergences(expected: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,9 +43,10 @@ class Head(ABC):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in float32: (positions, hidden) to (positions, vocabulary)."""
         found = torch.empty(hidden.shape[0], self.shape[0], device=hidden.device)
+        exact = torch.empty(min(HEAD_ROWS, self.shape[0]), self.shape[1], device=hidden.device)
         for first in range(0, self.shape[0], HEAD_ROWS):
-            rows = self.rows(first, min(HEAD_ROWS, self.shape[0] - first)).float()
-            torch.mm(hidden, rows.T, out=found[:, first : first + HEAD_ROWS])
+            rows = self.rows(first, min(HEAD_ROWS, self.shape[0] - first))
+            torch.mm(hidden, exact[: len(rows)].copy_(rows).T, out=found[:, first : first + HEAD_ROWS])
         return found
 
 

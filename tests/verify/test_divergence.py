@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from exporter.runtimes import base
 from exporter.runtimes.base import TokenScores, TopK, TopKScores
-from exporter.verify import divergence as module
 from exporter.verify.divergence import Divergence, divergences, top_k_divergences
 from tests.predictions import log_softmax, reference_of, top_of
 
@@ -83,12 +83,12 @@ def test_a_logit_that_is_not_finite_gives_no_finite_divergence(value: float) -> 
 
 def test_windows_are_taken_by_their_numbers_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     # More positions than the reference gives logits of at a time, and more of these than a block holds.
-    expected, found = pair(1, (2, 150, VOCABULARY), 0.3)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 7 * VOCABULARY * 4)
+    expected, found = pair(1, (2, 300, VOCABULARY), 0.3)
+    monkeypatch.setattr(base, "BLOCK_BYTES", 7 * VOCABULARY * 4)
     divergence = Divergence(reference_of(expected))
     for window in (1, 0):
         divergence.take(window, torch.from_numpy(found[window]))
-    taken = divergence.found(TokenScores(np.zeros((2, 150)), np.zeros((2, 150), np.int64)))
+    taken = divergence.found(TokenScores(np.zeros((2, 300)), np.zeros((2, 300), np.int64)))
     assert taken.kl == pytest.approx(kl_by_definition(expected, found), rel=1e-4, abs=1e-6)
     assert taken.jensen_shannon == pytest.approx(js_by_definition(expected, found), rel=1e-4, abs=1e-6)
     assert taken.top_k is None
