@@ -13,7 +13,7 @@ from exporter.adapter import Adapter
 from exporter.artifact.files import FileRecord, check_files, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.backends.registry import backend_names, load_backend
-from exporter.calibration import make_windows
+from exporter.calibration import check_decidable, make_windows, more_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
@@ -103,12 +103,14 @@ def verify_published(
     check_files(folder, manifest.files)
     model = open_trained(base, adapters, manifest.name)
     windows = make_windows(calibration, evaluation, model.tokenizer)
+    text, as_cut = manifest.calibrated_on(calibration, evaluation)
+    calibrated = manifest.calibration is not None
+    if len(windows.ids) == 1:
+        further = more_windows(text, as_cut, model.tokenizer, windows, calibrated=calibrated)
+        check_decidable(windows, len(further))
     threads = Execution().workers
     reference = walk_reference(model, windows, device, reporter, threads=threads)
-    text, as_cut = manifest.calibrated_on(calibration, evaluation)
-    more = DrawnTokens(
-        model, text, as_cut, windows, device, reporter, calibrated=manifest.calibration is not None, threads=threads
-    )
+    more = DrawnTokens(model, text, as_cut, reference, device, reporter, calibrated=calibrated, threads=threads)
     return _judge(
         folder,
         manifest,
