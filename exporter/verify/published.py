@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from exporter.verify.reference import Reference
 
 
+SCORES_ALONE = (
+    "scores were held against a reference pack; weights, configuration, tokenizer and answers were not looked at, "
+    "which takes base and adapter (--base, --adapter; --files-only without a runtime)"
+)
+
+
 @dataclass(frozen=True)
 class PublishedResult:
     """Verdicts on the artifacts of a published folder.
@@ -43,11 +49,14 @@ class PublishedResult:
         folder: the folder.
         sizes: bytes of each artifact, by label.
         verdicts: by artifact label.
+        scores_alone: whether a reference pack stood in for the trained model, so that neither weights nor answers are
+            known.
     """
 
     folder: Path
     sizes: dict[str, int]
     verdicts: dict[str, Verification]
+    scores_alone: bool = False
 
     @property
     def passed(self) -> bool:
@@ -64,10 +73,12 @@ class PublishedResult:
         }
 
     def show(self, console: Console) -> None:
-        """Print the verdict table."""
+        """Print the verdict table, and what the verdict does not rest on."""
         from exporter.screen import show_table
 
         show_table(console, self.verdicts, self.sizes)
+        if self.scores_alone:
+            console.print(SCORES_ALONE, highlight=False, soft_wrap=True)
 
 
 def verify_published(
@@ -227,7 +238,8 @@ def _judge(
         verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
     labels = [one.label for one in candidates]
     sizes = [artifact.bytes for artifact in manifest.artifacts]
-    return PublishedResult(folder, dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True)))
+    by_label = dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True))
+    return PublishedResult(folder, *by_label, scores_alone=trained is None)
 
 
 class _Artifact(BaseModel):
