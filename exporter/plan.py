@@ -289,6 +289,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         "reference": {
             "out": str(plan.pack.out),
             "dtype": plan.pack.dtype,
+            "windows": {"first": len(plan.pack.windows.ids), "most": plan.pack.most},
             "bytes": plan.pack.nbytes,
             "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.pack.files.items()],
         }

@@ -226,6 +226,7 @@ def test_kept_reference_counts_in_the_disk(base: Path, tmp_path: Path, monkeypat
     assert plan.pack is not None
     assert plan.disk_bytes == without.disk_bytes + plan.pack.nbytes
     alone = {"n_ctx": 64, "tokens": 128, "max_tokens": 128}
+    assert describe(plan)["reference"]["windows"] == {"first": 2, "most": 256}
     # With every window that may be drawn, whose states are held until the pack is written.
     first = make_plan(recipe(base, [], tmp_path / "out", **(KEPT | {"evaluation": alone})), Execution())
     assert first.pack is not None
