@@ -253,7 +253,7 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
 
     Args:
         reference: the pack, or None.
-        others: the options that it stands for, by name.
+        others: the options that it stands for or that have no effect with it, by name.
 
     Raises:
         RecipeError: both are given, or neither.
@@ -269,7 +269,7 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
     if given:
         raise RecipeError(
             f"--reference {reference}", found=f"{given} beside it",
-            expected="the pack alone, which holds what they stand for", remedy=f"Leave out {given}.",
+            expected="the pack alone: it holds model and tokens, and asks for no answers", remedy=f"Leave out {given}.",
         )  # fmt: skip
 
 

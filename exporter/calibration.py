@@ -144,6 +144,33 @@ def more_windows(
     return [window for window in found if window not in scored]
 
 
+def most_windows(evaluation: Evaluation, known: Windows) -> int:
+    """How many windows there may be at most once more were drawn, counting those that are known from the text's
+    beginning on: these alone where the text ended before they were as many as asked for."""
+    if known.tokens < evaluation_tokens(evaluation):
+        return len(known.ids)
+    return max(len(known.ids), evaluation.max_tokens // evaluation.n_ctx)
+
+
+def check_decidable(known: Windows, further: int = 0) -> None:
+    """Two windows at least: one has no interval, so nothing passes on it.
+
+    Args:
+        known: the evaluation windows.
+        further: how many more may be drawn.
+
+    Raises:
+        RecipeError: there are fewer.
+    """
+    if len(known.ids) + further < 2:
+        raise RecipeError(
+            f"evaluation text {known.source}",
+            found=f"one window of {known.n_ctx} tokens, which has no interval, so that nothing can pass",
+            expected=f"at least {2 * known.n_ctx} tokens, two windows",
+            remedy="Raise --eval-tokens (or --max-eval-tokens of an export), or give a longer text with --calibration.",
+        )
+
+
 def _free_places(length: int, size: int, taken: Sequence[int], taken_size: int) -> list[int]:
     """Where windows begin that follow each other and leave out the taken ones, which are in order."""
     places: list[int] = []

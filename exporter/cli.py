@@ -226,7 +226,7 @@ def verify_command(
         evaluation = evaluation_from(eval_tokens, max_eval_tokens, eval_window, gate, no_answers)
         check_verify_options(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
-            max_eval_tokens=max_eval_tokens, eval_window=eval_window,
+            max_eval_tokens=max_eval_tokens, eval_window=eval_window, no_answers=no_answers,
         )  # fmt: skip
         if files_only:
             check_files_only(

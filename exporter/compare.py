@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, model_validator
 
 from exporter.artifact.reading import (
     MANIFEST_NAME,
@@ -42,6 +44,8 @@ class Compared:
         survival: share of the adapter's change that is stored, in words.
         verdict: `passed`, `failed`, `undecided` or `skipped`.
         tokens: hash of the evaluation tokens; None if nothing was scored.
+        drawn: hash of what was drawn beside in its run, if some of that was scored for it; else None.
+        tokens_scored: number of predictions that were scored for it; None if nothing was.
         speed: how fast it was just now; None if that was not measured.
     """
 
@@ -54,12 +58,23 @@ class Compared:
     survival: str
     verdict: str
     tokens: str | None
+    drawn: str | None
+    tokens_scored: int | None
     speed: Speed | None = None
 
     @property
     def label(self) -> str:
         """Short name, unique where folders have names of their own."""
         return f"{self.folder} {self.quant}"
+
+    @property
+    def scored_on(self) -> str | None:
+        """Which tokens were scored for it, in words; None if none were."""
+        if self.tokens is None:
+            return None
+        beside = f" and {self.drawn[:8]}…" if self.drawn else ""
+        many = "" if self.tokens_scored is None else f" ({self.tokens_scored:,} predictions)"
+        return f"{self.tokens[:8]}…{beside}{many}"
 
     @property
     def divergence(self) -> float | None:
@@ -164,13 +179,55 @@ def _read(folder: Path) -> list[Compared]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             str(file),
-            found=f"{type(error).__name__}: {error}"[:120],
+            found=" ".join(f"{type(error).__name__}: {error}".split())[:120],
             expected="a manifest as `exporter export` writes it",
             remedy="Copy or export the folder again.",
         ) from None
 
 
+class _Spread(BaseModel, strict=True, allow_inf_nan=False):
+    mean: float
+    stderr: float | None = None
+
+
+class _TopK(_Spread):
+    k: int
+
+
+class _Scores(BaseModel, strict=True, allow_inf_nan=False):
+    """The part of `verification` that is compared; docs/export.schema.json has the whole."""
+
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    tokens_scored: int | None = None
+    delta: float | None = None
+    delta_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    same_top: float | None = None
+    kl_divergence: _Spread | None = None
+    top_k_divergence: _TopK | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Scores:
+        if self.perplexity is not None and (self.reference_perplexity is None or self.delta is None):
+            raise ValueError("a perplexity without the trained model's, or without their difference")
+        return self
+
+
+class _Drawn(BaseModel, strict=True):
+    sha256: str
+
+
+class _Evaluation(BaseModel, strict=True):
+    sha256: str
+    tokens_scored: int
+    drawn: _Drawn | None = None
+
+
 def _compared(folder: str, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> Compared:
+    scores, on = _Scores.model_validate(artifact["verification"]), manifest.get("evaluation")
+    evaluation = None if on is None or scores.perplexity is None else _Evaluation.model_validate(on)
+    tokens_scored = scores.tokens_scored or (evaluation.tokens_scored if evaluation else None)
+    more = evaluation is not None and tokens_scored != evaluation.tokens_scored
     return Compared(
         folder=folder,
         model=str(manifest["name"]),
@@ -180,25 +237,32 @@ def _compared(folder: str, manifest: Mapping[str, Any], artifact: Mapping[str, A
         scores=dict(artifact["verification"]),
         survival=survival_text(artifact),
         verdict=verdict_of(artifact),
-        tokens=(manifest.get("evaluation") or {}).get("sha256"),
+        tokens=evaluation.sha256 if evaluation else None,
+        drawn=evaluation.drawn.sha256 if evaluation and evaluation.drawn and more else None,
+        tokens_scored=tokens_scored if evaluation else None,
     )
 
 
 def _warnings(artifacts: Sequence[Compared]) -> list[str]:
     """What makes figures of one artifact no measure of another."""
     warnings = []
-    by_tokens: dict[str, list[str]] = {}
+    by_tokens: dict[tuple[str, str | None, int | None], list[Compared]] = {}
     for artifact in artifacts:
         if artifact.tokens is not None:
-            by_tokens.setdefault(artifact.tokens, []).append(artifact.label)
+            # Of what a run drew, an artifact got the first windows: the number of predictions says how many.
+            key = artifact.tokens, artifact.drawn, artifact.tokens_scored
+            by_tokens.setdefault(key, []).append(artifact)
     if len(by_tokens) > 1:
-        groups = "; ".join(f"{', '.join(labels)} on {tokens[:8]}…" for tokens, labels in by_tokens.items())
+        groups = "; ".join(
+            f"{', '.join(each.label for each in group)} on {group[0].scored_on}" for group in by_tokens.values()
+        )
         warnings.append(f"scored on different tokens, so that no figure of one compares with another's: {groups}")
-    references = sorted(float(each.scores["reference_perplexity"]) for each in artifacts if "perplexity" in each.scores)
-    # Devices and versions differ in the last digits.
-    if len(by_tokens) == 1 and references and references[-1] > references[0] * (1 + _SAME_MODEL):
-        ends = f"{references[0]:.4f} and {references[-1]:.4f}"
-        warnings.append(f"held against different models, whose perplexities on these tokens are {ends}")
+    for group in by_tokens.values():
+        references = sorted(float(each.scores["reference_perplexity"]) for each in group)
+        # Devices and versions differ in the last digits.
+        if references[-1] > references[0] * (1 + _SAME_MODEL):
+            ends = f"{references[0]:.4f} and {references[-1]:.4f}"
+            warnings.append(f"held against different models, whose perplexities on the same tokens are {ends}")
     coarse = [artifact.label for artifact in artifacts if artifact.scores.get("top_k_divergence")]
     if coarse:
         warnings.append(

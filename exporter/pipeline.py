@@ -27,6 +27,7 @@ from exporter.verify.gate import Verification
 if TYPE_CHECKING:
     from exporter.calibration import Windows
     from exporter.tour.drive import Toured, Written
+    from exporter.verify.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,16 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             _finish_files(plan, folder, staging, written)
             for folder, staging, written in zip(plan.folders, stagings, toured.written, strict=True)
         ]
-        pack = _stage_pack(plan, toured, inputs, stack)
         staged = [(folder, staging.files) for folder, staging in zip(plan.folders, stagings, strict=True)]
         verdicts: list[dict[str, Verification]] = [{} for _ in staged]
         drawn: Windows | None = None
+        pack: Staging | None = None
         if toured.reference is not None:
-            verdicts, drawn = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
+            verified = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
+            verdicts, drawn = verified.verdicts, verified.drawn
+            pack = _stage_pack(plan, verified.reference, toured.device, inputs, stack)
+            # With it go the states of what was drawn.
+            del verified
             if plan.recipe.evaluation.answers:
                 verdicts = answer_artifacts(plan, staged, verdicts, toured.device, reporter)
         results, base_card = [], BaseCard.of(plan)
@@ -136,15 +141,17 @@ def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:
     return stagings
 
 
-def _stage_pack(plan: ExportPlan, toured: Toured, inputs: Mapping[Path, str], stack: ExitStack) -> Staging | None:
+def _stage_pack(
+    plan: ExportPlan, reference: Reference, device: str, inputs: Mapping[Path, str], stack: ExitStack
+) -> Staging | None:
     """Write the reference pack that was asked for, so that nothing but a rename is left to do."""
-    if plan.pack is None or toured.reference is None:
+    if plan.pack is None:
         return None
     from exporter.verify.packing import STAGING_KEY, write_pack
 
     staging = Staging(plan.pack.out, STAGING_KEY, force=plan.recipe.force)
     stack.callback(staging.close)
-    write_pack(plan.pack, toured.reference, inputs, staging, toured.device, plan.threads)
+    write_pack(plan.pack, reference, inputs, staging, device, plan.threads)
     return staging
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from exporter.adapter import Adapter
 from exporter.backends.base import Backend, OutputPlan, SharingBackend
 from exporter.backends.registry import load_backend
-from exporter.calibration import TokenSets, make_token_sets
+from exporter.calibration import TokenSets, check_decidable, make_token_sets, more_windows, most_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import (
     OutputExistsError,
@@ -133,7 +133,15 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         evaluate=recipe.verify,
         calibrate=any(artifact.needs != "nothing" for artifact in artifacts),
     )
+    if tokens.evaluation and len(tokens.evaluation.ids) == 1:
+        cut = recipe.calibration, recipe.evaluation, model.tokenizer, tokens.evaluation
+        check_decidable(tokens.evaluation, len(more_windows(*cut, calibrated=tokens.calibration is not None)))
+    pack = None
+    if kept and tokens.evaluation:
+        most = most_windows(recipe.evaluation, tokens.evaluation)
+        pack = PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation, most)
     walks = tokens.evaluation is not None or any(artifact.needs in ("moments", "hessians") for artifact in artifacts)
+    held = pack.held_bytes if pack else 0
     plan = ExportPlan(
         recipe=recipe,
         execution=execution,
@@ -144,13 +152,11 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         threads=threads,
         tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
-        walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
+        walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) + held if walks else 0,
         scratch_bytes=scratch_bytes(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
         seconds=seconds(model, artifacts, threads, tokens, servers=servers, answers=recipe.evaluation.answers),
         runtimes=runtimes,
-        pack=PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation)
-        if kept and tokens.evaluation
-        else None,
+        pack=pack,
     )
     _check_resources(plan)
     return plan
@@ -283,6 +289,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
         "reference": {
             "out": str(plan.pack.out),
             "dtype": plan.pack.dtype,
+            "windows": {"first": len(plan.pack.windows.ids), "most": plan.pack.most},
             "bytes": plan.pack.nbytes,
             "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.pack.files.items()],
         }

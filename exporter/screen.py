@@ -99,7 +99,9 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
     if tokens := _tokens(plan):
         console.print(f"  {tokens}", highlight=False)
     if plan.pack:
-        kept = f"{escape(str(plan.pack.out))}, states in {plan.pack.dtype}, at most {size(plan.pack.nbytes)}"
+        pack, first = plan.pack, len(plan.pack.windows.ids)
+        drawn = f" with {pack.most - first} windows that may be drawn" if pack.most > first else ""
+        kept = f"{escape(str(pack.out))}, states in {pack.dtype}, at most {size(pack.nbytes)}{drawn}"
         console.print(f"  reference kept in {kept}", highlight=False, soft_wrap=True)
     memory = f"memory {size(plan.merge_bytes)} to merge"
     if plan.walk_bytes:

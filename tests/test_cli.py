@@ -175,6 +175,7 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
         ["verify", ".", "--reference", "r", "--eval-window", "64"],
         "--eval-window",
     ),
+    "verify without answers and a reference": (["verify", ".", "--reference", "r", "--no-answers"], "--no-answers"),
     "files only, without a base": (["verify", ".", "--files-only"], "--base"),
     "files only, and a reference": (["verify", ".", "--files-only", "--reference", "r"], "--reference"),
     "files only, and scores": (["verify", ".", "--files-only", "--base", "b", "--eval-tokens", "64"], "--eval-tokens"),
@@ -394,18 +395,29 @@ def test_reference_pack_from_one_command_to_the_next(workplace: Path, inputs: Ar
     assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
     result = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["safetensors bf16"]["verdict"] == "passed"
+    found = json.loads(result.stdout)["safetensors bf16"]
+    assert (found["verdict"], found["weights"], found["answers"]) == ("passed", None, None)
+    assert result.stderr.splitlines()[-1].startswith(
+        "scores were held against a reference pack; weights, configuration"
+    )
+    whole = invoke("verify", "out", *inputs[:4], *scored, "--gate", "1", "--no-answers")
+    assert whole.exit_code == 0, whole.stderr
+    assert "reference pack" not in whole.stderr
     assert invoke("verify", "out", "--reference", "kept", "--gate", "0").exit_code == 3
     assert invoke("verify", "out", "--reference", "out").exit_code == 2
 
 
 def test_recipe_file_and_a_kept_reference(workplace: Path, inputs: Arguments) -> None:
     outputs = [{"format": "safetensors", "out": name, "quant": name} for name in ("bf16", "fp32")]
-    evaluation = {"tokens": 64, "n_ctx": 64, "gate": {"*": 1.0}}
+    evaluation = {"tokens": 128, "max_tokens": 128, "n_ctx": 64, "gate": {"*": 1.0}}
     values = {"base": str(inputs[1]), "adapters": str(inputs[3]), "outputs": outputs, "evaluation": evaluation}
     (workplace / "recipe.yaml").write_text(yaml.safe_dump(values))
     planned = json.loads(invoke("plan", "recipe.yaml", "--keep-reference", "--json").stdout)["reference"]
     assert "bf16.reference" in invoke("plan", "recipe.yaml", "--keep-reference").stdout
+    assert planned["windows"] == {"first": 2, "most": 2}
+    drawn = ("--keep-reference", "--eval-tokens", "128", "--eval-window", "64", "--max-eval-tokens", "512")
+    shown = invoke("plan", *inputs, "--format", "gguf", "--out", "other", *drawn).stdout
+    assert "with 6 windows that may be drawn" in shown
     result = invoke("export", "recipe.yaml", "--keep-reference")
     assert result.exit_code == 0, result.stderr
     assert f"reference {planned['out']}" in result.stderr

@@ -83,6 +83,42 @@ def test_another_model_is_warned_of(folders: list[Path], tmp_path: Path) -> None
     assert "12.5000 and 67.7744" in warning
 
 
+def drawing(name: str, seen: dict[str, int], drawn: str | None = "d" * 64, first: str = "0" * 64) -> dict[str, Any]:
+    """A run that drew windows; of each artifact, how many predictions were scored and so what the model's figure is."""
+    manifest = manifest_of(name=name, quants=tuple(seen), tokens=first)
+    manifest["evaluation"]["drawn"] = drawn and {"windows": 24, "tokens_scored": 6120, "sha256": drawn}
+    for artifact, count in zip(manifest["artifacts"], seen.values(), strict=True):
+        artifact["verification"] |= {"tokens_scored": count, "reference_perplexity": 67.7744 + count / 1000}
+    return manifest
+
+
+def test_windows_that_were_drawn_are_other_tokens_and_no_other_model(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", drawing("a", {"Q4_K_M": 8160, "Q8_0": 2040}))
+    plain = write(tmp_path / "plain", drawing("a", {"Q8_0": 2040}, drawn=None))
+    (warning,) = compare_folders([one, plain]).warnings
+    assert warning == (
+        "scored on different tokens, so that no figure of one compares with another's: one Q4_K_M on 00000000… and "
+        "dddddddd… (8,160 predictions); one Q8_0, plain Q8_0 on 00000000… (2,040 predictions)"
+    )
+    # As many, but not the same: what is drawn depends on what was calibrated on.
+    for drawn, count, warned in (("d" * 64, 8160, False), ("e" * 64, 8160, True), ("d" * 64, 4080, True)):
+        other = write(tmp_path / f"{drawn[0]} {count}", drawing("a", {"Q4_K_M": count}, drawn))
+        alone = write(tmp_path / f"{drawn[0]} {count} alone", drawing("a", {"Q4_K_M": 8160}))
+        assert [text[:26] for text in compare_folders([alone, other]).warnings] == warned * [
+            "scored on different tokens"
+        ]
+
+
+def test_another_model_is_warned_of_among_those_of_the_same_tokens(tmp_path: Path) -> None:
+    folders = [write(tmp_path / "one", drawing("a", {"Q4_K_M": 8160, "Q8_0": 2040}))]
+    other = drawing("b", {"Q4_K_M": 8160})
+    other["artifacts"][0]["verification"]["reference_perplexity"] = 12.5
+    tokens, model = compare_folders([*folders, write(tmp_path / "other", other)]).warnings
+    assert tokens.startswith("scored on different tokens")
+    assert model.startswith("held against different models")
+    assert "12.5000 and 75.9344" in model
+
+
 def coarse() -> dict[str, Any]:
     manifest = manifest_of(format_="gptq")
     scores = manifest["artifacts"][0]["verification"]
@@ -121,6 +157,39 @@ def test_what_is_no_artifact_folder_is_refused(folders: list[Path], tmp_path: Pa
     assert "export.json" in result.stderr
     assert result.stdout == ""
     assert invoke("compare", tmp_path / "nowhere").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"kl_divergence": {"median": 0.1}}, {"kl_divergence": 0.1}, {"kl_divergence": {"mean": "much"}},
+        {"reference_perplexity": None}, {"reference_perplexity": "67"}, {"delta": None}, {"delta": "+1 %"},
+        {"delta_interval": [0.1]}, {"delta_interval": 0.1}, {"same_top": "most"}, {"tokens_scored": "2040"},
+        {"top_k_divergence": {"mean": 0.1}}, {"perplexity": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_figures_that_cannot_be_read_are_refused(folders: list[Path], spoilt: dict[str, Any]) -> None:
+    file = folders[0] / "export.json"
+    manifest = json.loads(file.read_text())
+    manifest["artifacts"][0]["verification"] |= spoilt
+    file.write_text(json.dumps(manifest))
+    result = invoke("compare", *folders, "--out", folders[0] / "plot.svg")
+    assert result.exit_code == 2
+    assert "export.json" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_manifest_of_before_a_figure_was_there_is_refused_or_shown_without_it(folders: list[Path]) -> None:
+    file = folders[0] / "export.json"
+    manifest = json.loads(file.read_text())
+    for name in ("tokens_scored", "same_top", "top_k_divergence"):
+        del manifest["artifacts"][0]["verification"][name]
+    file.write_text(json.dumps(manifest))
+    assert invoke("compare", *folders).exit_code == 0
+    del manifest["artifacts"][0]["verification"]["reference_perplexity"]
+    file.write_text(json.dumps(manifest))
+    assert invoke("compare", *folders).exit_code == 2
 
 
 def test_plot(folders: list[Path], tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_plan_is_what_gets_written(base: Path, adapter: Path, tmp_path: Path, op
 
 # --- the reference pack ----------------------------------------------------------------------------------------------
 
-KEPT: dict[str, Any] = {"verify": True, "keep_reference": True, "evaluation": {"n_ctx": 64, "tokens": 64}}
+KEPT: dict[str, Any] = {"verify": True, "keep_reference": True, "evaluation": {"n_ctx": 64, "tokens": 128}}
 
 
 def test_kept_reference_counts_in_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +225,35 @@ def test_kept_reference_counts_in_the_disk(base: Path, tmp_path: Path, monkeypat
     plan = make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
     assert plan.pack is not None
     assert plan.disk_bytes == without.disk_bytes + plan.pack.nbytes
+    alone = {"n_ctx": 64, "tokens": 128, "max_tokens": 128}
+    assert describe(plan)["reference"]["windows"] == {"first": 2, "most": 256}
+    # With every window that may be drawn, whose states are held until the pack is written.
+    first = make_plan(recipe(base, [], tmp_path / "out", **(KEPT | {"evaluation": alone})), Execution())
+    assert first.pack is not None
+    states = 254 * 31 * 4 * plan.pack.hidden
+    assert plan.pack.files["hidden.safetensors"] - first.pack.files["hidden.safetensors"] == pytest.approx(
+        states, abs=8
+    )
+    assert (first.walk_bytes, plan.walk_bytes) == (without.walk_bytes, without.walk_bytes + states)
     slack = 8 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, plan.disk_bytes + 2 * slack))
     make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, plan.disk_bytes + 2 * slack - 1))
     with pytest.raises(NotEnoughDiskError):
         make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
+
+
+def test_one_window_is_refused_where_no_more_can_be_drawn(base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words of a text " * 500)
+    one: dict[str, Any] = {"n_ctx": 64, "tokens": 64}
+    values: dict[str, Any] = {"verify": True, "calibration": {"text": text}}
+    make_plan(recipe(base, [], tmp_path / "out", **values, evaluation=one), Execution())
+    wanted = values | {"evaluation": one | {"max_tokens": 127}}
+    assert "at least 128 tokens" in refused(RecipeError, tmp_path / "out", base, **wanted).expected
+    make_plan(recipe(base, [], tmp_path / "out", **(wanted | {"verify": False})), Execution())
+    text.write_text("words of a text " * 10)
+    assert "at least 128 tokens" in refused(RecipeError, tmp_path / "out", base, **values, evaluation=one).expected
 
 
 def test_kept_reference_that_exists(base: Path, tmp_path: Path) -> None:

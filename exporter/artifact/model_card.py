@@ -228,22 +228,33 @@ def _verified(manifest: Mapping[str, Any]) -> str:
     scored = [artifact for artifact in manifest["artifacts"] if "perplexity" in artifact["verification"]]
     if evaluation is None or not scored:
         return "It was not."
-    reference = scored[0]["verification"]["reference_perplexity"]
+    one, *others = dict.fromkeys(
+        (artifact["verification"]["tokens_scored"], artifact["verification"]["reference_perplexity"])
+        for artifact in scored
+    )
+    text = f"windows of {evaluation['n_ctx']} tokens of {_code(evaluation['source'])}, by llama-perplexity's protocol"
+    trained, on = "", f"the same {text}. More windows were drawn where a verdict was undecided"
+    if not others:
+        windows = one[0] * evaluation["windows"] // evaluation["tokens_scored"]
+        trained, on = f" (perplexity {one[1]:.4f})", f"the same {one[0]} predictions, {windows} {text}"
     lines = [
-        f"Against base + adapter, unmerged, in float32 (perplexity {reference:.4f}), on the same "
-        f"{evaluation['tokens_scored']} predictions, {evaluation['windows']} windows of {evaluation['n_ctx']} tokens "
-        f"of {_code(evaluation['source'])}, by llama-perplexity's protocol.",
+        f"Against base + adapter, unmerged, in float32{trained}, on {on}.",
         "",
-        *(_figures(artifact) for artifact in scored),
+        *(_figures(artifact, with_reference=bool(others)) for artifact in scored),
         "",
         "[`export.json`](export.json) has every figure, and the hash of every file that went in and came out.",
     ]
     return "\n".join(lines)
 
 
-def _figures(artifact: Mapping[str, Any]) -> str:
+def _figures(artifact: Mapping[str, Any], *, with_reference: bool) -> str:
     scores, answers = artifact["verification"], artifact.get("answers")
-    parts = [f"- {artifact['quant']} in {scores['runtime']}: perplexity {scores['perplexity']:.4f}"]
+    trained = ""
+    if with_reference:
+        trained = (
+            f" (the trained model's {scores['reference_perplexity']:.4f}) over {scores['tokens_scored']} predictions"
+        )
+    parts = [f"- {artifact['quant']} in {scores['runtime']}: perplexity {scores['perplexity']:.4f}{trained}"]
     if (survival := survival_text(artifact)) != "-":
         parts.append(f"{survival} of the adapter's change is in its weights")
     if answers:

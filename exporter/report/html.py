@@ -121,9 +121,10 @@ def _summary(sections: list[Section]) -> str:
         verb = "breaks" if len(broken) == 1 else "break"
         return f"{_listed(broken)}{of_all} {verb} a limit: nothing was published."
     if unsure := names["undecided"]:
-        return f"What was scored does not tell whether {_listed(unsure)} keeps every limit."
+        verb = "keeps" if len(unsure) == 1 else "keep"
+        return f"What was scored does not tell whether {_listed(unsure)} {verb} every limit: nothing was published."
     if skipped := names["skipped"]:
-        return f"{_listed(skipped)} was written and not verified."
+        return f"{_listed(skipped)} {'was' if len(skipped) == 1 else 'were'} written and not verified."
     return f"{_listed(names['passed'])} {'keep' if len(sections) > 1 else 'keeps'} every limit."
 
 

@@ -75,12 +75,13 @@ class DrawnTokens:
         model: the trained model.
         calibration: the text, and what was calibrated on.
         evaluation: how many windows there may be.
-        known: those that were scored first.
+        first: the trained model on the windows that were scored first.
         device: where the reference's layers compute.
         reporter: told about every layer and window.
         calibrated: whether there were calibration windows.
         threads: threads of the walk on the CPU.
         compute_dtype: what the walk computes in.
+        keep: whether `reference` is wanted, for which the states of all windows are held.
     """
 
     def __init__(
@@ -88,24 +89,34 @@ class DrawnTokens:
         model: MergedModel,
         calibration: Calibration,
         evaluation: Evaluation,
-        known: Windows,
+        first: Reference,
         device: str,
         reporter: Reporter,
         *,
         calibrated: bool,
         threads: int,
         compute_dtype: str = "float32",
+        keep: bool = False,
     ) -> None:
-        self._model, self._text, self._evaluation, self._known = model, calibration, evaluation, known
+        self._model, self._text, self._evaluation = model, calibration, evaluation
+        self._first, self._known = first, first.windows
         self._device, self._reporter, self._threads = device, reporter, threads
         self._calibrated, self._dtype = calibrated, compute_dtype
         self._left: list[tuple[int, ...]] | None = None
         self._drawn: list[tuple[int, ...]] = []
+        self._keep = keep
+        self._kept: list[Reference] = []
 
     @property
     def drawn(self) -> Windows | None:
         """All that were drawn; None if none were."""
         return windows_of(self._drawn, self._known) if self._drawn else None
+
+    def reference(self) -> Reference:
+        """The trained model on the first windows, and on all that were drawn if those were to be kept."""
+        from exporter.verify.reference import joined
+
+        return joined(self._first, self._kept)
 
     def draw(self, windows: int) -> Reference | None:
         """See `MoreTokens`.
@@ -122,9 +133,16 @@ class DrawnTokens:
             return None
         self._drawn += taken
         more = windows_of(taken, self._known)
-        return walk_reference(
+        walked = walk_reference(
             self._model, more, self._device, self._reporter, threads=self._threads, compute_dtype=self._dtype
         )
+        from exporter.verify.reference import Reference
+
+        # All windows share one head: of a large vocabulary, it takes more memory than their states.
+        found = Reference(more, walked.hidden, self._first.head)
+        if self._keep:
+            self._kept.append(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -210,13 +228,28 @@ def judge_candidates(
     return verdicts
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What became of verification in a run.
+
+    Attributes:
+        verdicts: for each output folder, the verification of each artifact by label.
+        drawn: the windows that were drawn because a verdict was undecided; None if none were.
+        reference: the trained model on the first windows, and on those that were drawn if a pack is kept.
+    """
+
+    verdicts: list[dict[str, Verification]]
+    drawn: Windows | None
+    reference: Reference
+
+
 def verify_artifacts(
     plan: ExportPlan,
     staged: Sequence[tuple[FolderPlan, Path]],
     reference: Reference,
     device: str,
     reporter: Reporter,
-) -> tuple[list[dict[str, Verification]], Windows | None]:
+) -> Verified:
     """Score every artifact of a run and judge it.
 
     Args:
@@ -225,10 +258,6 @@ def verify_artifacts(
         reference: the trained model.
         device: where transformers computes.
         reporter: told about every window and verdict.
-
-    Returns:
-        For each output folder, the verification of each artifact by label; and the windows that were drawn because a
-        verdict was undecided, None if none were.
 
     Raises:
         RuntimeScoreError: a runtime cannot load or run an artifact.
@@ -249,16 +278,17 @@ def verify_artifacts(
         plan.model,
         plan.recipe.calibration,
         plan.recipe.evaluation,
-        reference.windows,
+        reference,
         device,
         reporter,
         calibrated=plan.tokens.calibration is not None,
         threads=plan.threads,
         compute_dtype=plan.recipe.compute_dtype,
+        keep=plan.pack is not None,
     )
     found = iter(judge_candidates(candidates, plan.model, reference, more, reporter, plan.threads))
     verdicts = [{artifact.label: next(found) for artifact in folder.artifacts} for folder, _ in staged]
-    return verdicts, more.drawn
+    return Verified(verdicts, more.drawn, more.reference())
 
 
 def score_in(runtime: Runtime, entry: Path, label: str, reference: Reference, reporter: Reporter) -> Scored:

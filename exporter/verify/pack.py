@@ -68,6 +68,7 @@ class PackPlan:
         adapters: the adapters' sources.
         model: the merged model.
         windows: what is scored.
+        most: how many windows it may hold: what is drawn while a verdict is undecided is kept as well.
         dtype: what hidden states are to be kept in: float32 or bfloat16.
         compute_dtype: what the walk computes in.
     """
@@ -77,6 +78,7 @@ class PackPlan:
     adapters: tuple[Source, ...]
     model: MergedModel
     windows: Windows
+    most: int
     dtype: str
     compute_dtype: str
 
@@ -89,10 +91,11 @@ class PackPlan:
         adapters: tuple[Source, ...],
         model: MergedModel,
         windows: Windows,
+        most: int,
     ) -> PackPlan:
         """What a recipe asks for, in `out`."""
         dtype = recipe.reference_dtype or "float32"
-        return cls(out, base, adapters, model, windows, dtype, recipe.compute_dtype)
+        return cls(out, base, adapters, model, windows, most, dtype, recipe.compute_dtype)
 
     @property
     def hidden(self) -> int:
@@ -111,24 +114,29 @@ class PackPlan:
             raise MissingTensorError(HEAD, found="no such tensor", expected="one", remedy="Fetch the base again.")
         return head.shape[0]
 
-    def tensors(self, dtype: str) -> dict[str, PackTensor]:
-        """The tensors by name, with hidden states in `dtype`."""
+    def tensors(self, dtype: str, windows: int) -> dict[str, PackTensor]:
+        """The tensors by name, with hidden states of so many windows in `dtype`."""
         head = self.model.head
         stored = "F32" if head is None or head.updates else head.source.dtype
-        windows = self.windows
-        shape = (len(windows.ids), windows.n_ctx, windows.scored, self.vocabulary, self.hidden)
+        shape = (windows, self.windows.n_ctx, self.windows.scored, self.vocabulary, self.hidden)
         return pack_tensors(*shape, dtype, stored)
 
     @property
     def files(self) -> dict[str, int]:
-        """Bytes of each file of tensors, by name. Hidden states may turn out to be kept in float32, so they count as
-        such."""
-        return {name: len(header) + nbytes for name, (header, nbytes) in lay_out(self.tensors("float32")).items()}
+        """Bytes of each file of tensors at most, by name: with all windows that may be drawn, and hidden states in
+        float32, which they may turn out to be kept in."""
+        laid_out = lay_out(self.tensors("float32", self.most))
+        return {name: len(header) + nbytes for name, (header, nbytes) in laid_out.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its files of tensors."""
+        """Bytes of all its files of tensors, at most."""
         return sum(self.files.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory for hidden states of windows that are drawn, until they are written: at most."""
+        return 4 * (self.most - len(self.windows.ids)) * self.windows.scored * self.hidden
 
 
 def pack_tensors(

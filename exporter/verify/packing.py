@@ -73,7 +73,7 @@ def write_pack(
 
     Args:
         plan: what it will hold.
-        reference: the trained model.
+        reference: the trained model on all windows that were scored.
         hashes: SHA-256 of every input file.
         staging: where it is written.
         device: where the reference was computed.
@@ -93,7 +93,7 @@ def write_pack(
         )  # fmt: skip
     loss = StateLoss() if plan.dtype == "float32" else measure_loss(reference)
     dtype = plan.dtype if loss.mean <= MAX_STATE_LOSS else "float32"
-    tensors = plan.tensors(dtype)
+    tensors = plan.tensors(dtype, len(reference.windows.ids))
     for name, (header, _) in lay_out(tensors).items():
         inside = [tensor for tensor, one in tensors.items() if one.file == name]
         _write(staging.files / name, [header, *(part for tensor in inside for part in _data(tensor, reference, dtype))])
@@ -193,7 +193,7 @@ def _describe(
         "vocabulary": plan.vocabulary,
         "hidden_size": plan.hidden,
         "states": states,
-        "head": {"dtype": plan.tensors(dtype)["head"].dtype},
+        "head": {"dtype": plan.tensors(dtype, len(windows.ids))["head"].dtype},
     }
 
 

@@ -13,7 +13,7 @@ from exporter.adapter import Adapter
 from exporter.artifact.files import FileRecord, check_files, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
 from exporter.backends.registry import backend_names, load_backend
-from exporter.calibration import make_windows
+from exporter.calibration import check_decidable, make_windows, more_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from exporter.verify.reference import Reference
 
 
+SCORES_ALONE = (
+    "scores were held against a reference pack; weights, configuration, tokenizer and answers were not looked at, "
+    "which takes base and adapter (--base, --adapter; --files-only without a runtime)"
+)
+
+
 @dataclass(frozen=True)
 class PublishedResult:
     """Verdicts on the artifacts of a published folder.
@@ -43,11 +49,14 @@ class PublishedResult:
         folder: the folder.
         sizes: bytes of each artifact, by label.
         verdicts: by artifact label.
+        scores_alone: whether a reference pack stood in for the trained model, so that neither weights nor answers are
+            known.
     """
 
     folder: Path
     sizes: dict[str, int]
     verdicts: dict[str, Verification]
+    scores_alone: bool = False
 
     @property
     def passed(self) -> bool:
@@ -64,10 +73,12 @@ class PublishedResult:
         }
 
     def show(self, console: Console) -> None:
-        """Print the verdict table."""
+        """Print the verdict table, and what the verdict does not rest on."""
         from exporter.screen import show_table
 
         show_table(console, self.verdicts, self.sizes)
+        if self.scores_alone:
+            console.print(SCORES_ALONE, highlight=False, soft_wrap=True)
 
 
 def verify_published(
@@ -103,12 +114,14 @@ def verify_published(
     check_files(folder, manifest.files)
     model = open_trained(base, adapters, manifest.name)
     windows = make_windows(calibration, evaluation, model.tokenizer)
+    text, as_cut = manifest.calibrated_on(calibration, evaluation)
+    calibrated = manifest.calibration is not None
+    if len(windows.ids) == 1:
+        further = more_windows(text, as_cut, model.tokenizer, windows, calibrated=calibrated)
+        check_decidable(windows, len(further))
     threads = Execution().workers
     reference = walk_reference(model, windows, device, reporter, threads=threads)
-    text, as_cut = manifest.calibrated_on(calibration, evaluation)
-    more = DrawnTokens(
-        model, text, as_cut, windows, device, reporter, calibrated=manifest.calibration is not None, threads=threads
-    )
+    more = DrawnTokens(model, text, as_cut, reference, device, reporter, calibrated=calibrated, threads=threads)
     return _judge(
         folder,
         manifest,
@@ -225,7 +238,8 @@ def _judge(
         verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
     labels = [one.label for one in candidates]
     sizes = [artifact.bytes for artifact in manifest.artifacts]
-    return PublishedResult(folder, dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True)))
+    by_label = dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True))
+    return PublishedResult(folder, *by_label, scores_alone=trained is None)
 
 
 class _Artifact(BaseModel):

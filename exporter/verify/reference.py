@@ -8,14 +8,14 @@ they change the embedding or the head are the merged rows taken.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-from exporter.calibration import Windows
+from exporter.calibration import Windows, windows_of
 from exporter.model import MergedModel
 from exporter.runtimes.base import OnWindow, TokenScores, score_logits
 from exporter.tour.alone import lone_walk
@@ -112,6 +112,25 @@ class Reference:
                 self._scores.log_probabilities[window, rows], self._scores.top_tokens[window, rows] = right, top
             yield rows, logits
         self._missing.discard(window)
+
+
+def joined(first: Reference, further: Sequence[Reference]) -> Reference:
+    """One model on the windows of several references, in their order; their states stay where they are."""
+    if not further:
+        return first
+    parts = [first, *further]
+    places = [(part, number) for part in parts for number in range(len(part.windows.ids))]
+
+    def hidden(window: int) -> torch.Tensor:
+        part, number = places[window]
+        return part.hidden(number)
+
+    ids = [part.windows.ids[number] for part, number in places]
+    scores = TokenScores(
+        np.concatenate([part.scores.log_probabilities for part in parts]),
+        np.concatenate([part.scores.top_tokens for part in parts]),
+    )
+    return Reference(windows_of(ids, first.windows), hidden, first.head, scores)
 
 
 def window_logits(windows: Windows, hidden: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.inputs import model_files
 from exporter.artifact.staging import Staging
-from exporter.calibration import TokenSets, Windows, make_windows
+from exporter.calibration import TokenSets, Windows, check_decidable, make_windows
 from exporter.errors import RefusalError
 from exporter.estimate import scratch_bytes, tour_memory
 from exporter.hashing import InputHasher
@@ -87,7 +87,8 @@ def plan_reference(recipe: ReferenceRecipe) -> PackPlan:
     """
     base, adapters, model = open_model(recipe, [recipe.out])
     windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
-    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows)
+    check_decidable(windows)
+    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))
     tokens = TokenSets(windows, None)
     check_disk([(recipe.out, plan.nbytes + scratch_bytes(model, (), tokens, recipe.compute_dtype))])
     check_memory(tour_memory(model, (), tokens, recipe.compute_dtype))

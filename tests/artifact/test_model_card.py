@@ -139,6 +139,22 @@ def test_figures() -> None:
     assert "2040 predictions, 8 windows of 512 tokens" in text
 
 
+def test_what_was_drawn_is_said_where_it_was_scored() -> None:
+    manifest = manifest_of(quants=("Q4_K_M", "Q8_0"))
+    manifest["evaluation"]["drawn"] = {"windows": 24, "tokens_scored": 6120, "sha256": "1" * 64}
+    first = manifest["artifacts"][0]["verification"]
+    first |= {"tokens_scored": 8160, "reference_perplexity": 70.5}
+    text = parsed(manifest).text
+    assert "perplexity 68.3063 (the trained model's 70.5000) over 8160 predictions" in text
+    assert "perplexity 67.7628 (the trained model's 67.7744) over 2040 predictions" in text
+    assert "the same windows of 512 tokens of `embedded`" in text
+    assert "in float32 (perplexity" not in text
+    # For the whole of one artifact.
+    manifest["artifacts"] = manifest["artifacts"][:1]
+    text = parsed(manifest).text
+    assert "in float32 (perplexity 70.5000), on the same 8160 predictions, 32 windows of 512 tokens" in text
+
+
 def test_figures_that_are_not_there() -> None:
     skipped = manifest_of()
     skipped["artifacts"][0] |= {"verification": {"verdict": "skipped"}, "weights": None, "answers": None}

@@ -118,6 +118,29 @@ def test_a_failed_folder_says_what_is_broken_and_about_what() -> None:
     assert page.elements.index(page.all("ul", "reasons")[0]) < page.elements.index(page.all("table")[0])
 
 
+def test_the_sentence_counts_what_it_names() -> None:
+    found = {name: page_of(name).texts("p", "sentence") for name in ("undecided", "unverified")}
+    assert found["undecided"] == [
+        "What was scored does not tell whether gguf Q4_K_M keeps every limit: nothing was published."
+    ]
+    assert found["unverified"] == ["gguf Q4_K_M and gguf Q8_0 were written and not verified."]
+    both = case("undecided")
+    both["artifacts"][1] |= {"verification": both["artifacts"][0]["verification"]}
+    (sentence,) = Page.of(report_html(both)).texts("p", "sentence")
+    assert "whether gguf Q4_K_M and gguf Q8_0 keep every limit: nothing was published." in sentence
+    one = case("unverified")
+    one["artifacts"] = one["artifacts"][:1]
+    assert Page.of(report_html(one)).texts("p", "sentence") == ["gguf Q4_K_M was written and not verified."]
+
+
+def test_what_was_drawn_is_in_the_provenance() -> None:
+    manifest = case("everything")
+    manifest["evaluation"]["drawn"] = {"windows": 24, "tokens_scored": 744, "sha256": "1" * 64}
+    text = "".join(Page.of(report_html(manifest)).texts("section", "provenance"))
+    assert "248 scored; 24 more drawn where a verdict was undecided, 744 scored" in text
+    assert "drawn" not in "".join(page_of("everything").texts("section", "provenance"))
+
+
 def test_a_failure_beats_what_is_undecided() -> None:
     manifest = case("failed")
     manifest["artifacts"][0] = case("undecided")["artifacts"][0]

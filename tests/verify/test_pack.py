@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.errors import ArtifactError, ReferencePackError
+from exporter.errors import ArtifactError, RecipeError, ReferencePackError
 from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
 from exporter.reporter import Reporter
 from exporter.verify import packing
@@ -268,11 +268,48 @@ def test_limits_may_be_given(published: Path, pack: Path) -> None:
 
 
 def test_it_is_kept_when_the_gate_fails(inputs: tuple[Path, Path], pack: Path, tmp_path: Path) -> None:
-    strict = EVALUATION.model_dump() | {"gate": {"*": 0.0}}
+    strict = EVALUATION.model_dump() | {"gate": {"*": 0.0}, "max_tokens": EVALUATION.tokens}
     assert not export_with_pack(tmp_path / "out", *inputs, quant="F16", evaluation=strict)
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected", "out.reference"}
     assert hashes(tmp_path / "out.reference") == hashes(pack)
     assert judge(tmp_path / "out.rejected", pack).verdicts["gguf F16"].comparison.delta != 0
+
+
+def test_what_was_drawn_for_a_verdict_is_in_it_and_decides_again(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base("qwen2", hidden=256, intermediate=512, head_dim=64)
+    inputs = base, make_adapter(base)
+    # The upper end of the interval is 0.0092 over two windows and 0.0050 over four.
+    gate = {"*": {"kl": 0.006, "change": 1.0, "same_top": 0.0}}
+    evaluation = EVALUATION.model_dump() | {"gate": gate, "answers": False}
+    assert export_with_pack(tmp_path / "out", *inputs, quant=("Q4_0", "F16"), evaluation=evaluation)
+    exported = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
+    before = {artifact["quant"]: artifact["verification"] for artifact in exported["artifacts"]}
+    assert [one["looks"] for one in before.values()] == [[62, 124], [62]]
+
+    kept = tmp_path / "out.reference"
+    limits = Evaluation.model_validate(evaluation).gate
+    found = verify_with_pack(tmp_path / "out", kept, limits, None, "cpu", Reporter())
+    assert found.passed
+    again = found.as_json()["gguf Q4_0"]
+    for name in ("perplexity", "delta", "same_top"):
+        assert again[name] == pytest.approx(before["Q4_0"][name], rel=1e-6)
+    for name in ("mean", "interval"):
+        assert again["kl_divergence"][name] == pytest.approx(before["Q4_0"]["kl_divergence"][name], rel=1e-4)
+    alone = write(tmp_path / "alone", *inputs)
+    verdict = verify_with_pack(tmp_path / "out", alone, limits, None, "cpu", Reporter()).verdicts["gguf Q4_0"]
+    assert verdict.verdict == "undecided"
+
+    # The drawn windows are the text's next ones here, so one that scores as many from the beginning says the same.
+    longer = write(tmp_path / "longer", *inputs, evaluation=EVALUATION.model_dump() | {"tokens": 256})
+    assert description(kept)["evaluation"] == description(longer)["evaluation"]
+    assert description(kept)["perplexity"] == pytest.approx(description(longer)["perplexity"], rel=1e-6)
+    ours, theirs = tensors(kept), tensors(longer)
+    assert torch.equal(ours["ids"], theirs["ids"])
+    for name in ("hidden", "log_probabilities"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    jsonschema.Draft202012Validator(schema()).validate(description(kept))
 
 
 # --- a pack that does not belong -------------------------------------------------------------------------------------
@@ -424,6 +461,19 @@ def test_tokens_that_are_not_those_described_are_refused(
     }
     edit_json(folder / "reference.json", files=files)
     assert refused(published, folder, monkeypatch).thing == f"{TOKENS_FILE}: {name}"
+
+
+@pytest.mark.parametrize(("characters", "tokens"), [(None, 64), (160, 1024)], ids=["asked for one", "short text"])
+def test_a_pack_of_one_window_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path, characters: int | None, tokens: int
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text(encoding="utf-8")[:characters])
+    settings: dict[str, Any] = {"calibration": {"text": text}, "evaluation": {"tokens": tokens, "n_ctx": 64}}
+    with pytest.raises(RecipeError, match="at least 128") as caught:
+        write(tmp_path / "pack", *inputs, **settings)
+    assert caught.value.exit_status == 2
+    assert listing(tmp_path) == {"text.txt"}
 
 
 # --- writing it ------------------------------------------------------------------------------------------------------

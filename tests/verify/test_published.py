@@ -117,6 +117,17 @@ def test_limits_may_be_given(good: dict[str, Path], inputs: tuple[Path, Path]) -
     assert verify(good["gguf"], *inputs, evaluation=loose).passed
 
 
+def test_one_window_is_refused_where_no_more_can_be_drawn(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text(encoding="utf-8")[:160])
+    with pytest.raises(RecipeError, match="at least 128 tokens"):
+        verify_published(
+            good["gguf"], str(inputs[0]), (str(inputs[1]),), Calibration(text=text), EVALUATION, None, "cpu", Reporter()
+        )
+
+
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
