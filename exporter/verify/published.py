@@ -7,25 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, model_validator
-
 from exporter.adapter import Adapter
-from exporter.artifact.files import FileRecord, check_files, is_inside
-from exporter.artifact.manifest import MANIFEST_NAME, verification_json
+from exporter.artifact.files import check_files
+from exporter.artifact.manifest import verification_json
 from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
-from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
-from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
+from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
 from exporter.verify.check import Candidate, DrawnTokens, MoreTokens, NoMoreTokens, judge_candidates
 from exporter.verify.gate import Verification
-from exporter.verify.limits import gate_for
-from exporter.verify.pack import InputRecord, check_belongs, read_description
+from exporter.verify.limits import check_types, gate_for
+from exporter.verify.pack import check_belongs, read_description
+from exporter.verify.record import PublishedManifest, read_manifest
 from exporter.verify.standalone import walk_reference
 from exporter.verify.weights import weights_json
 
@@ -94,12 +92,12 @@ def verify_published(
         endpoint: address of a running vLLM server to score with.
 
     Raises:
-        RecipeError: the runtime is unknown or not here, or the endpoint is of no use.
+        RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         RefusalError: base or adapters cannot be read, or do not fit.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    manifest, serving = _open(folder, runtime, endpoint)
+    manifest, serving = _open(folder, evaluation.gate, runtime, endpoint)
     check_files(folder, manifest.files)
     model = open_trained(base, adapters, manifest.name)
     windows = make_windows(calibration, evaluation, model.tokenizer)
@@ -148,12 +146,12 @@ def verify_with_pack(
         endpoint: address of a running vLLM server to score with.
 
     Raises:
-        RecipeError: the runtime is unknown or not here, or the endpoint is of no use.
+        RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         ReferencePackError: the same of the pack; or it was made from another base or other adapters.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    manifest, serving = _open(folder, runtime, endpoint)
+    manifest, serving = _open(folder, gate, runtime, endpoint)
     description = read_description(pack)
     check_belongs(description, folder.resolve().name, manifest.inputs)
     check_files(folder, manifest.files)
@@ -179,20 +177,20 @@ def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel
     return plan_merge(checkpoint, opened, name)
 
 
-def _open(folder: Path, runtime: str | None, endpoint: str | None) -> tuple[_Manifest, list[str]]:
+def _open(
+    folder: Path, gate: Mapping[str, float | Limits], runtime: str | None, endpoint: str | None
+) -> tuple[PublishedManifest, list[str]]:
     """The manifest, and the runtime that will score each artifact. A folder may be older than one that serves it."""
     manifest = read_manifest(folder)
-    serving = [
-        choose_runtime((runtime,) if runtime else artifact.runtimes, endpoint=endpoint, wanted=runtime)
-        for artifact in manifest.artifacts
-    ]
+    check_types(gate, [artifact.quant for artifact in manifest.artifacts])
+    serving = [artifact.runtime(folder, endpoint, runtime) for artifact in manifest.artifacts]
     check_endpoint(endpoint, serving)
     return manifest, serving
 
 
 def _judge(
     folder: Path,
-    manifest: _Manifest,
+    manifest: PublishedManifest,
     serving: Sequence[str],
     reference: Reference,
     limits: Mapping[str, float | Limits],
@@ -208,11 +206,11 @@ def _judge(
     here, threads = backend_names(), Execution().workers
     candidates = [
         Candidate(
-            f"{artifact.format} {artifact.quant}",
+            artifact.label,
             artifact.quant,
-            folder if artifact.entry == "." else folder / artifact.entry,
+            artifact.path(folder),
             load_runtime(name, device, endpoint),
-            gate_for(f"{artifact.format} {artifact.quant}", artifact.quant, limits),
+            gate_for(artifact.label, artifact.quant, limits),
             # A folder may be of a package that is not here.
             load_backend(artifact.format) if artifact.format in here else None,
         )
@@ -226,74 +224,3 @@ def _judge(
     labels = [one.label for one in candidates]
     sizes = [artifact.bytes for artifact in manifest.artifacts]
     return PublishedResult(folder, dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True)))
-
-
-class _Artifact(BaseModel):
-    format: str
-    quant: str
-    entry: str
-    runtimes: list[str]
-    bytes: int
-
-
-class _CalibrationRecord(BaseModel):
-    tokens: int
-    window: int
-    seed: int
-
-
-class _EvaluationRecord(BaseModel):
-    tokens: int
-    n_ctx: int
-
-
-class _Recipe(BaseModel):
-    calibration: _CalibrationRecord
-    evaluation: _EvaluationRecord
-
-
-class _Manifest(BaseModel):
-    """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
-
-    name: str
-    artifacts: list[_Artifact] = Field(min_length=1)
-    files: dict[str, FileRecord]
-    inputs: list[InputRecord] = []
-    calibration: dict[str, Any] | None = None
-    recipe: _Recipe | None = None
-
-    def calibrated_on(self, text: Calibration, evaluation: Evaluation) -> tuple[Calibration, Evaluation]:
-        """The text cut as it was then, and as many tokens to be scored as now."""
-        if self.recipe is None:
-            return text, evaluation
-        then, scored = self.recipe.calibration, self.recipe.evaluation.tokens
-        update = {"max_tokens": max(evaluation.max_tokens, evaluation.tokens), "tokens": scored}
-        return text.model_copy(update=then.model_dump()), evaluation.model_copy(update=update)
-
-    @model_validator(mode="after")
-    def _inside(self) -> _Manifest:
-        for name in [*self.files, *(artifact.entry for artifact in self.artifacts)]:
-            if not is_inside(name):
-                raise ValueError(f"{name} is outside of the folder")
-        for artifact in self.artifacts:
-            if artifact.entry != "." and artifact.entry not in self.files:
-                raise ValueError(f"{artifact.entry} is not among the files")
-        return self
-
-
-def read_manifest(folder: Path) -> _Manifest:
-    """The manifest of a published folder.
-
-    Raises:
-        ArtifactError: there is none, or it is not a manifest.
-    """
-    file = folder / MANIFEST_NAME
-    try:
-        return _Manifest.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            str(file),
-            found=str(error).splitlines()[0],
-            expected="the manifest of a published folder",
-            remedy="Check the path, or export again.",
-        ) from None

@@ -117,6 +117,11 @@ def test_limits_may_be_given(good: dict[str, Path], inputs: tuple[Path, Path]) -
     assert verify(good["gguf"], *inputs, evaluation=loose).passed
 
 
+def test_a_limit_of_a_type_that_is_not_there_is_refused(good: dict[str, Path], inputs: tuple[Path, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"Q4KM.*F32 F16"):
+        verify(good["gguf"], *inputs, evaluation=EVALUATION.model_copy(update={"gate": {"Q4KM": 0.01}}))
+
+
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
