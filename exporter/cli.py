@@ -222,7 +222,7 @@ def verify_command(
     def run() -> int:
         from exporter.recipe import Calibration
 
-        text = Calibration(text=calibration)
+        text = Calibration() if calibration is None else Calibration(text=calibration)
         evaluation = evaluation_from(eval_tokens, max_eval_tokens, eval_window, gate, no_answers)
         check_verify_options(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,

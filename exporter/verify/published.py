@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.adapter import Adapter
 from exporter.artifact.files import check_files
-from exporter.artifact.manifest import verification_json
+from exporter.artifact.manifest import evaluation_json, verification_json
 from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
@@ -41,11 +41,15 @@ class PublishedResult:
         folder: the folder.
         sizes: bytes of each artifact, by label.
         verdicts: by artifact label.
+        evaluation: what was scored, as in a manifest; None if nothing was.
+        notes: what the reader should know of the tokens that were scored.
     """
 
     folder: Path
     sizes: dict[str, int]
     verdicts: dict[str, Verification]
+    evaluation: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -58,13 +62,15 @@ class PublishedResult:
             label: verification_json(verdict)
             | {"weights": weights_json(verdict.weights)}
             | {"answers": verdict.answers.as_json() if verdict.answers else None}
+            | {"evaluation": self.evaluation, "notes": list(self.notes)}
             for label, verdict in self.verdicts.items()
         }
 
     def show(self, console: Console) -> None:
         """Print the verdict table."""
-        from exporter.screen import show_table
+        from exporter.screen import show_notes, show_table
 
+        show_notes(console, self.notes)
         show_table(console, self.verdicts, self.sizes)
 
 
@@ -81,33 +87,35 @@ def verify_published(
 ) -> PublishedResult:
     """Check hashes, then score every artifact against base and adapters, on evaluation windows of `calibration`'s text.
 
+    No token is scored that the artifacts were calibrated on, if the text is theirs.
+
     Args:
         folder: what was published.
         base: a folder or a hub id.
         adapters: likewise.
-        evaluation: what is scored.
+        calibration: the text; if it was not set, that of the export.
+        evaluation: what is scored; tokens and window are those of the export, as far as they were not set.
         runtime: what scores, whether the manifest lists it or not; None for the first of the manifest's that is here.
         device: where reference and transformers compute.
         reporter: told about every window.
         endpoint: address of a running vLLM server to score with.
 
     Raises:
-        RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
+        RecipeError: the runtime is unknown or not here, the endpoint is of no use, a limit is of no artifact's type, or
+            the export's text is not here.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         RefusalError: base or adapters cannot be read, or do not fit.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
     manifest, serving = _open(folder, evaluation.gate, runtime, endpoint)
     check_files(folder, manifest.files)
-    model = open_trained(base, adapters, manifest.name)
-    windows = make_windows(calibration, evaluation, model.tokenizer)
-    threads = Execution().workers
+    model, threads = open_trained(base, adapters, manifest.name), Execution().workers
+    text, evaluation = manifest.as_exported(calibration, evaluation)
+    cut, notes = manifest.held_against(text, model.tokenizer)
+    windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     reference = walk_reference(model, windows, device, reporter, threads=threads)
-    text, as_cut = manifest.calibrated_on(calibration, evaluation)
-    more = DrawnTokens(
-        model, text, as_cut, windows, device, reporter, calibrated=manifest.calibration is not None, threads=threads
-    )
-    return _judge(
+    more = DrawnTokens(model, text, evaluation, windows, device, reporter, cut=cut, threads=threads)
+    verdicts = _judge(
         folder,
         manifest,
         serving,
@@ -120,6 +128,8 @@ def verify_published(
         trained=model,
         answers=evaluation.answers,
     )
+    scored = evaluation_json(windows, more.drawn)
+    return PublishedResult(folder, manifest.sizes, verdicts, scored, tuple(notes))
 
 
 def verify_with_pack(
@@ -158,7 +168,10 @@ def verify_with_pack(
     from exporter.verify.packing import opened_reference
 
     with opened_reference(pack, description, device, Execution().workers) as reference:
-        return _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
+        verdicts = _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
+        windows = reference.windows
+        notes = manifest.held_against_pack(windows.source, windows.tokens)
+        return PublishedResult(folder, manifest.sizes, verdicts, evaluation_json(windows, None), tuple(notes))
 
 
 def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:
@@ -201,7 +214,7 @@ def _judge(
     *,
     trained: MergedModel | None = None,
     answers: bool = False,
-) -> PublishedResult:
+) -> dict[str, Verification]:
     """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
     here, threads = backend_names(), Execution().workers
     candidates = [
@@ -221,6 +234,4 @@ def _judge(
         served = [Served(one.label, one.entry, one.runtime) for one in candidates]
         answered = answers_of(trained, served, device, reporter, threads=threads)
         verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
-    labels = [one.label for one in candidates]
-    sizes = [artifact.bytes for artifact in manifest.artifacts]
-    return PublishedResult(folder, dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True)))
+    return {one.label: verdict for one, verdict in zip(candidates, verdicts, strict=True)}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from exporter.artifact.files import FileRecord, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME
-from exporter.errors import ArtifactError
+from exporter.calibration import EMBEDDED, TokenSets, make_token_sets
+from exporter.errors import ArtifactError, RecipeError
 from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes.base import choose_runtime
+from exporter.tokenizer import TokenizerFiles
 from exporter.verify.pack import InputRecord
 
 
@@ -50,6 +51,7 @@ class PublishedArtifact(BaseModel):
 
 
 class _Calibration(BaseModel):
+    text: str | None = None
     tokens: int
     window: int
     seed: int
@@ -57,12 +59,18 @@ class _Calibration(BaseModel):
 
 class _Evaluation(BaseModel):
     tokens: int
+    max_tokens: int = Evaluation().max_tokens
     n_ctx: int
 
 
 class _Recipe(BaseModel):
     calibration: _Calibration
     evaluation: _Evaluation
+
+
+class _Tokens(BaseModel):
+    source: str
+    sha256: str
 
 
 class PublishedManifest(BaseModel):
@@ -72,16 +80,84 @@ class PublishedManifest(BaseModel):
     artifacts: list[PublishedArtifact] = Field(min_length=1)
     files: dict[str, FileRecord]
     inputs: list[InputRecord] = []
-    calibration: dict[str, Any] | None = None
+    calibration: _Tokens | None = None
+    evaluation: _Tokens | None = None
     recipe: _Recipe | None = None
 
-    def calibrated_on(self, text: Calibration, evaluation: Evaluation) -> tuple[Calibration, Evaluation]:
-        """The text cut as it was then, and as many tokens to be scored as now."""
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each artifact, by label."""
+        return {artifact.label: artifact.bytes for artifact in self.artifacts}
+
+    def as_exported(self, text: Calibration, evaluation: Evaluation) -> tuple[Calibration, Evaluation]:
+        """Both with what they leave open as it was in the export; how calibration windows are cut is always as then.
+
+        Raises:
+            RecipeError: the text is left open, and the export's is a file that is not here.
+        """
         if self.recipe is None:
             return text, evaluation
-        then, scored = self.recipe.calibration, self.recipe.evaluation.tokens
-        update = {"max_tokens": max(evaluation.max_tokens, evaluation.tokens), "tokens": scored}
-        return text.model_copy(update=then.model_dump()), evaluation.model_copy(update=update)
+        then, scored = self.recipe.calibration.model_dump(), self.recipe.evaluation.model_dump()
+        named = "text" in text.model_fields_set
+        text = text.model_copy(update={key: value for key, value in then.items() if key != "text" or not named})
+        if not named and text.file and not text.file.is_file():
+            raise RecipeError(
+                f"text {text.name} of the export",
+                found="no such file here: the manifest holds its name alone",
+                expected="the text whose beginning the export scored",
+                remedy="Give its path, or another text, with --calibration.",
+            )
+        open_ = {key: value for key, value in scored.items() if key not in evaluation.model_fields_set}
+        return text, evaluation.model_copy(update=open_)
+
+    def held_against(self, text: Calibration, tokenizer: TokenizerFiles) -> tuple[Evaluation | None, list[str]]:
+        """Whether a text is the one that the export cut its tokens from, by their hashes.
+
+        Args:
+            text: as `as_exported` gives it.
+            tokenizer: of the trained model.
+
+        Returns:
+            The evaluation that calibration windows were cut beside, if this is their text; and what to say if it is
+            not, though it is called the same.
+
+        Raises:
+            MissingFileError, TokenizerError: the text cannot be read.
+        """
+        known = {"evaluation": self.evaluation, "calibration": self.calibration}
+        recorded = {name: tokens for name, tokens in known.items() if tokens is not None}
+        if self.recipe is None or not recorded:
+            return None, []
+        cut = Evaluation(tokens=self.recipe.evaluation.tokens, n_ctx=self.recipe.evaluation.n_ctx)
+        try:
+            sets = make_token_sets(
+                text, cut, tokenizer, evaluate="evaluation" in recorded, calibrate="calibration" in recorded
+            )
+        except RecipeError:
+            # Too short to be it.
+            sets = TokenSets(None, None)
+        found = {"evaluation": sets.evaluation, "calibration": sets.calibration}
+        others = [name for name, tokens in recorded.items() if getattr(found[name], "sha256", "") != tokens.sha256]
+        notes = [
+            f"the {name} tokens of {tokens.source} are not those of the export: the text or the tokenizer is another"
+            + (", and what was calibrated on may be scored" if name == "calibration" else "")
+            for name, tokens in recorded.items()
+            if name in others and tokens.source == (text.name or EMBEDDED)
+        ]
+        return (cut if self.calibration and "calibration" not in others else None), notes
+
+    def held_against_pack(self, source: str, tokens: int) -> list[str]:
+        """What to say of a reference pack that may score what was calibrated on.
+
+        Args:
+            source: of its text.
+            tokens: of all its windows.
+        """
+        if self.recipe is None or self.calibration is None or source != self.calibration.source:
+            return []
+        if tokens <= self.recipe.evaluation.tokens:
+            return []
+        return [f"the pack has more of {source} than the export scored: what was calibrated on may be scored"]
 
     @model_validator(mode="after")
     def _inside(self) -> PublishedManifest:
