@@ -58,6 +58,10 @@ FilesOnly = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Report = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the report of this verification, as HTML.")
+]
+ForceReport = Annotated[bool, typer.Option("--force", help="Replace the report's file if it exists.")]
 MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
 Imatrix = Annotated[

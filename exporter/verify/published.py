@@ -66,6 +66,12 @@ class PublishedResult:
             for label, verdict in self.verdicts.items()
         }
 
+    def page(self) -> bytes:
+        """The report of this verification."""
+        from exporter.report.again import scored_page
+
+        return scored_page(self.folder, self.verdicts, self.evaluation, self.notes)
+
     def show(self, console: Console) -> None:
         """Print the verdict table."""
         from exporter.screen import show_notes, show_table

@@ -25,9 +25,11 @@ class FilesResult:
     """What the files of a published folder hold.
 
     Attributes:
+        folder: the folder.
         weights: by artifact label; None where nothing here can read them back.
     """
 
+    folder: Path
     weights: dict[str, WeightsResult | None]
 
     @property
@@ -46,6 +48,12 @@ class FilesResult:
             label: {"broken": list(self.broken[label]), "weights": weights_json(found)}
             for label, found in self.weights.items()
         }
+
+    def page(self) -> bytes:
+        """The report of this comparison."""
+        from exporter.report.again import files_page
+
+        return files_page(self.folder, self.weights, self.broken)
 
     def show(self, console: Console) -> None:
         """Print a line an artifact, and what is wrong with it."""
@@ -79,4 +87,4 @@ def verify_files(folder: Path, base: str, adapters: tuple[str, ...], reporter: R
             read_weights(backend, model, artifact.quant, artifact.path(folder), threads) if backend else None
         )
     reporter.scored()
-    return FilesResult(found)
+    return FilesResult(folder, found)

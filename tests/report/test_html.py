@@ -118,6 +118,34 @@ def test_a_failed_folder_says_what_is_broken_and_about_what() -> None:
     assert page.elements.index(page.all("ul", "reasons")[0]) < page.elements.index(page.all("table")[0])
 
 
+@pytest.mark.parametrize(
+    ("survival", "broken", "said"),
+    [
+        (0.004, "weights", "as if it had been left out"),
+        (1.99, "weights", "as if it had been applied twice"),
+        (1.3, "weights", "not hold the adapter's change as it was trained"),
+        (1.0, "weights", "The files are not what base and adapter make"),
+        (None, "weights", "The files are not what base and adapter make"),
+        (1.0, "scores", "The weights are what their type leaves, but the predictions are farther"),
+        (1.0, "answers", "but answers otherwise"),
+    ],
+)
+def test_a_failed_artifact_says_in_a_sentence_what_is_wrong(survival: float | None, broken: str, said: str) -> None:
+    manifest = case("everything")
+    one = manifest["artifacts"][0]
+    one["weights"]["survival"] = survival
+    reason = f"a reason about {broken}"
+    one["verification"] |= {"verdict": "failed", "broken": [reason]}
+    if broken != "scores":
+        one[broken]["broken"] = [reason]
+    (diagnosis,) = Page.of(report_html(manifest)).texts("p", "diagnosis")
+    assert said in diagnosis
+
+
+def test_what_passed_has_no_diagnosis() -> None:
+    assert [page_of(name).texts("p", "diagnosis") for name in ("everything", "undecided", "unverified")] == [[]] * 3
+
+
 def test_a_failure_beats_what_is_undecided() -> None:
     manifest = case("failed")
     manifest["artifacts"][0] = case("undecided")["artifacts"][0]
