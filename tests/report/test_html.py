@@ -46,6 +46,7 @@ def test_every_number_is_the_manifests(name: str) -> None:
                 f"{at}/verification/profile/probability/{r}/{c}" for r in range(10) for c in range(10)
             }  # fmt: skip
         if figures.get("kl_divergence"):
+            expected.add(f"{at}/verification/jensen_shannon/mean")
             expected |= {f"{at}/verification/profile/kl_quantiles/{number}/1" for number in range(11)}
             expected |= {f"{at}/verification/profile/kl_along_window/{number}/1" for number in range(16)}
         if artifact["weights"]:
