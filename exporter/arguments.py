@@ -58,6 +58,10 @@ FilesOnly = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Report = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the report of this verification, as HTML.")
+]
+ForceReport = Annotated[bool, typer.Option("--force", help="Replace the report's file if it exists.")]
 MaxShard = Annotated[str | None, typer.Option("--max-shard-size", help="Largest safetensors shard, such as 5GB.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the backend, as KEY=VALUE.")]
 Imatrix = Annotated[
@@ -341,9 +345,12 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
 def _gates(texts: list[str]) -> dict[str, Any]:
     """Limits by type from `TYPE=0.05` and `TYPE:kl=0.1`, or for all types from `0.05`."""
     gates: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for text in texts:
         key, value = _pair(text, "--gate") if "=" in text else ("*", text)
         kind, _, name = key.partition(":")
+        # In any case, as in --quant.
+        kind = spelled.setdefault(kind.lower(), kind)
         try:
             limit = float(value)
         except ValueError:
@@ -353,12 +360,13 @@ def _gates(texts: list[str]) -> dict[str, Any]:
                 "--gate", found=repr(text), expected="TYPE=0.05, 0.05, or TYPE:change, TYPE:kl or TYPE:same_top=0.05",
                 remedy="Correct the limit.",
             )  # fmt: skip
-        if isinstance(gates.get(kind), float) or (kind in gates and not name):
+        known = gates.get(kind, {})
+        if isinstance(known, float) or name in known or (known and not name):
             raise RecipeError(
                 "--gate", found=f"two values for {kind}", expected="one, or limits by name, each once",
                 remedy="Leave one out.",
             )  # fmt: skip
-        gates[kind] = {**gates.get(kind, {}), name: limit} if name else limit
+        gates[kind] = {**known, name: limit} if name else limit
     return gates
 
 

@@ -114,7 +114,7 @@ def more_windows(
     tokenizer: TokenizerFiles,
     known: Windows,
     *,
-    calibrated: bool,
+    cut: Evaluation | None,
 ) -> list[tuple[int, ...]]:
     """What may be drawn after the evaluation windows that are known, in the order of the text.
 
@@ -122,10 +122,10 @@ def more_windows(
 
     Args:
         recipe_calibration: the text, and what was calibrated on.
-        evaluation: up to how many tokens; `tokens` as they were when the calibration windows were cut.
+        evaluation: up to how many tokens.
         tokenizer: of the trained model.
         known: the windows that were scored so far, from the text's beginning on.
-        calibrated: whether there were calibration windows.
+        cut: the evaluation that the calibration windows were cut beside; None if there were none.
 
     Raises:
         MissingFileError, RecipeError, TokenizerError: the text cannot be read.
@@ -133,14 +133,8 @@ def more_windows(
     limit = max(evaluation.max_tokens, evaluation.tokens) // evaluation.n_ctx
     if limit <= len(known.ids):
         return []
-    ids = _read(recipe_calibration, evaluation, tokenizer, calibrate=calibrated)
-    taken = _calibration_places(len(ids), recipe_calibration, evaluation) if calibrated else []
-    if len(ids) < limit * known.n_ctx:
-        # A dataset, of which no more was read than was needed then; or the embedded text's beginning.
-        ids = tokenize(read_text(recipe_calibration, tokenizer, limit * known.n_ctx), tokenizer)
-    places = _free_places(len(ids), known.n_ctx, taken, recipe_calibration.window)
-    # Where more was scored than when the calibration windows were cut, some places are no longer what they were.
-    scored, found = set(known.ids), (tuple(ids[place : place + known.n_ctx]) for place in places[:limit])
+    scored = set(known.ids)
+    found = _uncalibrated(recipe_calibration, tokenizer, cut, evaluation.n_ctx, limit)
     return [window for window in found if window not in scored]
 
 
@@ -171,6 +165,26 @@ def check_decidable(known: Windows, further: int = 0) -> None:
         )
 
 
+def _uncalibrated(
+    recipe_calibration: Calibration, tokenizer: TokenizerFiles, cut: Evaluation | None, size: int, limit: int
+) -> list[tuple[int, ...]]:
+    """The first windows of so many tokens that have none of the calibration windows', in the order of the text."""
+    ids: list[int] = []
+    taken: list[int] = []
+    if cut is not None:
+        # As much text as then: its length decides which windows were taken.
+        ids = _read(recipe_calibration, cut, tokenizer, calibrate=True)
+        _check_length(ids, recipe_calibration, cut)
+        taken = _calibration_places(len(ids), recipe_calibration, cut)
+    places = _free_places(len(ids), size, taken, recipe_calibration.window)
+    if len(places) < limit:
+        # Beside a taken window, less than a window may be left over.
+        needed = limit * size + len(taken) * (recipe_calibration.window + size)
+        ids = tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
+        places = _free_places(len(ids), size, taken, recipe_calibration.window)
+    return [tuple(ids[place : place + size]) for place in places[:limit]]
+
+
 def _free_places(length: int, size: int, taken: Sequence[int], taken_size: int) -> list[int]:
     """Where windows begin that follow each other and leave out the taken ones, which are in order."""
     places: list[int] = []
@@ -194,14 +208,28 @@ def _read(
     return tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
 
 
-def make_windows(recipe_calibration: Calibration, evaluation: Evaluation, tokenizer: TokenizerFiles) -> Windows:
+def make_windows(
+    recipe_calibration: Calibration, evaluation: Evaluation, tokenizer: TokenizerFiles, *, cut: Evaluation | None = None
+) -> Windows:
     """The evaluation windows alone: those that `make_token_sets` gives.
+
+    Args:
+        recipe_calibration: the text, and what was calibrated on.
+        evaluation: what is scored.
+        tokenizer: of the trained model.
+        cut: the evaluation that calibration windows were cut beside, none of whose tokens is to be scored; None if
+            there were none.
 
     Raises:
         MissingFileError, RecipeError, TokenizerError: likewise.
     """
-    ids = _read(recipe_calibration, evaluation, tokenizer, calibrate=False)
-    return _evaluation_windows(ids, evaluation, recipe_calibration.name or EMBEDDED)
+    source = recipe_calibration.name or EMBEDDED
+    if cut is None:
+        ids = _read(recipe_calibration, evaluation, tokenizer, calibrate=False)
+        return _evaluation_windows(ids, evaluation, source)
+    limit = evaluation_tokens(evaluation) // evaluation.n_ctx
+    found = _uncalibrated(recipe_calibration, tokenizer, cut, evaluation.n_ctx, limit)
+    return _evaluation_windows([token for window in found for token in window], evaluation, source)
 
 
 def cut_token_sets(
@@ -245,18 +273,27 @@ def _evaluation_windows(ids: Sequence[int], evaluation: Evaluation, source: str)
 def _calibration_windows(
     ids: Sequence[int], recipe_calibration: Calibration, evaluation: Evaluation, source: str
 ) -> CalibrationWindows:
-    scored, wanted = evaluation_tokens(evaluation), calibration_tokens(recipe_calibration)
-    if len(ids) < scored + wanted:
-        raise RecipeError(
-            f"calibration text {source}",
-            found=f"{len(ids)} tokens",
-            expected=f"at least {scored + wanted}: {scored} for evaluation and, after those, {wanted} for calibration",
-            remedy="Give a longer text with --calibration, or a smaller number with --calibration-tokens.",
-        )
+    _check_length(ids, recipe_calibration, evaluation)
     size = recipe_calibration.window
     places = _calibration_places(len(ids), recipe_calibration, evaluation)
     taken = tuple(tuple(ids[place : place + size]) for place in places)
     return CalibrationWindows(taken, recipe_calibration.window, source, recipe_calibration.seed, _sha256(taken))
+
+
+def _check_length(ids: Sequence[int], recipe_calibration: Calibration, evaluation: Evaluation) -> None:
+    """Both sets must be in the text.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    scored, wanted = evaluation_tokens(evaluation), calibration_tokens(recipe_calibration)
+    if len(ids) < scored + wanted:
+        raise RecipeError(
+            f"calibration text {recipe_calibration.name or EMBEDDED}",
+            found=f"{len(ids)} tokens",
+            expected=f"at least {scored + wanted}: {scored} for evaluation and, after those, {wanted} for calibration",
+            remedy="Give a longer text with --calibration, or a smaller number with --calibration-tokens.",
+        )
 
 
 def _calibration_places(length: int, recipe_calibration: Calibration, evaluation: Evaluation) -> list[int]:

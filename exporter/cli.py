@@ -25,6 +25,7 @@ from exporter.arguments import (
     EvalWindow,
     FilesOnly,
     Force,
+    ForceReport,
     ForceUnservable,
     Format,
     Gates,
@@ -42,6 +43,7 @@ from exporter.arguments import (
     RecipeFile,
     ReferenceDtype,
     ReferencePack,
+    Report,
     Runtime,
     Seed,
     Text,
@@ -56,10 +58,11 @@ from exporter.arguments import (
     recipe_from,
     reference_recipe_from,
 )
-from exporter.errors import ExporterError
+from exporter.errors import ArtifactError, ExporterError
 from exporter.version import __version__
 
 if TYPE_CHECKING:
+    from exporter.recipe import Calibration, Evaluation
     from exporter.verify.published import PublishedResult
     from exporter.verify.stored import FilesResult
 
@@ -210,6 +213,8 @@ def verify_command(
     gate: Gates = None,
     no_answers: NoAnswers = False,
     files_only: FilesOnly = False,
+    report: Report = None,
+    force: ForceReport = False,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -222,7 +227,7 @@ def verify_command(
     def run() -> int:
         from exporter.recipe import Calibration
 
-        text = Calibration(text=calibration)
+        text = Calibration() if calibration is None else Calibration(text=calibration)
         evaluation = evaluation_from(eval_tokens, max_eval_tokens, eval_window, gate, no_answers)
         check_verify_options(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
@@ -234,21 +239,34 @@ def verify_command(
                 eval_tokens=eval_tokens, max_eval_tokens=max_eval_tokens, eval_window=eval_window, gate=gate,
                 no_answers=no_answers,
             )  # fmt: skip
+        if report is None:
+            return told(found(text, evaluation))
+        from exporter.report.again import check_report, refused_page
+
+        check_report(report, artifact, force=force)
+        try:
+            result = found(text, evaluation)
+        except ArtifactError as error:
+            # Not of a reference pack that is at fault itself.
+            if type(error) is ArtifactError:
+                report.write_bytes(refused_page(artifact, error))
+            raise
+        report.write_bytes(result.page())
+        return told(result)
+
+    def found(text: Calibration, evaluation: Evaluation) -> PublishedResult | FilesResult:
+        adapters = tuple(adapter or ())
+        if files_only:
             from exporter.verify.stored import verify_files
 
-            return told(verify_files(artifact, base or "", tuple(adapter or ()), screen))
+            return verify_files(artifact, base or "", adapters, screen)
         from exporter.merge import resolve_device
         from exporter.verify.published import verify_published, verify_with_pack
 
         place = resolve_device(execution_from(device, None, runtime, endpoint).device)
         if reference is not None:
-            result = verify_with_pack(artifact, reference, evaluation.gate, runtime, place, screen, endpoint)
-        else:
-            adapters = tuple(adapter or ())
-            result = verify_published(
-                artifact, base or "", adapters, text, evaluation, runtime, place, screen, endpoint
-            )
-        return told(result)
+            return verify_with_pack(artifact, reference, evaluation.gate, runtime, place, screen, endpoint)
+        return verify_published(artifact, base or "", adapters, text, evaluation, runtime, place, screen, endpoint)
 
     def told(result: PublishedResult | FilesResult) -> int:
         if as_json:

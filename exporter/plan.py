@@ -24,6 +24,7 @@ from exporter.room import check_disk, check_memory, check_paths
 from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
 from exporter.stopping import stop_tokens
+from exporter.verify.limits import check_types
 from exporter.verify.pack import PackPlan
 
 
@@ -134,8 +135,9 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         calibrate=any(artifact.needs != "nothing" for artifact in artifacts),
     )
     if tokens.evaluation and len(tokens.evaluation.ids) == 1:
-        cut = recipe.calibration, recipe.evaluation, model.tokenizer, tokens.evaluation
-        check_decidable(tokens.evaluation, len(more_windows(*cut, calibrated=tokens.calibration is not None)))
+        cut = recipe.evaluation if tokens.calibration else None
+        more = more_windows(recipe.calibration, recipe.evaluation, model.tokenizer, tokens.evaluation, cut=cut)
+        check_decidable(tokens.evaluation, len(more))
     pack = None
     if kept and tokens.evaluation:
         most = most_windows(recipe.evaluation, tokens.evaluation)
@@ -237,14 +239,7 @@ def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[Ou
             raise RecipeError(
                 artifact.label, found="no runtime that can score it", expected="one", remedy="Export with --no-verify."
             )
-    made = {artifact.quant.lower() for artifact in artifacts}
-    if unknown := [key for key in recipe.evaluation.gate if key != "*" and key.lower() not in made]:
-        raise RecipeError(
-            f"evaluation.gate.{unknown[0]}",
-            found="a limit of a type that is not made",
-            expected="* or one of " + " ".join(dict.fromkeys(artifact.quant for artifact in artifacts)),
-            remedy="Correct the name of the type.",
-        )
+    check_types(recipe.evaluation.gate, [artifact.quant for artifact in artifacts])
     chosen = {
         artifact.label: choose_runtime(
             artifact.runtimes,

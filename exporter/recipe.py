@@ -134,6 +134,13 @@ class Evaluation(_Frozen):
     gate: dict[str, _Limit | Limits] = Field(default_factory=dict)
     answers: bool = True
 
+    @field_validator("gate")
+    @classmethod
+    def _distinct(cls, value: dict[str, float | Limits]) -> dict[str, float | Limits]:
+        if len({key.lower() for key in value}) != len(value):
+            raise ValueError("the limits of every quantization type once, in whatever case it is written")
+        return value
+
 
 class Inputs(_Frozen):
     """What a trained model is made of, and how it is scored.

@@ -358,6 +358,12 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
+def show_notes(console: Console, notes: Sequence[str]) -> None:
+    """A line a note."""
+    for note in notes:
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
 def show_weights(
     console: Console, weights: Mapping[str, WeightsResult | None], broken: Mapping[str, Sequence[str]]
 ) -> None:

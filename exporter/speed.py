@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from exporter.embedded import embedded_beginning
 from exporter.errors import RuntimeScoreError
-from exporter.runtimes.base import Answering, Session, choose_runtime, load_runtime
-from exporter.verify.published import read_manifest
+from exporter.runtimes.base import Answering, Session, load_runtime
+from exporter.verify.record import read_manifest
 
 if TYPE_CHECKING:
     from exporter.reporter import Reporter
@@ -55,16 +55,15 @@ def measure_folders(folders: Sequence[Path], device: str, reporter: Reporter) ->
     found = {}
     for folder in folders:
         for artifact in read_manifest(folder).artifacts:
-            name = choose_runtime(artifact.runtimes, endpoint=None)
-            entry = folder if artifact.entry == "." else folder / artifact.entry
-            reporter.doing(f"speed of {artifact.format} {artifact.quant} in {name}")
+            name = artifact.runtime(folder)
+            reporter.doing(f"speed of {artifact.label} in {name}")
             runtime = load_runtime(name, device)
             if not isinstance(runtime, Answering):
                 raise RuntimeScoreError(
                     f"runtime {name}", found="one that only scores", expected="one that answers",
                     remedy="Leave --speed out.",
                 )  # fmt: skip
-            with runtime.session(entry.resolve(), PROMPT_TOKENS + OUTPUT_TOKENS) as session:
+            with runtime.session(artifact.path(folder).resolve(), PROMPT_TOKENS + OUTPUT_TOKENS) as session:
                 prompt, output = measure(session)
             found[folder, artifact.format, artifact.quant] = Speed(runtime.version(), prompt, output)
     reporter.scored()

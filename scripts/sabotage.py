@@ -1,15 +1,15 @@
 """Break artifacts on purpose and see that verification says so, and that it passes sound ones.
 
     python scripts/sabotage.py --base DIR --adapter DIR --work DIR [--formats gguf …] [--types Q4_K_M …]
-        [--only "adapter left" …] [--all-types] [--fast] [--calibration-tokens N] [--json FILE]
+        [--only "adapter left" …] [--all-types] [--fast] [--calibration-tokens N] [--json FILE] [--report DIR]
     python scripts/sabotage.py --show FILE …     # the tables of results that --json wrote; of a case, the last
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
 what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
 (exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only the faults
 that this passes and the sound artifacts of the inputs that were given. Prints two tables, of faults and of sound
-artifacts; exit status 1 if a fault is missed or a sound artifact fails. GPTQ is scored by transformers, which needs
-`make gptqmodel`.
+artifacts; exit status 1 if a fault is missed or a sound artifact fails. `--report` keeps each report.
+GPTQ is scored by transformers, which needs `make gptqmodel`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,11 +116,26 @@ def reasons_of(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
     return ()
 
 
-def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str, *, fast: bool, scored: bool) -> Verdict:
-    """Hold an artifact against what it should be; if `fast`, its files alone first, and only them unless `scored`."""
+def verify(
+    damaged: Damaged,
+    inputs: Inputs,
+    fault: Fault | None,
+    type_: str,
+    *,
+    fast: bool,
+    scored: bool,
+    reports: Path | None = None,
+) -> Verdict:
+    """Hold an artifact against what it should be; if `fast`, its files alone first, and only them unless `scored`.
+
+    Its report is kept in the folder `reports`, if that is given.
+    """
     damaged.publish()
     adapters = [part for adapter in inputs.adapters for part in ("--adapter", adapter)]
-    command = ("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
+    command: tuple[str | Path, ...] = ("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
+    if reports is not None:
+        name = re.sub(r"\W+", "-", f"{type_} {fault.name if fault else 'sound'}")
+        command += ("--report", reports / f"{name}.html", "--force")
     started = time.monotonic()
     done = exporter(*command, *(["--files-only"] if fast else []))
     if fast and done.returncode == 0 and scored:
@@ -214,6 +230,7 @@ def sabotage(
     *,
     fast: bool = False,
     calibration_tokens: int | None = None,
+    reports: Path | None = None,
 ) -> list[Verdict]:
     """Verify every sound artifact that a fault is made in, unchanged, and then every fault."""
     cases = [(fault, format_, quant) for format_, quant in types for fault in faults if fault.fits(format_, quant)]
@@ -226,14 +243,16 @@ def sabotage(
         folder = exports.folder(inputs, format_, quant)
         label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}")
         scored = name == "sound"
-        verdicts.append(case(None, label, folder, folder, folder, inputs, work, fast=fast, scored=scored))
+        how: dict[str, Any] = {"fast": fast, "scored": scored, "reports": reports}
+        verdicts.append(case(None, label, folder, folder, folder, inputs, work, **how))
     for fault, format_, quant in cases:
         target = exports.folder(known[fault.judged], format_, quant)
         source = exports.folder(known[fault.made], format_, fault.quant or quant)
         files = target if fault.shard is not None else source
         try:
             label = f"{format_} {quant}"
-            verdicts.append(case(fault, label, files, source, target, known[fault.judged], work, fast=fast))
+            judged = known[fault.judged]
+            verdicts.append(case(fault, label, files, source, target, judged, work, fast=fast, reports=reports))
         except NotApplicableError as error:
             print(f"left out: {fault.name} in {format_} {quant}: {error}", file=sys.stderr)
     return verdicts
@@ -250,6 +269,7 @@ def case(
     *,
     fast: bool,
     scored: bool = True,
+    reports: Path | None = None,
 ) -> Verdict:
     """One artifact: copied, damaged, verified and removed.
 
@@ -263,6 +283,7 @@ def case(
         work: where it lies meanwhile.
         fast: whether its files are compared first, and scored only if that finds nothing.
         scored: whether they are scored then.
+        reports: where its report is kept; None for nowhere.
     """
     manifest = json.loads((target / MANIFEST_NAME).read_text("utf-8"))
     config = json.loads((inputs.base / "config.json").read_text("utf-8"))
@@ -274,7 +295,7 @@ def case(
             if fault.shard is not None:
                 swap_shard(damaged, fault.shard, source)
             fault.apply(damaged)
-        verdict = verify(damaged, inputs, fault, type_, fast=fast, scored=scored)
+        verdict = verify(damaged, inputs, fault, type_, fast=fast, scored=scored, reports=reports)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     word = "" if verdict.right else "  <---"
@@ -362,6 +383,7 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="compare files first, and score what that passes")
     parser.add_argument("--calibration-tokens", type=int, help="for types that are calibrated; faults need few")
     parser.add_argument("--json", type=Path, help="write all verdicts with all reasons here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="keep the report of each verification there")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="run nothing: the tables of these results")
     arguments = parser.parse_args()
     if arguments.show:
@@ -375,6 +397,9 @@ def main() -> int:
         for quant in TYPES[format_]
         if not arguments.types or quant in arguments.types
     ]
+    reports = arguments.report.absolute() if arguments.report else None
+    if reports is not None:
+        reports.mkdir(parents=True, exist_ok=True)
     work = arguments.work.absolute() / "sabotage"
     work.mkdir(parents=True)
     try:
@@ -387,6 +412,7 @@ def main() -> int:
             work,
             fast=arguments.fast,
             calibration_tokens=arguments.calibration_tokens,
+            reports=reports,
         )
         if arguments.all_types:
             verdicts += every_type(arguments.formats, sound, work)

@@ -263,11 +263,11 @@ def test_more_windows_follow_and_share_no_token_with_either_set(
         sets = make_token_sets(calibration, evaluation, files, evaluate=True, calibrate=True)
         assert sets.evaluation is not None
         assert sets.calibration is not None
-        more = more_windows(calibration, evaluation, files, sets.evaluation, calibrated=True)
+        more = more_windows(calibration, evaluation, files, sets.evaluation, cut=evaluation)
         few = evaluation.model_copy(update={"max_tokens": tokens + 3 * 64})
-        assert more_windows(calibration, few, files, sets.evaluation, calibrated=True) == more[:3]
+        assert more_windows(calibration, few, files, sets.evaluation, cut=evaluation) == more[:3]
         at_once = evaluation.model_copy(update={"max_tokens": 64})
-        assert more_windows(calibration, at_once, files, sets.evaluation, calibrated=True) == []
+        assert more_windows(calibration, at_once, files, sets.evaluation, cut=evaluation) == []
     seen = [token for windows in (sets.evaluation.ids, more, sets.calibration.ids) for one in windows for token in one]
     assert len(seen) == len(set(seen))
     assert more == sorted(more)
@@ -275,3 +275,57 @@ def test_more_windows_follow_and_share_no_token_with_either_set(
     left = sorted(set(ids) - set(seen))
     places = itertools.count()
     assert all(len(list(run)) < 64 for _, run in itertools.groupby(left, key=lambda token: token - next(places)))
+
+
+@given(
+    length=st.integers(600, 3000),
+    tokens=st.integers(64, 400),
+    size=st.sampled_from([16, 40, 64, 100]),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    now=st.integers(64, 4000),
+    n_ctx=st.integers(16, 200),
+)
+def test_no_token_that_was_calibrated_on_is_scored_however_many_are_asked_for(
+    length: int, tokens: int, size: int, count: int, seed: int, now: int, n_ctx: int
+) -> None:
+    """An artifact that is verified again, with other settings than those of its export."""
+    ids = list(range(length))
+    files = TokenizerFiles({}, "base")
+    assume(length >= max(64, tokens) + max(64, size * count))
+    calibration = Calibration(tokens=max(64, size * count), window=size, seed=seed)
+    cut = Evaluation(tokens=tokens, n_ctx=64)
+    evaluation = Evaluation(tokens=now, n_ctx=n_ctx, max_tokens=100_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporter.calibration.read_text", lambda *_: "")
+        patch.setattr("exporter.calibration.tokenize", lambda *_: ids)
+        then = make_token_sets(calibration, cut, files, evaluate=True, calibrate=True)
+        assert then.calibration is not None
+        assert make_windows(calibration, cut, files, cut=cut) == then.evaluation
+        try:
+            known = make_windows(calibration, evaluation, files, cut=cut)
+        except RecipeError:
+            # Nowhere is there room for a window.
+            assert n_ctx > max(64, tokens)
+            return
+        more = more_windows(calibration, evaluation, files, known, cut=cut)
+    scored = [token for one in (*known.ids, *more) for token in one]
+    assert len(scored) == len(set(scored))
+    assert not set(scored) & {token for one in then.calibration.ids for token in one}
+    assert {len(one) for one in (*known.ids, *more)} == {n_ctx}
+    # As many as were asked for, unless that is all there is.
+    assert len(known.ids) == max(1, now // n_ctx) or not more
+
+
+def test_a_text_that_is_read_in_part_is_cut_as_it_was(files: TokenizerFiles, tmp_path: Path) -> None:
+    """Of the embedded text and of a dataset no more is read than is needed, and that decides what is taken."""
+    calibration = Calibration(tokens=256, window=64)
+    cut = Evaluation(tokens=128, n_ctx=64)
+    then = make_token_sets(calibration, cut, files, evaluate=True, calibrate=True)
+    assert then.calibration is not None
+    known = make_windows(calibration, Evaluation(tokens=60_000, n_ctx=64), files, cut=cut)
+    assert len(known.ids) == 60_000 // 64
+    assert not set(known.ids) & set(then.calibration.ids)
+    # Whole windows are taken from among whole windows, so that what is left out is all that is missing.
+    plain = make_windows(calibration, Evaluation(tokens=60_000 + 256, n_ctx=64), files)
+    assert [one for one in plain.ids if one not in then.calibration.ids][: len(known.ids)] == list(known.ids)

@@ -145,6 +145,14 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
         ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0:same_top=2"],
         "same_top",
     ),
+    "limit twice, in another case": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0=0.1", "--gate", "q8_0=0.5"],
+        "--gate",
+    ),
+    "limit twice, by name": (
+        ["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "Q8_0:kl=1", "--gate", "q8_0:kl=2"],
+        "--gate",
+    ),
     "limit below zero": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--gate", "-1"], "--gate"),
     "option that is none": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--option", "x"], "--option"),
     "name that is a path": (["plan", "--base", "b", "--format", "gguf", "--out", "o", "--name", "../x"], "name"),

@@ -82,6 +82,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "limit of a figure that has none": ({"evaluation": {"gate": {"Q8_0": {"loss": 0.1}}}}, "evaluation.gate"),
     "limit is negative": ({"evaluation": {"gate": {"Q8_0": -0.1}}}, "evaluation.gate"),
     "limit that nothing breaks": ({"evaluation": {"gate": {"*": float("nan")}}}, "evaluation.gate"),
+    "limits of a type in two cases": ({"evaluation": {"gate": {"Q8_0": 0.1, "q8_0": 0.5}}}, "evaluation.gate"),
     "limit that is infinite": ({"evaluation": {"gate": {"*": float("inf")}}}, "evaluation.gate"),
     "verify is a word": ({"verify": "maybe"}, "verify"),
 }

@@ -73,7 +73,7 @@ def build_manifest(
             "tokenizer_from": plan.model.tokenizer.origin,
         },
         "versions": {package: version(package) for package in _PACKAGES},
-        "evaluation": _evaluation(plan.tokens.evaluation, drawn),
+        "evaluation": evaluation_json(plan.tokens.evaluation, drawn),
         "calibration": _calibration(plan.tokens.calibration),
         "artifacts": [
             _artifact(artifact, outputs, written[artifact.label], verdicts.get(artifact.label))
@@ -128,7 +128,8 @@ def _without_folder(value: Any) -> Any:
     return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
 
 
-def _evaluation(windows: Windows | None, drawn: Windows | None) -> dict[str, Any] | None:
+def evaluation_json(windows: Windows | None, drawn: Windows | None) -> dict[str, Any] | None:
+    """What was scored as JSON, with what was drawn beside; None if nothing was."""
     if windows is None:
         return None
     return {

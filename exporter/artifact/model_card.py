@@ -24,6 +24,7 @@ from exporter.artifact.reading import (
     verdict_of,
 )
 from exporter.artifact.serving import serving_commands
+from exporter.backends.gptq.names import parse_quant
 from exporter.screen import size
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ def _metadata(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
     relation = "quantized" if quantized else "finetune" if adapters else None
     library = "transformers" if "transformers" in served else "llama-cpp-python" if "llamacpp" in served else None
     tags = [format_, *(["lora"] if adapters else []), *(["llama.cpp"] if "llamacpp" in served else [])]
+    quants = [artifact["quant"] for artifact in manifest["artifacts"]]
+    # `4-bit` is what the Hub calls it, `Q4_K_M` what people search for.
+    bits = [f"{packed[0]}-bit" for packed in map(parse_quant, quants) if packed]
+    tags = list(dict.fromkeys([*tags, *bits, *quants]))
     values = {
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,

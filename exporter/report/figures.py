@@ -99,6 +99,9 @@ def _scores(verification: Node, evaluation: Node) -> Iterator[Figure]:
     if top := verification["top_k_divergence"]:
         name, about = f"KL of the top {top['k'].value}", "mean, in nats: a lower bound of KL divergence"
         yield judged("top_k_divergence", Figure(name, about, top["mean"], NATS, error=top["stderr"]))
+    if shannon := verification["jensen_shannon"]:
+        about = "mean over predictions, in bits"
+        yield judged("", Figure("Jensen-Shannon divergence", about, shannon["mean"], NATS, error=shannon["stderr"]))
     same = Figure("Same top token", "share of predictions", verification["same_top"], PERCENT, kind="at_least", ideal=1)
     yield judged("same_top", replace(same, error=verification["same_top_stderr"]))
     rms = verification["probability_rms"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -62,6 +62,7 @@ class Section:
         node: its place in the manifest.
         label: format and type.
         verdict: passed, failed, undecided or skipped.
+        diagnosis: what is wrong with it as a whole, in a sentence; empty if nothing is.
         reasons: why it is not passed.
         figures: its figures.
         plots: its plots.
@@ -73,6 +74,7 @@ class Section:
     node: Node
     label: str
     verdict: str
+    diagnosis: str
     reasons: list[Reason]
     figures: list[Figure]
     plots: list[Plot]
@@ -81,18 +83,20 @@ class Section:
     commands: list[tuple[str, str]]
 
 
-def report_html(manifest: Mapping[str, Any]) -> bytes:
+def report_html(manifest: Mapping[str, Any], *, again: Sequence[str] | None = None) -> bytes:
     """The report of an output folder: a function of its `export.json`, and of nothing else.
 
     Args:
         manifest: as `build_manifest` makes it, or as it is read from the file.
+        again: of a folder that was verified again, what the reader should know of that; None for an export's report.
     """
     # As it is in the file: whichever of the two is given, the page is the same.
     root = Node(json.loads(json.dumps(manifest)))
     sections = [_section(root, artifact) for artifact in root["artifacts"]]
     verdict = min((section.verdict for section in sections), key=_VERDICTS.index)
     style = Markup(files("exporter.report").joinpath("report.css").read_text(encoding="utf-8"))
-    page = _template().render(root=root, sections=sections, verdict=verdict, summary=_summary(sections), style=style)
+    summary = _summary(sections, again=again is not None)
+    page = _template().render(root=root, sections=sections, verdict=verdict, summary=summary, style=style, again=again)
     return page.encode()
 
 
@@ -113,17 +117,22 @@ def _template() -> Template:
     return environment.from_string(files("exporter.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
 
 
-def _summary(sections: list[Section]) -> str:
+def _summary(sections: list[Section], *, again: bool) -> str:
     """The verdict on the folder in a sentence."""
     names = {verdict: [one.label for one in sections if one.verdict == verdict] for verdict in _VERDICTS}
     if broken := names["failed"]:
         of_all = f" ({len(broken)} of {len(sections)} artifacts)" if len(sections) > 1 else ""
+        if again:
+            verb = "is" if len(broken) == 1 else "are"
+            return f"{_listed(broken)}{of_all} {verb} not the model that was trained: do not serve it."
         verb = "breaks" if len(broken) == 1 else "break"
         return f"{_listed(broken)}{of_all} {verb} a limit: nothing was published."
     if unsure := names["undecided"]:
         verb = "keeps" if len(unsure) == 1 else "keep"
         return f"What was scored does not tell whether {_listed(unsure)} {verb} every limit: nothing was published."
     if skipped := names["skipped"]:
+        if again:
+            return f"The files of {_listed(skipped)} hold what they should; how they are served was not looked at."
         return f"{_listed(skipped)} {'was' if len(skipped) == 1 else 'were'} written and not verified."
     return f"{_listed(names['passed'])} {'keep' if len(sections) > 1 else 'keeps'} every limit."
 
@@ -135,11 +144,13 @@ def _listed(names: list[str]) -> str:
 def _section(root: Node, artifact: Node) -> Section:
     found = figures(artifact, root["evaluation"])
     verdict = artifact["verification"]["verdict"].value
+    reasons = list(_reasons(artifact, verdict))
     return Section(
         artifact,
         f"{artifact['format'].value} {artifact['quant'].value}",
         verdict,
-        list(_reasons(artifact, verdict)),
+        _diagnosis(artifact["weights"], {reason.area for reason in reasons}) if verdict == "failed" else "",
+        reasons,
         found,
         list(_plots(artifact)),
         _fallbacks(artifact),
@@ -148,11 +159,29 @@ def _section(root: Node, artifact: Node) -> Section:
     )
 
 
+def _diagnosis(weights: Node, areas: set[str]) -> str:
+    """What the reasons come to: the first of them may be one of many that a single fault has."""
+    survival, limit = weights["survival"].value, weights["survival_limit"].value
+    if survival is not None and limit is not None and abs(survival - 1) > limit:
+        if abs(survival) <= limit:
+            return "The weights hold next to nothing of the adapter's change, as if it had been left out."
+        if abs(survival - 2) <= limit:
+            return "The weights hold the adapter's change twice, as if it had been applied twice."
+        return "The weights do not hold the adapter's change as it was trained."
+    if "weights" in areas:
+        return "The files are not what base and adapter make."
+    if "scores" in areas:
+        stored = "The weights are what their type leaves, but the" if weights else "The"
+        return f"{stored} predictions are farther from the trained model's than the limits allow."
+    return "It predicts as the trained model does, but answers otherwise." if "answers" in areas else ""
+
+
 def _reasons(artifact: Node, verdict: str) -> Iterator[Reason]:
     """What is broken or not decided, by what it is about; then what could decide it."""
     areas = {area: artifact[area]["broken"].value or [] for area in ("weights", "answers")}
     for text in artifact["verification"]["broken"].value or []:
-        yield Reason(next((area for area, broken in areas.items() if text in broken), "scores"), text)
+        other = "files" if artifact["verification"]["delta"].value is None else "scores"
+        yield Reason(next((area for area, broken in areas.items() if text in broken), other), text)
     if verdict == "undecided":
         looks = " and ".join(map(count, artifact["verification"]["looks"].value))
         yield Reason("tokens", f"looked at after {looks} predictions; more may decide (--max-eval-tokens)")

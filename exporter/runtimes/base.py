@@ -181,7 +181,8 @@ def block_rows(logits: Any) -> int:
 
     if logits.device.type != "cpu":
         return max(1, len(logits))
-    return max(1, torch.get_num_threads() * BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
+    row_bytes: int = logits.shape[1] * logits.element_size()
+    return max(1, torch.get_num_threads() * BLOCK_BYTES // row_bytes)
 
 
 def check_vocabulary(artifact: Path, windows: Windows, size: int) -> None:

@@ -78,7 +78,7 @@ class DrawnTokens:
         first: the trained model on the windows that were scored first.
         device: where the reference's layers compute.
         reporter: told about every layer and window.
-        calibrated: whether there were calibration windows.
+        cut: the evaluation that calibration windows were cut beside; None if nothing was calibrated on.
         threads: threads of the walk on the CPU.
         compute_dtype: what the walk computes in.
         keep: whether `reference` is wanted, for which the states of all windows are held.
@@ -93,7 +93,7 @@ class DrawnTokens:
         device: str,
         reporter: Reporter,
         *,
-        calibrated: bool,
+        cut: Evaluation | None,
         threads: int,
         compute_dtype: str = "float32",
         keep: bool = False,
@@ -101,7 +101,7 @@ class DrawnTokens:
         self._model, self._text, self._evaluation = model, calibration, evaluation
         self._first, self._known = first, first.windows
         self._device, self._reporter, self._threads = device, reporter, threads
-        self._calibrated, self._dtype = calibrated, compute_dtype
+        self._cut, self._dtype = cut, compute_dtype
         self._left: list[tuple[int, ...]] | None = None
         self._drawn: list[tuple[int, ...]] = []
         self._keep = keep
@@ -125,9 +125,7 @@ class DrawnTokens:
             ExporterError: the text cannot be read again, or the walk fails.
         """
         if self._left is None:
-            self._left = more_windows(
-                self._text, self._evaluation, self._model.tokenizer, self._known, calibrated=self._calibrated
-            )
+            self._left = more_windows(self._text, self._evaluation, self._model.tokenizer, self._known, cut=self._cut)
         taken, self._left = self._left[:windows], self._left[windows:]
         if not taken:
             return None
@@ -281,7 +279,7 @@ def verify_artifacts(
         reference,
         device,
         reporter,
-        calibrated=plan.tokens.calibration is not None,
+        cut=plan.recipe.evaluation if plan.tokens.calibration else None,
         threads=plan.threads,
         compute_dtype=plan.recipe.compute_dtype,
         keep=plan.pack is not None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exporter.backends.gptq.names import GROUP_SIZES, quant_name
+from exporter.errors import RecipeError
 from exporter.recipe import Limits
 
 
@@ -84,14 +85,34 @@ def gate_for(label: str, quant: str, overrides: Mapping[str, float | Limits]) ->
         label: format and type, for example `gguf Q4_K_M`.
         quant: the type alone.
         overrides: by type, in any case, or by `*`: a number is the largest change of perplexity, and the only limit
-            then; `Limits` replace those that they name.
+            then; `Limits` replace those that they name. Those of the type come on top of those of `*`.
     """
-    default = DEFAULT_GATES.get(label, FALLBACK_GATE)
+    gate = DEFAULT_GATES.get(label, FALLBACK_GATE)
     by_type = {key.lower(): limit for key, limit in overrides.items()}
-    for key in (quant.lower(), "*"):
+    for key in ("*", quant.lower()):
         if key in by_type:
-            return _replaced(default, by_type[key])
-    return default
+            gate = _replaced(gate, by_type[key])
+    return gate
+
+
+def check_types(overrides: Mapping[str, float | Limits], quants: Sequence[str]) -> None:
+    """Each limit must be one of a type that is there: one that is silently not applied is no limit.
+
+    Args:
+        overrides: as of `gate_for`.
+        quants: the types of all artifacts.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    there = {quant.lower() for quant in quants}
+    if unknown := [key for key in overrides if key != "*" and key.lower() not in there]:
+        raise RecipeError(
+            f"evaluation.gate.{unknown[0]}",
+            found="a limit of a type that is not made",
+            expected="* or one of " + " ".join(dict.fromkeys(quants)),
+            remedy="Correct the name of the type.",
+        )
 
 
 def _replaced(gate: Gate, limit: float | Limits) -> Gate:

@@ -7,25 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, model_validator
-
 from exporter.adapter import Adapter
-from exporter.artifact.files import FileRecord, check_files, is_inside
-from exporter.artifact.manifest import MANIFEST_NAME, verification_json
+from exporter.artifact.files import check_files
+from exporter.artifact.manifest import evaluation_json, verification_json
 from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import check_decidable, make_windows, more_windows
 from exporter.checkpoint import Checkpoint
-from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
-from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
+from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
 from exporter.verify.check import Candidate, DrawnTokens, MoreTokens, NoMoreTokens, judge_candidates
 from exporter.verify.gate import Verification
-from exporter.verify.limits import gate_for
-from exporter.verify.pack import InputRecord, check_belongs, read_description
+from exporter.verify.limits import check_types, gate_for
+from exporter.verify.pack import check_belongs, read_description
+from exporter.verify.record import PublishedManifest, read_manifest
 from exporter.verify.standalone import walk_reference
 from exporter.verify.weights import weights_json
 
@@ -49,6 +47,8 @@ class PublishedResult:
         folder: the folder.
         sizes: bytes of each artifact, by label.
         verdicts: by artifact label.
+        evaluation: what was scored, as in a manifest; None if nothing was.
+        notes: what the reader should know of the tokens that were scored.
         scores_alone: whether a reference pack stood in for the trained model, so that neither weights nor answers are
             known.
     """
@@ -56,6 +56,8 @@ class PublishedResult:
     folder: Path
     sizes: dict[str, int]
     verdicts: dict[str, Verification]
+    evaluation: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
     scores_alone: bool = False
 
     @property
@@ -69,13 +71,21 @@ class PublishedResult:
             label: verification_json(verdict)
             | {"weights": weights_json(verdict.weights)}
             | {"answers": verdict.answers.as_json() if verdict.answers else None}
+            | {"evaluation": self.evaluation, "notes": list(self.notes)}
             for label, verdict in self.verdicts.items()
         }
 
-    def show(self, console: Console) -> None:
-        """Print the verdict table, and what the verdict does not rest on."""
-        from exporter.screen import show_table
+    def page(self) -> bytes:
+        """The report of this verification."""
+        from exporter.report.again import scored_page
 
+        return scored_page(self.folder, self.verdicts, self.evaluation, self.notes)
+
+    def show(self, console: Console) -> None:
+        """Print the verdict table."""
+        from exporter.screen import show_notes, show_table
+
+        show_notes(console, self.notes)
         show_table(console, self.verdicts, self.sizes)
         if self.scores_alone:
             console.print(SCORES_ALONE, highlight=False, soft_wrap=True)
@@ -94,35 +104,37 @@ def verify_published(
 ) -> PublishedResult:
     """Check hashes, then score every artifact against base and adapters, on evaluation windows of `calibration`'s text.
 
+    No token is scored that the artifacts were calibrated on, if the text is theirs.
+
     Args:
         folder: what was published.
         base: a folder or a hub id.
         adapters: likewise.
-        evaluation: what is scored.
+        calibration: the text; if it was not set, that of the export.
+        evaluation: what is scored; tokens and window are those of the export, as far as they were not set.
         runtime: what scores, whether the manifest lists it or not; None for the first of the manifest's that is here.
         device: where reference and transformers compute.
         reporter: told about every window.
         endpoint: address of a running vLLM server to score with.
 
     Raises:
-        RecipeError: the runtime is unknown or not here, or the endpoint is of no use.
+        RecipeError: the runtime is unknown or not here, the endpoint is of no use, a limit is of no artifact's type, or
+            the export's text is not here.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         RefusalError: base or adapters cannot be read, or do not fit.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    manifest, serving = _open(folder, runtime, endpoint)
+    manifest, serving = _open(folder, evaluation.gate, runtime, endpoint)
     check_files(folder, manifest.files)
-    model = open_trained(base, adapters, manifest.name)
-    windows = make_windows(calibration, evaluation, model.tokenizer)
-    text, as_cut = manifest.calibrated_on(calibration, evaluation)
-    calibrated = manifest.calibration is not None
+    model, threads = open_trained(base, adapters, manifest.name), Execution().workers
+    text, evaluation = manifest.as_exported(calibration, evaluation)
+    cut, notes = manifest.held_against(text, model.tokenizer)
+    windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     if len(windows.ids) == 1:
-        further = more_windows(text, as_cut, model.tokenizer, windows, calibrated=calibrated)
-        check_decidable(windows, len(further))
-    threads = Execution().workers
+        check_decidable(windows, len(more_windows(text, evaluation, model.tokenizer, windows, cut=cut)))
     reference = walk_reference(model, windows, device, reporter, threads=threads)
-    more = DrawnTokens(model, text, as_cut, reference, device, reporter, calibrated=calibrated, threads=threads)
-    return _judge(
+    more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
+    verdicts = _judge(
         folder,
         manifest,
         serving,
@@ -135,6 +147,8 @@ def verify_published(
         trained=model,
         answers=evaluation.answers,
     )
+    scored = evaluation_json(windows, more.drawn)
+    return PublishedResult(folder, manifest.sizes, verdicts, scored, tuple(notes))
 
 
 def verify_with_pack(
@@ -161,19 +175,23 @@ def verify_with_pack(
         endpoint: address of a running vLLM server to score with.
 
     Raises:
-        RecipeError: the runtime is unknown or not here, or the endpoint is of no use.
+        RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         ReferencePackError: the same of the pack; or it was made from another base or other adapters.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    manifest, serving = _open(folder, runtime, endpoint)
+    manifest, serving = _open(folder, gate, runtime, endpoint)
     description = read_description(pack)
     check_belongs(description, folder.resolve().name, manifest.inputs)
     check_files(folder, manifest.files)
     from exporter.verify.packing import opened_reference
 
     with opened_reference(pack, description, device, Execution().workers) as reference:
-        return _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
+        verdicts = _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
+        windows = reference.windows
+        notes = manifest.held_against_pack(windows.source, windows.tokens)
+        scored = evaluation_json(windows, None)
+        return PublishedResult(folder, manifest.sizes, verdicts, scored, tuple(notes), scores_alone=True)
 
 
 def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:
@@ -192,20 +210,20 @@ def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel
     return plan_merge(checkpoint, opened, name)
 
 
-def _open(folder: Path, runtime: str | None, endpoint: str | None) -> tuple[_Manifest, list[str]]:
+def _open(
+    folder: Path, gate: Mapping[str, float | Limits], runtime: str | None, endpoint: str | None
+) -> tuple[PublishedManifest, list[str]]:
     """The manifest, and the runtime that will score each artifact. A folder may be older than one that serves it."""
     manifest = read_manifest(folder)
-    serving = [
-        choose_runtime((runtime,) if runtime else artifact.runtimes, endpoint=endpoint, wanted=runtime)
-        for artifact in manifest.artifacts
-    ]
+    check_types(gate, [artifact.quant for artifact in manifest.artifacts])
+    serving = [artifact.runtime(folder, endpoint, runtime) for artifact in manifest.artifacts]
     check_endpoint(endpoint, serving)
     return manifest, serving
 
 
 def _judge(
     folder: Path,
-    manifest: _Manifest,
+    manifest: PublishedManifest,
     serving: Sequence[str],
     reference: Reference,
     limits: Mapping[str, float | Limits],
@@ -216,16 +234,16 @@ def _judge(
     *,
     trained: MergedModel | None = None,
     answers: bool = False,
-) -> PublishedResult:
+) -> dict[str, Verification]:
     """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
     here, threads = backend_names(), Execution().workers
     candidates = [
         Candidate(
-            f"{artifact.format} {artifact.quant}",
+            artifact.label,
             artifact.quant,
-            folder if artifact.entry == "." else folder / artifact.entry,
+            artifact.path(folder),
             load_runtime(name, device, endpoint),
-            gate_for(f"{artifact.format} {artifact.quant}", artifact.quant, limits),
+            gate_for(artifact.label, artifact.quant, limits),
             # A folder may be of a package that is not here.
             load_backend(artifact.format) if artifact.format in here else None,
         )
@@ -236,78 +254,4 @@ def _judge(
         served = [Served(one.label, one.entry, one.runtime) for one in candidates]
         answered = answers_of(trained, served, device, reporter, threads=threads)
         verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
-    labels = [one.label for one in candidates]
-    sizes = [artifact.bytes for artifact in manifest.artifacts]
-    by_label = dict(zip(labels, sizes, strict=True)), dict(zip(labels, verdicts, strict=True))
-    return PublishedResult(folder, *by_label, scores_alone=trained is None)
-
-
-class _Artifact(BaseModel):
-    format: str
-    quant: str
-    entry: str
-    runtimes: list[str]
-    bytes: int
-
-
-class _CalibrationRecord(BaseModel):
-    tokens: int
-    window: int
-    seed: int
-
-
-class _EvaluationRecord(BaseModel):
-    tokens: int
-    n_ctx: int
-
-
-class _Recipe(BaseModel):
-    calibration: _CalibrationRecord
-    evaluation: _EvaluationRecord
-
-
-class _Manifest(BaseModel):
-    """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
-
-    name: str
-    artifacts: list[_Artifact] = Field(min_length=1)
-    files: dict[str, FileRecord]
-    inputs: list[InputRecord] = []
-    calibration: dict[str, Any] | None = None
-    recipe: _Recipe | None = None
-
-    def calibrated_on(self, text: Calibration, evaluation: Evaluation) -> tuple[Calibration, Evaluation]:
-        """The text cut as it was then, and as many tokens to be scored as now."""
-        if self.recipe is None:
-            return text, evaluation
-        then, scored = self.recipe.calibration, self.recipe.evaluation.tokens
-        update = {"max_tokens": max(evaluation.max_tokens, evaluation.tokens), "tokens": scored}
-        return text.model_copy(update=then.model_dump()), evaluation.model_copy(update=update)
-
-    @model_validator(mode="after")
-    def _inside(self) -> _Manifest:
-        for name in [*self.files, *(artifact.entry for artifact in self.artifacts)]:
-            if not is_inside(name):
-                raise ValueError(f"{name} is outside of the folder")
-        for artifact in self.artifacts:
-            if artifact.entry != "." and artifact.entry not in self.files:
-                raise ValueError(f"{artifact.entry} is not among the files")
-        return self
-
-
-def read_manifest(folder: Path) -> _Manifest:
-    """The manifest of a published folder.
-
-    Raises:
-        ArtifactError: there is none, or it is not a manifest.
-    """
-    file = folder / MANIFEST_NAME
-    try:
-        return _Manifest.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            str(file),
-            found=str(error).splitlines()[0],
-            expected="the manifest of a published folder",
-            remedy="Check the path, or export again.",
-        ) from None
+    return {one.label: verdict for one, verdict in zip(candidates, verdicts, strict=True)}

@@ -10,7 +10,8 @@ from exporter.artifact.files import check_files
 from exporter.backends.registry import backend_names, load_backend
 from exporter.recipe import Execution
 from exporter.reporter import Reporter
-from exporter.verify.published import open_trained, read_manifest
+from exporter.verify.published import open_trained
+from exporter.verify.record import read_manifest
 from exporter.verify.weights import WeightsResult, read_weights, weights_json
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ class FilesResult:
     """What the files of a published folder hold.
 
     Attributes:
+        folder: the folder.
         weights: by artifact label; None where nothing here can read them back.
     """
 
+    folder: Path
     weights: dict[str, WeightsResult | None]
 
     @property
@@ -45,6 +48,12 @@ class FilesResult:
             label: {"broken": list(self.broken[label]), "weights": weights_json(found)}
             for label, found in self.weights.items()
         }
+
+    def page(self) -> bytes:
+        """The report of this comparison."""
+        from exporter.report.again import files_page
+
+        return files_page(self.folder, self.weights, self.broken)
 
     def show(self, console: Console) -> None:
         """Print a line an artifact, and what is wrong with it."""
@@ -72,10 +81,10 @@ def verify_files(folder: Path, base: str, adapters: tuple[str, ...], reporter: R
     here, threads = backend_names(), Execution().workers
     found: dict[str, WeightsResult | None] = {}
     for artifact in manifest.artifacts:
-        label = f"{artifact.format} {artifact.quant}"
-        reporter.doing(f"weights of {label}")
-        entry = folder if artifact.entry == "." else folder / artifact.entry
+        reporter.doing(f"weights of {artifact.label}")
         backend = load_backend(artifact.format) if artifact.format in here else None
-        found[label] = read_weights(backend, model, artifact.quant, entry, threads) if backend else None
+        found[artifact.label] = (
+            read_weights(backend, model, artifact.quant, artifact.path(folder), threads) if backend else None
+        )
     reporter.scored()
-    return FilesResult(found)
+    return FilesResult(folder, found)

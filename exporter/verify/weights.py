@@ -420,7 +420,7 @@ def _within(survival: float | None, limit: float) -> bool:
 
 
 def _share(sums: Sums) -> str:
-    return f"{sums.survival:.0%} (limit 100% ± {sums.survival_limit:.0%})"
+    return f"{sums.survival:z.0%} (limit 100% ± {sums.survival_limit:.0%})"
 
 
 def _place(worst: Worst, weight: StoredWeight) -> str:

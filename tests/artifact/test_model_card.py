@@ -63,6 +63,16 @@ def test_front_matter(format_: str, adapters: int, relation: str | None, library
     assert "quantized_by" not in data
 
 
+def test_tags_name_the_types_and_their_bits() -> None:
+    manifest = manifest_of(format_="gptq")
+    manifest["artifacts"][0]["quant"] = "gptq-int4-g128"
+    assert metadata(manifest)["tags"][-2:] == ["4-bit", "gptq-int4-g128"]
+    manifest = manifest_of()
+    tags = metadata(manifest)["tags"]
+    assert tags[-len(manifest["artifacts"]) :] == [artifact["quant"] for artifact in manifest["artifacts"]]
+    assert not any(tag.endswith("-bit") for tag in tags)
+
+
 def test_without_what_is_not_known() -> None:
     assert metadata(manifest_of()).keys() == {"library_name", "pipeline_tag", "tags"}
 

@@ -46,6 +46,7 @@ def test_every_number_is_the_manifests(name: str) -> None:
                 f"{at}/verification/profile/probability/{r}/{c}" for r in range(10) for c in range(10)
             }  # fmt: skip
         if figures.get("kl_divergence"):
+            expected.add(f"{at}/verification/jensen_shannon/mean")
             expected |= {f"{at}/verification/profile/kl_quantiles/{number}/1" for number in range(11)}
             expected |= {f"{at}/verification/profile/kl_along_window/{number}/1" for number in range(16)}
         if artifact["weights"]:
@@ -139,6 +140,34 @@ def test_what_was_drawn_is_in_the_provenance() -> None:
     text = "".join(Page.of(report_html(manifest)).texts("section", "provenance"))
     assert "248 scored; 24 more drawn where a verdict was undecided, 744 scored" in text
     assert "drawn" not in "".join(page_of("everything").texts("section", "provenance"))
+
+
+@pytest.mark.parametrize(
+    ("survival", "broken", "said"),
+    [
+        (0.004, "weights", "as if it had been left out"),
+        (1.99, "weights", "as if it had been applied twice"),
+        (1.3, "weights", "not hold the adapter's change as it was trained"),
+        (1.0, "weights", "The files are not what base and adapter make"),
+        (None, "weights", "The files are not what base and adapter make"),
+        (1.0, "scores", "The weights are what their type leaves, but the predictions are farther"),
+        (1.0, "answers", "but answers otherwise"),
+    ],
+)
+def test_a_failed_artifact_says_in_a_sentence_what_is_wrong(survival: float | None, broken: str, said: str) -> None:
+    manifest = case("everything")
+    one = manifest["artifacts"][0]
+    one["weights"]["survival"] = survival
+    reason = f"a reason about {broken}"
+    one["verification"] |= {"verdict": "failed", "broken": [reason]}
+    if broken != "scores":
+        one[broken]["broken"] = [reason]
+    (diagnosis,) = Page.of(report_html(manifest)).texts("p", "diagnosis")
+    assert said in diagnosis
+
+
+def test_what_passed_has_no_diagnosis() -> None:
+    assert [page_of(name).texts("p", "diagnosis") for name in ("everything", "undecided", "unverified")] == [[]] * 3
 
 
 def test_a_failure_beats_what_is_undecided() -> None:

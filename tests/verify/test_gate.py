@@ -128,6 +128,15 @@ def test_named_limits_replace_their_own_alone() -> None:
     assert (found.max_delta, found.max_divergence, found.min_same_top) == (0.25, default.max_divergence, 0.0)
 
 
+def test_limits_of_a_type_come_on_top_of_those_of_all_types() -> None:
+    default = DEFAULT_GATES["gguf Q8_0"]
+    found = gate_for("gguf Q8_0", "Q8_0", {"q8_0": Limits(change=0.02), "*": Limits(kl=0.1, change=0.5)})
+    assert found == Gate(0.02, default.min_same_top, 0.1)
+    assert gate_for("gguf Q8_0", "Q8_0", {"*": 0.5, "Q8_0": Limits(kl=0.1)}) == Gate(0.5, 0.0, 0.1)
+    # A number is the only limit of its type.
+    assert gate_for("gguf Q8_0", "Q8_0", {"*": Limits(kl=0.1), "Q8_0": 0.02}) == Gate(0.02, 0.0)
+
+
 @pytest.mark.parametrize(
     ("kind", "interval", "limit", "verdict"),
     [

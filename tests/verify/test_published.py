@@ -15,6 +15,7 @@ from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
 from exporter.verify.published import PublishedResult, verify_published
 from exporter.verify.stored import UNREADABLE, FilesResult, verify_files
+from tests.commands import invoke
 from tests.exports import export_to
 from tests.folders import copy, hashes
 
@@ -64,6 +65,19 @@ def test_a_good_folder_passes_with_the_figures_of_its_manifest(
         for key, value in stored[label]["verification"].items():
             assert found[key] == (pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value), key
     assert hashes(good[format_]) == before
+
+
+def test_the_tokens_are_those_of_the_export_unless_told_otherwise(
+    good: dict[str, Path], inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((good["gguf"] / "export.json").read_text())
+    monkeypatch.chdir(Path(__file__).parent)
+    given = ["--base", str(inputs[0]), "--adapter", str(inputs[1]), "--no-answers", "--json"]
+    found = json.loads(invoke("verify", good["gguf"], *given).stdout)["gguf F16"]
+    assert (found["evaluation"], found["notes"]) == (manifest["evaluation"], [])
+    assert found["kl_divergence"] == manifest["artifacts"][1]["verification"]["kl_divergence"]
+    found = json.loads(invoke("verify", good["gguf"], *given, "--eval-tokens", "256").stdout)["gguf F16"]
+    assert (found["evaluation"]["windows"], found["evaluation"]["n_ctx"]) == (4, 64)
 
 
 def test_a_folder_may_be_moved(good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -126,6 +140,11 @@ def test_one_window_is_refused_where_no_more_can_be_drawn(
         verify_published(
             good["gguf"], str(inputs[0]), (str(inputs[1]),), Calibration(text=text), EVALUATION, None, "cpu", Reporter()
         )
+
+
+def test_a_limit_of_a_type_that_is_not_there_is_refused(good: dict[str, Path], inputs: tuple[Path, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"Q4KM.*F32 F16"):
+        verify(good["gguf"], *inputs, evaluation=EVALUATION.model_copy(update={"gate": {"Q4KM": 0.01}}))
 
 
 # --- files alone ---------------------------------------------------------------------------------------------------

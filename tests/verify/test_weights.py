@@ -27,6 +27,7 @@ from exporter.model import MergedModel
 from exporter.verify.weights import (
     Sums,
     WeightsResult,
+    _share,
     block_sums,
     check_weights,
     read_weights,
@@ -551,3 +552,7 @@ def test_a_format_without_a_reader_is_not_looked_at(model: MergedModel, tmp_path
         name = "other"
 
     assert read_weights(Other(), model, "Q", tmp_path, threads=1) is None  # type: ignore[arg-type]
+
+
+def test_a_change_that_was_left_out_is_no_negative_zero() -> None:
+    assert _share(Sums(elements=1, delta=1.0, error_delta=-1.001)).startswith("0% ")

@@ -1,0 +1,208 @@
+"""What verification goes by of a published folder: runtime and tokens are those of its export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.calibration import TokenSets, make_token_sets, make_windows
+from exporter.embedded import embedded_text
+from exporter.errors import RecipeError
+from exporter.plan import make_plan
+from exporter.recipe import Calibration, Evaluation, Execution
+from exporter.reporter import Reporter
+from exporter.runtimes import gptqmodel, vllm
+from exporter.runtimes.base import choose_runtime
+from exporter.speed import measure_folders
+from exporter.tokenizer import TokenizerFiles
+from exporter.verify.published import verify_published
+from exporter.verify.record import PublishedArtifact, PublishedManifest
+from tests.exports import recipe
+from tests.vllm_server import make_environment
+
+ARTIFACT = PublishedArtifact(format="gptq", quant="x", entry=".", runtimes=["vllm", "transformers"], bytes=1)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """vLLM is here and multiplies with 4 bits alone; transformers loads GPTQ."""
+    monkeypatch.setenv(vllm.ENVIRONMENT, str(make_environment(tmp_path / "serve")))
+    monkeypatch.setattr(vllm, "missing_kernel", lambda bits: None if bits == 4 else f"no kernel for {bits} bits")
+    monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
+
+
+def folder_of(folder: Path, quantization: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantization", "chosen"),
+    [
+        ({"bits": 4}, "vllm"),
+        ({"bits": 8}, "transformers"),
+        ({"bits": 4, "dynamic": {"-:^a$": {}, "+:^b$": {"bits": 8}}}, "transformers"),
+        ({"bits": 4, "dynamic": {"-:^a$": {}, "+:^b$": {"group_size": 32}}}, "vllm"),
+        ({"bits": 4, "dynamic": None}, "vllm"),
+        # What cannot be read is told by whoever loads it.
+        ({}, "vllm"),
+        (None, "vllm"),
+        ("gptq", "vllm"),
+    ],
+)
+def test_bits_are_read_from_the_folder(tmp_path: Path, quantization: Any, chosen: str) -> None:
+    folder = folder_of(tmp_path / "out", quantization)
+    assert ARTIFACT.runtime(folder) == chosen
+    assert ARTIFACT.runtime(folder, endpoint="http://localhost:8000") == "vllm"
+
+
+def test_a_folder_without_packed_weights_is_scored_by_the_first(tmp_path: Path) -> None:
+    assert ARTIFACT.runtime(tmp_path) == "vllm"
+    file = ARTIFACT.model_copy(update={"entry": "model.gguf", "runtimes": ["llamacpp"]})
+    assert file.runtime(tmp_path) == "llamacpp"
+
+
+def test_a_runtime_that_is_wanted_and_has_no_kernel_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no kernel for 8 bits"):
+        ARTIFACT.runtime(folder_of(tmp_path / "out", {"bits": 8}), wanted="vllm")
+
+
+@pytest.mark.parametrize("options", [{}, {"overrides": {".*down_proj": {"bits": 8}}}])
+def test_what_an_export_writes_is_scored_by_what_it_planned(
+    make_base: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    base = make_base("qwen2")
+    plan = make_plan(
+        recipe(base, (), tmp_path / "out", format="gptq", quant="gptq-int4-g32", options=options), Execution()
+    )
+    (artifact,) = plan.artifacts
+    folder = tmp_path / "written"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(artifact.documents["config.json"])
+    planned = choose_runtime(["vllm", "transformers"], endpoint=None, packed_bits=artifact.packed_bits)
+    assert planned == ("transformers" if options else "vllm")
+    assert ARTIFACT.runtime(folder) == planned
+
+
+def test_verifying_and_measuring_take_the_runtime_of_the_bits(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "out", {"bits": 8})
+    artifact = ARTIFACT.model_copy(update={"runtimes": ["vllm"]}).model_dump()
+    (folder / "export.json").write_text(json.dumps({"name": "model", "artifacts": [artifact], "files": {}}))
+    with pytest.raises(RecipeError, match="no kernel for 8 bits"):
+        measure_folders([folder], "cpu", Reporter())
+    with pytest.raises(RecipeError, match="no kernel for 8 bits"):
+        verify_published(folder, "base", (), Calibration(), Evaluation(), None, "cpu", Reporter())
+
+
+# --- the tokens of the export --------------------------------------------------------------------------------------
+
+EVALUATION = Evaluation(tokens=256, n_ctx=64, max_tokens=512)
+
+
+@pytest.fixture
+def tokenizer(make_base: Callable[..., Path]) -> TokenizerFiles:
+    return TokenizerFiles.choose(make_base("qwen2"), ())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(embedded_text()[:20_000], encoding="utf-8")
+    return file
+
+
+def exported(text: Path | None, tokenizer: TokenizerFiles) -> tuple[PublishedManifest, TokenSets]:
+    """What an export of a text records, and its token sets."""
+    calibration = Calibration(text=text, tokens=512, window=64, seed=3)
+    sets = make_token_sets(calibration, EVALUATION, tokenizer, evaluate=True, calibrate=True)
+    assert sets.evaluation is not None
+    assert sets.calibration is not None
+    recipe = {
+        "calibration": {"text": calibration.name, "tokens": 512, "window": 64, "seed": 3},
+        "evaluation": {"tokens": 256, "max_tokens": 512, "n_ctx": 64},
+    }
+    tokens = {
+        "evaluation": {"source": sets.evaluation.source, "sha256": sets.evaluation.sha256},
+        "calibration": {"source": sets.calibration.source, "sha256": sets.calibration.sha256},
+    }
+    artifacts = [ARTIFACT.model_dump()]
+    manifest = {"name": "model", "artifacts": artifacts, "files": {}, "recipe": recipe, **tokens}
+    return PublishedManifest.model_validate(manifest), sets
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_what_is_left_open_is_as_in_the_export(
+    tokenizer: TokenizerFiles, text: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    manifest, sets = exported(None if embedded else text, tokenizer)
+    monkeypatch.chdir(text.parent)
+    found, evaluation = manifest.as_exported(Calibration(), Evaluation(answers=False))
+    assert evaluation == EVALUATION.model_copy(update={"answers": False})
+    cut, notes = manifest.held_against(found, tokenizer)
+    assert not notes
+    assert make_windows(found, evaluation, tokenizer, cut=cut) == sets.evaluation
+
+
+def test_what_is_given_is_taken(tokenizer: TokenizerFiles, text: Path, tmp_path: Path) -> None:
+    manifest, _ = exported(text, tokenizer)
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 500)
+    found, evaluation = manifest.as_exported(Calibration(text=other), Evaluation(tokens=128, gate={"*": 1.0}))
+    assert (found.text, evaluation.tokens, evaluation.n_ctx, evaluation.gate) == (other, 128, 64, {"*": 1.0})
+    # Nothing of it was calibrated on.
+    assert manifest.held_against(found, tokenizer) == (None, [])
+
+
+@pytest.mark.parametrize("name", ["text.txt", "renamed.txt"])
+@pytest.mark.parametrize("n_ctx", [64, 100])
+def test_with_more_tokens_than_the_export_had_none_is_scored_that_was_calibrated_on(
+    tokenizer: TokenizerFiles, text: Path, name: str, n_ctx: int
+) -> None:
+    manifest, sets = exported(text, tokenizer)
+    assert sets.calibration is not None
+    given = text.rename(text.with_name(name))
+    found, evaluation = manifest.as_exported(Calibration(text=given), Evaluation(tokens=100_000, n_ctx=n_ctx))
+    cut, notes = manifest.held_against(found, tokenizer)
+    assert not notes
+    scored = [token for one in make_windows(found, evaluation, tokenizer, cut=cut).ids for token in one]
+    known = " ".join(map(str, scored))
+    assert len(scored) > 2000
+    assert not any(" ".join(map(str, one)) in known for one in sets.calibration.ids)
+    # They are in the text, and would be scored.
+    plain = [token for one in make_windows(found, evaluation, tokenizer).ids for token in one]
+    assert any(" ".join(map(str, one)) in " ".join(map(str, plain)) for one in sets.calibration.ids)
+
+
+@pytest.mark.parametrize("content", ["another text " * 3000, "a short text " * 60])
+def test_another_text_of_the_same_name_is_told(tokenizer: TokenizerFiles, text: Path, content: str) -> None:
+    manifest, _ = exported(text, tokenizer)
+    text.write_text(content)
+    found, _ = manifest.as_exported(Calibration(text=text), Evaluation())
+    cut, notes = manifest.held_against(found, tokenizer)
+    assert cut is None
+    assert [note.split(" tokens of ")[0] for note in notes] == ["the evaluation", "the calibration"]
+    assert "may be scored" in notes[1]
+
+
+def test_a_text_that_is_not_here_is_refused(
+    tokenizer: TokenizerFiles, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = exported(text, tokenizer)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match=r"text\.txt.*--calibration"):
+        manifest.as_exported(Calibration(), Evaluation())
+    assert manifest.as_exported(Calibration(text=text), Evaluation())[0].text == text
+
+
+def test_a_pack_with_more_of_the_calibration_text_than_the_export_scored_is_told(
+    tokenizer: TokenizerFiles, text: Path
+) -> None:
+    manifest, _ = exported(text, tokenizer)
+    assert manifest.held_against_pack("text.txt", 256) == manifest.held_against_pack("other.txt", 512) == []
+    assert "text.txt" in manifest.held_against_pack("text.txt", 257)[0]
