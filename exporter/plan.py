@@ -239,17 +239,34 @@ def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[Ou
             expected="* or one of " + " ".join(dict.fromkeys(artifact.quant for artifact in artifacts)),
             remedy="Correct the name of the type.",
         )
-    chosen = {
-        artifact.label: choose_runtime(
+    chosen = {artifact.label: _scored_by(artifact, execution) for artifact in artifacts}
+    check_endpoint(execution.endpoint, list(chosen.values()))
+    return chosen
+
+
+def _scored_by(artifact: OutputPlan, execution: Execution) -> str:
+    """The runtime that will score an artifact.
+
+    Raises:
+        RecipeError: none can be had here.
+    """
+    try:
+        return choose_runtime(
             artifact.runtimes,
             endpoint=execution.endpoint,
             wanted=execution.runtime,
             packed_bits=artifact.packed_bits,
+            packed_experts=artifact.packed_experts,
         )
-        for artifact in artifacts
-    }
-    check_endpoint(execution.endpoint, list(chosen.values()))
-    return chosen
+    except RecipeError as error:
+        if execution.runtime is not None:
+            raise
+        raise RecipeError(
+            error.thing,
+            found=error.found,
+            expected=error.expected,
+            remedy=f"{error.remedy} Or export {artifact.label} with --no-verify.",
+        ) from None
 
 
 def _check_resources(plan: ExportPlan) -> None:
