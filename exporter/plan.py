@@ -19,6 +19,7 @@ from exporter.errors import (
 )
 from exporter.estimate import merge_memory, scratch_bytes, seconds, tour_memory
 from exporter.model import MergedModel, plan_merge
+from exporter.positions import check_windows
 from exporter.recipe import Execution, Inputs, Output, Recipe
 from exporter.room import check_disk, check_memory, check_paths
 from exporter.runtimes.base import check_endpoint, choose_runtime
@@ -126,12 +127,14 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
     runtimes = _check_verification(recipe, execution, artifacts)
     servers = sum(runtimes.get(artifact.label) == "vllm" and execution.endpoint is None for artifact in artifacts)
+    calibrate = any(artifact.needs != "nothing" for artifact in artifacts)
+    check_windows(
+        model.config,
+        evaluation=recipe.evaluation.n_ctx if recipe.verify else None,
+        calibration=recipe.calibration.window if calibrate else None,
+    )
     tokens = make_token_sets(
-        recipe.calibration,
-        recipe.evaluation,
-        model.tokenizer,
-        evaluate=recipe.verify,
-        calibrate=any(artifact.needs != "nothing" for artifact in artifacts),
+        recipe.calibration, recipe.evaluation, model.tokenizer, evaluate=recipe.verify, calibrate=calibrate
     )
     walks = tokens.evaluation is not None or any(artifact.needs in ("moments", "hessians") for artifact in artifacts)
     plan = ExportPlan(

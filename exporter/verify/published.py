@@ -17,6 +17,7 @@ from exporter.calibration import make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, plan_merge
+from exporter.positions import check_windows
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
@@ -102,6 +103,7 @@ def verify_published(
     manifest, serving = _open(folder, runtime, endpoint)
     check_files(folder, manifest.files)
     model = open_trained(base, adapters, manifest.name)
+    check_windows(model.config, evaluation=evaluation.n_ctx, calibration=None)
     windows = make_windows(calibration, evaluation, model.tokenizer)
     threads = Execution().workers
     reference = walk_reference(model, windows, device, reporter, threads=threads)

@@ -171,7 +171,8 @@ def base(make_base: Callable[..., Path]) -> Path:
 def test_the_plan_says_what_will_score(
     base: Path, tmp_path: Path, execution: Execution, format_: str, runtime: str
 ) -> None:
-    plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True), execution)
+    windows: dict[str, Any] = {"evaluation": {"n_ctx": 256}, "calibration": {"window": 256}}
+    plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True, **windows), execution)
     (artifact,) = describe(plan)["outputs"][0]["artifacts"]
     assert artifact["verified_by"] == plan.runtimes[plan.artifacts[0].label] == runtime
     unverified = make_plan(recipe(base, [], tmp_path / "out", format=format_), execution)
