@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from exporter.backends.base import FinishingWriter, OutputPlan
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.gptqmodel.backend import GptqModelBackend
-from exporter.backends.gptqmodel.writer import GptqModelWriter, _rounded, clean_config
+from exporter.backends.gptqmodel.writer import GptqModelWriter, _check_packed, _rounded, clean_config
 from exporter.calibration import CalibrationWindows
 from exporter.errors import (
     BackendError,
@@ -175,6 +176,19 @@ def test_matrices_that_were_only_rounded_are_told(tmp_path: Path) -> None:
         "1,mlp.up_proj,fallback(rtn): 0.001,3,0.05,0.1\n2,mlp.up_proj,rtn fallback,3,0.05,0.1\n"
     )
     assert _rounded(tmp_path / "quant_log.csv") == ("layers.1.mlp.up_proj", "layers.2.mlp.up_proj")
+
+
+@pytest.mark.usefixtures("_installed")
+def test_matrices_that_were_not_packed_or_should_not_be_are_told(model: MergedModel, tmp_path: Path) -> None:
+    plan = GptqModelBackend().plan(model, "int4-g32", {})
+    packed = [tensor.name.removesuffix(".weight") for tensor in plan.tensors if tensor.type == "INT4"]
+    for names, words in ((packed[1:], "13 packed matrices"), ([*packed, "lm_head"], "lm_head is packed")):
+        save_file({f"{name}.qweight": torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(BackendError, match=words) as caught:
+            _check_packed(tmp_path, plan)
+        assert caught.value.expected == "14"
+    save_file({f"{name}.qweight": torch.zeros(1) for name in packed}, tmp_path / "model.safetensors")
+    _check_packed(tmp_path, plan)
 
 
 def test_the_configuration_says_nothing_of_the_machine(tmp_path: Path) -> None:

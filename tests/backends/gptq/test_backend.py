@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from exporter import Execution, export, make_plan
+from exporter.backends.base import Solution
 from exporter.backends.gptq.backend import GptqBackend, GptqPlan
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.gptq.packing import Packed, unpack
+from exporter.backends.gptq.writer import GptqWriter
 from exporter.checkpoint import INDEX_NAME
-from exporter.errors import RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
+from exporter.errors import BackendError, RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel
 from exporter.reporter import Reporter
 from tests.exports import export_to, merge_with_us, recipe, refused
@@ -348,8 +351,6 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         export(broken, Execution(device="cpu"), Kill(layers))
     assert not (tmp_path / "broken").exists()
-    from exporter.backends.gptq.writer import GptqWriter
-
     solved: list[str] = []
     solve = GptqWriter.solve
 
@@ -385,6 +386,27 @@ def test_experts_that_saw_too_little_are_rounded_and_named(tmp_path: Path) -> No
     for name, tokens in figures["tokens"].items():
         assert (tokens < 128) == (name in figures["rounded"])
     assert figures["matrices"] == sum("_proj" in name for name in figures["tokens"]) == 3 * 4 + 3 + 2 * 8 * 3
+
+
+def test_a_matrix_that_was_never_solved_for_ends_the_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a model does not call a module that its files have: the folder would hold zeros for it."""
+    lost = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    solve = GptqWriter.solve
+
+    def losing(self: GptqWriter, weights: Any, moments: Any) -> Solution:
+        solution = solve(self, weights, moments)
+        return replace(solution, findings=tuple(one for one in solution.findings if one.name not in lost))
+
+    monkeypatch.setattr(GptqWriter, "solve", losing)
+    with pytest.raises(BackendError) as caught:
+        export_to(tmp_path / "out", base, format="gptq", **SMALL)
+    assert caught.value.thing == lost[0]
+    assert caught.value.found == "2 matrices that were never solved for"
+    assert caught.value.expected == "all 14 of the plan"
+    assert caught.value.exit_status == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_text_is_refused_with_the_number_that_is_needed(base: Path, tmp_path: Path) -> None:
