@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.backends.base import FinishingWriter, OutputPlan
+from exporter.backends.base import FinishingWriter, OutputPlan, PlacedWriter
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.gptqmodel.backend import GptqModelBackend
 from exporter.backends.gptqmodel.writer import GptqModelWriter, _check_packed, _rounded, clean_config
@@ -206,11 +206,15 @@ def test_the_configuration_says_nothing_of_the_machine(tmp_path: Path) -> None:
 # --- GPTQModel itself ------------------------------------------------------------------------------------------------
 
 
-def write(model: MergedModel, plan: OutputPlan, folder: Path, *, resume: bool = False) -> FinishingWriter:
+def write(
+    model: MergedModel, plan: OutputPlan, folder: Path, *, resume: bool = False, threads: int = 2
+) -> FinishingWriter:
     """A writer that has every tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = GptqModelBackend().open(plan, folder, resume=resume)
     assert isinstance(writer, FinishingWriter)
+    assert isinstance(writer, PlacedWriter)
+    writer.place("cpu", threads)
     weights = load_file(model.base.folder / "model.safetensors")
     for tensor in plan.tensors:
         block = weights[tensor.source].float().reshape(tensor.rows, tensor.columns)
@@ -272,8 +276,8 @@ def test_what_it_makes_is_the_model_rounded(
 @needs_gptqmodel
 def test_the_same_inputs_give_the_same_bytes(model: MergedModel, tmp_path: Path) -> None:
     plan = GptqModelBackend().plan(model, "int4-g32", {})
-    for name in "ab":
-        write(model, plan, tmp_path / name / "files").finish(CALIBRATION)
+    for name, threads in (("a", 1), ("b", 3)):
+        write(model, plan, tmp_path / name / "files", threads=threads).finish(CALIBRATION)
     assert hashes(tmp_path / "a" / "files") == hashes(tmp_path / "b" / "files")
 
 
