@@ -48,7 +48,7 @@ OPTIONS := $(SOURCE) --format $(FORMAT) $(foreach quant,$(QUANT),--quant $(quant
 .PHONY: help setup gptqmodel serve-env export plan verify demo browser test check test-all format lint types bench bench-gptq gpu-check clean
 
 help:  ## Show this list.
-	@echo "make TARGET [FORMAT=gguf|safetensors] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
+	@echo "make TARGET [FORMAT=gguf|safetensors|gptq] [QUANT=…] [BASE=…] [ADAPTER=…] [OUT=…] [CALIBRATION=…] [DEVICE=…]"
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## Make the virtual environment from pinned versions.

@@ -25,7 +25,7 @@ Text = Annotated[
         "--calibration",
         metavar="TEXT",
         help="Text to calibrate on and to score: .txt, .jsonl, or a dataset of the hub as "
-        "OWNER/NAME[@REVISION][:SPLIT][#COLUMN]. Default: the embedded text.",
+        "OWNER/NAME[@REVISION][:[CONFIGURATION/]SPLIT][#COLUMN]. Default: the embedded text.",
     ),
 ]
 CalibrationTokens = Annotated[int | None, typer.Option(help="Calibration tokens.", show_default="16384")]

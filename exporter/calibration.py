@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from exporter.errors import RecipeError, TokenizerError
 from exporter.recipe import Calibration, Evaluation
-from exporter.texts import read_text
-from exporter.tokenizer import TokenizerFiles
+from exporter.texts import read_beginnings
+from exporter.tokenizer import TokenizerFiles, load_encoder
 
 EMBEDDED = "embedded"
 
@@ -180,7 +180,7 @@ def _uncalibrated(
     if len(places) < limit:
         # Beside a taken window, less than a window may be left over.
         needed = limit * size + len(taken) * (recipe_calibration.window + size)
-        ids = tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
+        ids = _enough(recipe_calibration, tokenizer, needed)
         places = _free_places(len(ids), size, taken, recipe_calibration.window)
     return [tuple(ids[place : place + size]) for place in places[:limit]]
 
@@ -205,7 +205,17 @@ def _read(
 ) -> list[int]:
     """Token ids of as much text as both sets need."""
     needed = evaluation_tokens(evaluation) + (calibration_tokens(recipe_calibration) if calibrate else 0)
-    return tokenize(read_text(recipe_calibration, tokenizer, needed), tokenizer)
+    return _enough(recipe_calibration, tokenizer, needed)
+
+
+def _enough(recipe_calibration: Calibration, tokenizer: TokenizerFiles, needed: int) -> list[int]:
+    """Token ids of a beginning of the text that has so many, or of the whole text."""
+    ids: list[int] = []
+    for text in read_beginnings(recipe_calibration, tokenizer, needed):
+        ids = tokenize(text, tokenizer)
+        if len(ids) >= needed:
+            break
+    return ids
 
 
 def make_windows(
@@ -320,8 +330,6 @@ def tokenize(text: str, tokenizer: TokenizerFiles) -> list[int]:
     Raises:
         TokenizerError: `tokenizer.json` is missing or cannot be loaded.
     """
-    from tokenizers import Tokenizer
-
     if "tokenizer.json" not in tokenizer.files:
         raise TokenizerError(
             "tokenizer.json",
@@ -329,11 +337,6 @@ def tokenize(text: str, tokenizer: TokenizerFiles) -> list[int]:
             expected="a fast tokenizer",
             remedy="Export with --no-verify, or add it.",
         )
-    try:
-        loaded = Tokenizer.from_file(str(tokenizer.files["tokenizer.json"]))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise TokenizerError(
-            "tokenizer.json", found=str(error)[:200], expected="a tokenizer that loads", remedy="Fetch it again."
-        ) from None
+    loaded = load_encoder(tokenizer.files["tokenizer.json"])
     ids: list[int] = loaded.encode(text, add_special_tokens=False).ids
     return ids

@@ -19,6 +19,7 @@ from exporter.errors import (
 )
 from exporter.estimate import merge_memory, scratch_bytes, seconds, tour_memory
 from exporter.model import MergedModel, plan_merge
+from exporter.positions import check_windows
 from exporter.recipe import Execution, Inputs, Output, Recipe
 from exporter.room import check_disk, check_memory, check_paths
 from exporter.runtimes.base import check_endpoint, choose_runtime
@@ -127,12 +128,14 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
     runtimes = _check_verification(recipe, execution, artifacts)
     servers = sum(runtimes.get(artifact.label) == "vllm" and execution.endpoint is None for artifact in artifacts)
+    calibrate = any(artifact.needs != "nothing" for artifact in artifacts)
+    check_windows(
+        model.config,
+        evaluation=recipe.evaluation.n_ctx if recipe.verify else None,
+        calibration=recipe.calibration.window if calibrate else None,
+    )
     tokens = make_token_sets(
-        recipe.calibration,
-        recipe.evaluation,
-        model.tokenizer,
-        evaluate=recipe.verify,
-        calibrate=any(artifact.needs != "nothing" for artifact in artifacts),
+        recipe.calibration, recipe.evaluation, model.tokenizer, evaluate=recipe.verify, calibrate=calibrate
     )
     if tokens.evaluation and len(tokens.evaluation.ids) == 1:
         cut = recipe.evaluation if tokens.calibration else None
@@ -240,17 +243,34 @@ def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[Ou
                 artifact.label, found="no runtime that can score it", expected="one", remedy="Export with --no-verify."
             )
     check_types(recipe.evaluation.gate, [artifact.quant for artifact in artifacts])
-    chosen = {
-        artifact.label: choose_runtime(
+    chosen = {artifact.label: _scored_by(artifact, execution) for artifact in artifacts}
+    check_endpoint(execution.endpoint, list(chosen.values()))
+    return chosen
+
+
+def _scored_by(artifact: OutputPlan, execution: Execution) -> str:
+    """The runtime that will score an artifact.
+
+    Raises:
+        RecipeError: none can be had here.
+    """
+    try:
+        return choose_runtime(
             artifact.runtimes,
             endpoint=execution.endpoint,
             wanted=execution.runtime,
             packed_bits=artifact.packed_bits,
+            packed_experts=artifact.packed_experts,
         )
-        for artifact in artifacts
-    }
-    check_endpoint(execution.endpoint, list(chosen.values()))
-    return chosen
+    except RecipeError as error:
+        if execution.runtime is not None:
+            raise
+        raise RecipeError(
+            error.thing,
+            found=error.found,
+            expected=error.expected,
+            remedy=f"{error.remedy} Or export {artifact.label} with --no-verify.",
+        ) from None
 
 
 def _check_resources(plan: ExportPlan) -> None:

@@ -26,9 +26,9 @@ ENDPOINT = r"^https?://[^/]"
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
-# OWNER/NAME[@REVISION][:SPLIT][#COLUMN]; what ends like a text file is never one.
+# OWNER/NAME[@REVISION][:[CONFIGURATION/]SPLIT][#COLUMN]; what ends like a text file is never one.
 _DATASET = re.compile(
-    r"(?!.*\.(?:txt|jsonl|json)$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?(?::[\w.-]+)?(?:#\w+)?"
+    r"(?!.*\.(?:txt|jsonl|json)$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?(?::(?:[\w.-]+/)?[\w.-]+)?(?:#\w+)?"
 )
 
 
@@ -70,8 +70,8 @@ class Calibration(_Frozen):
     """The text that both token sets come from, and the calibration tokens.
 
     Attributes:
-        text: a .txt or .jsonl file; or a dataset of the hub, as `OWNER/NAME[@REVISION][:SPLIT][#COLUMN]`; None for the
-            embedded text.
+        text: a .txt or .jsonl file; or a dataset of the hub, as
+            `OWNER/NAME[@REVISION][:[CONFIGURATION/]SPLIT][#COLUMN]`; None for the embedded text.
         tokens: calibration tokens; whole windows of `window` are used, at least one.
         window: tokens in a calibration window.
         seed: decides which windows of the text are taken.

@@ -13,29 +13,33 @@ from exporter.errors import MissingFileError, RecipeError
 from exporter.recipe import Calibration
 from exporter.tokenizer import TokenizerFiles
 
-# Twice what a token of a Qwen is in English: a text of so many characters a token has the tokens.
+# Twice what a token of a Qwen is in English: a text of so many characters a token most likely has the tokens.
 _CHARACTERS_A_TOKEN = 8
 
 
-def read_text(calibration: Calibration, tokenizer: TokenizerFiles, tokens: int) -> str:
-    """The text that `calibration` names.
+def read_beginnings(calibration: Calibration, tokenizer: TokenizerFiles, tokens: int) -> Iterator[str]:
+    """Beginnings of the text that `calibration` names, each longer than the one before; the last is the whole text.
+
+    The first one most likely has `tokens` tokens. Whoever counts fewer takes the next. A file is read whole.
 
     Args:
         calibration: names a text file, or one of JSON lines of `{"text": …}` or `{"messages": […]}`, the latter
             rendered by the chat template; or a dataset of the hub with such records; or the embedded text.
         tokenizer: gives the chat template.
-        tokens: how many will be needed. A file is read whole; of a dataset and of the embedded text only a beginning
-            that has them.
+        tokens: how many will be needed.
 
     Raises:
         MissingFileError, RecipeError: the file or dataset is missing or not as described.
     """
     characters = tokens * _CHARACTERS_A_TOKEN
     if calibration.dataset:
-        return _read_dataset(calibration.dataset, tokenizer, characters)
-    if calibration.file:
-        return _read_file(calibration.file, tokenizer)
-    return embedded_beginning() if characters <= BEGINNING_CHARACTERS else embedded_text()
+        yield from _read_dataset(calibration.dataset, tokenizer, characters)
+    elif calibration.file:
+        yield _read_file(calibration.file, tokenizer)
+    else:
+        if characters <= BEGINNING_CHARACTERS:
+            yield embedded_beginning()
+        yield embedded_text()
 
 
 def _read_file(file: Path, tokenizer: TokenizerFiles) -> str:
@@ -60,27 +64,30 @@ def _lines(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
         where = f"{file.name}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecipeError(
                 where, found=str(error), expected="one JSON object a line", remedy="Correct it."
             ) from None
         yield _record_text(record, tokenizer, where)
 
 
-def _read_dataset(dataset: str, tokenizer: TokenizerFiles, characters: int) -> str:
-    """The first records that have so many characters together, all if the dataset is shorter."""
+def _read_dataset(dataset: str, tokenizer: TokenizerFiles, characters: int) -> Iterator[str]:
+    """The first records that have so many characters together, then twice as many, and so on; at last all."""
     texts, length = [], 0
     column = dataset.partition("#")[2] or None
     for number, record in enumerate(_dataset_records(dataset), 1):
         texts.append(_record_text(record, tokenizer, f"{dataset}, record {number}", column))
         length += len(texts[-1])
         if length >= characters:
-            break
-    return "\n".join(texts)
+            yield "\n".join(texts)
+            characters = 2 * length
+    yield "\n".join(texts)
 
 
 def _dataset_records(dataset: str) -> Iterator[Any]:
-    """The records of `OWNER/NAME[@REVISION][:SPLIT][#COLUMN]`, of split `train` by default, fetched as they are needed.
+    """The records of `OWNER/NAME[@REVISION][:[CONFIGURATION/]SPLIT][#COLUMN]`, fetched as they are needed.
+
+    Of split `train` by default, and of the configuration that the dataset has by default, if it has one.
 
     Raises:
         RecipeError: `datasets` is not installed, or it cannot load the dataset.
@@ -96,30 +103,46 @@ def _dataset_records(dataset: str) -> Iterator[Any]:
         ) from None
     name, _, split = dataset.partition("#")[0].partition(":")
     name, _, revision = name.partition("@")
+    # The configuration is `name` there; without one, the dataset's default.
+    *configuration, split = (split or "train").split("/")
     try:
-        yield from datasets.load_dataset(name, revision=revision or None, split=split or "train", streaming=True)
+        yield from datasets.load_dataset(name, *configuration, revision=revision or None, split=split, streaming=True)
     except Exception as error:  # of many classes, from the network to the dataset's own files
         raise RecipeError(
             f"dataset {dataset}",
-            found=f"{type(error).__name__}: {error}"[:200],
+            found=_printable(f"{type(error).__name__}: {error}")[:200],
             expected="a dataset of the hub that can be read",
-            remedy="Check the id, the split and the network, or give a .txt or .jsonl file with --calibration.",
+            remedy="Check the id, the configuration, the split and the network, or give a file with --calibration.",
         ) from None
 
 
 def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str | None = None) -> str:
     """A record's text, or its conversation as the chat template renders it."""
+    text: Any = None
     if isinstance(record, Mapping):
-        if isinstance(text := record.get(column or "text"), str):
-            return text
-        if isinstance(messages := record.get(column or "messages"), list):
-            return _render(messages, record.get("tools"), tokenizer, where)
-    raise RecipeError(
-        where,
-        found=json.dumps(record, ensure_ascii=False, default=str)[:80],
-        expected=f"text or messages in {column}" if column else '{"text": "…"} or {"messages": […]}',
-        remedy="Correct it; of a dataset, another column can be named as OWNER/NAME#COLUMN.",
-    )
+        text = record.get(column or "text")
+        if not isinstance(text, str) and isinstance(messages := record.get(column or "messages"), list):
+            text = _render(messages, record.get("tools"), tokenizer, where)
+    if not isinstance(text, str):
+        raise RecipeError(
+            where,
+            found=_printable(json.dumps(record, ensure_ascii=False, default=str))[:80],
+            expected=f"text or messages in {column}" if column else '{"text": "…"} or {"messages": […]}',
+            remedy="Correct it; of a dataset, another column can be named as OWNER/NAME#COLUMN.",
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            where, found=f"half a surrogate pair, {_printable(text[error.start])}, as character {error.start + 1}",
+            expected="text that UTF-8 can hold", remedy="Correct it: whatever wrote it cut a character in two.",
+        ) from None  # fmt: skip
+    return text
+
+
+def _printable(text: str) -> str:
+    """For messages: JSON can hold what no terminal can be sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _render(messages: list[Any], tools: Any, tokenizer: TokenizerFiles, where: str) -> str:
@@ -137,7 +160,9 @@ def _render(messages: list[Any], tools: Any, tokenizer: TokenizerFiles, where: s
         )
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise RecipeError(
-            where, found=f"a conversation that the template refuses ({error})", expected="one that it renders",
+            where,
+            found=_printable(f"a conversation that the template refuses ({error})"),
+            expected="one that it renders",
             remedy="Correct the messages.",
-        ) from None  # fmt: skip
+        ) from None
     return str(rendered[0])

@@ -122,6 +122,30 @@ def _present(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in TOKENIZER_NAMES if (folder / name).is_file()}
 
 
+def load_encoder(file: Path) -> Any:
+    """A `tokenizers.Tokenizer` that gives every token of a text.
+
+    What a trainer set and saved with it is undone: `truncation` cuts a text, and `padding` adds tokens.
+
+    Args:
+        file: `tokenizer.json`.
+
+    Raises:
+        TokenizerError: it cannot be loaded.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise TokenizerError(
+            "tokenizer.json", found=str(error)[:200], expected="a tokenizer that loads", remedy="Fetch it again."
+        ) from None
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
+
+
 def token_content(entry: Any) -> str | None:
     """A special token's text: given as a string or as an AddedToken object."""
     content = entry.get("content") if isinstance(entry, dict) else entry

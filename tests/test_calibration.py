@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from exporter.calibration import (
@@ -27,6 +28,7 @@ from exporter.embedded import embedded_text
 from exporter.errors import RecipeError, TokenizerError
 from exporter.recipe import Calibration, Evaluation
 from exporter.tokenizer import TokenizerFiles
+from exporter.verify.answers.source import Tokenizers
 from tests.folders import copy
 
 
@@ -239,6 +241,25 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(folder: Path, damage: Call
         tokenize("text", TokenizerFiles.choose(folder, ()))
 
 
+@pytest.mark.parametrize("wanted", [40, 1000])
+def test_what_a_trainer_saved_neither_cuts_nor_pads(
+    folder: Path, files: TokenizerFiles, tmp_path: Path, wanted: int
+) -> None:
+    """By the setting of the tokenizers library, which obeys it in every call."""
+    text = embedded_text()[:1000]
+    expected = tokenize(text, files)
+    assert 64 < len(expected) < 1000
+    own = copy(folder, tmp_path / "trained")
+    saved = Tokenizer.from_file(str(own / "tokenizer.json"))
+    saved.enable_truncation(wanted)
+    saved.enable_padding(length=wanted)
+    saved.save(str(own / "tokenizer.json"))
+    trained = TokenizerFiles.choose(own, ())
+    assert len(Tokenizer.from_file(str(own / "tokenizer.json")).encode(text).ids) == wanted
+    assert tokenize(text, trained) == expected
+    assert Tokenizers(trained).ids(text, special=True) == expected
+
+
 # --- more tokens -----------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +279,7 @@ def test_more_windows_follow_and_share_no_token_with_either_set(
     calibration = Calibration(tokens=max(64, size * count), window=size, seed=seed)
     evaluation = Evaluation(tokens=tokens, n_ctx=64, max_tokens=100_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exporter.calibration.read_text", lambda *_: "")
+        patch.setattr("exporter.calibration.read_beginnings", lambda *_: iter([""]))
         patch.setattr("exporter.calibration.tokenize", lambda *_: ids)
         sets = make_token_sets(calibration, evaluation, files, evaluate=True, calibrate=True)
         assert sets.evaluation is not None

@@ -77,6 +77,7 @@ def test_answers_without_heavy_imports(arguments: list[str]) -> None:
 
 def test_plan_does_not_import_torch(inputs: Arguments, tmp_path: Path) -> None:
     arguments = [*inputs, "--format", "gguf", "--quant", "Q4_K_M", "--out", tmp_path / "out", "--json"]
+    arguments += ["--eval-window", "256", "--window", "256"]
     result = run("plan", *arguments, program=IMPORTS.format(names=HEAVY))
     assert result.returncode == 0, result.stderr
     assert not {"torch", "transformers", "peft"} & set(result.stderr.splitlines()[-1].split())
@@ -297,10 +298,21 @@ def test_failure_on_the_way_is_one(workplace: Path, inputs: Arguments, monkeypat
 # --- what it prints --------------------------------------------------------------------------------------------------
 
 
+def test_windows_longer_than_the_model_takes_are_refused(workplace: Path, inputs: Arguments) -> None:
+    assert invoke("export", *inputs, "--format", "safetensors", "--no-verify", "--out", "out").exit_code == 0
+    before = listing(workplace)
+    for command in (["verify", "out"], ["reference", "--out", "pack"], ["plan", "--format", "gguf", "--out", "other"]):
+        result = invoke(*command, *inputs, "--eval-window", "300")
+        assert result.exit_code == 2
+        assert "--eval-window 300" in result.output
+        assert "256" in result.output
+    assert listing(workplace) == before
+
+
 def test_plan_writes_nothing(workplace: Path, inputs: Arguments) -> None:
     before = listing(workplace.parent)
     arguments: Arguments = [*inputs, "--format", "gguf", "--quant", "Q4_K_M", "--quant", "Q8_0", "--out", "deep/out"]
-    arguments += ["--name", "merged"]
+    arguments += ["--name", "merged", "--eval-window", "256", "--window", "256"]
     planned = json.loads(invoke("plan", *arguments, "--json").stdout)
     shown = invoke("plan", *arguments).stdout
     assert listing(workplace.parent) == before

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from exporter import Recipe, export, make_plan
+from exporter.calibration import TokenSets
 from exporter.errors import (
     MissingFileError,
     NotEnoughDiskError,
@@ -22,6 +23,7 @@ from exporter.errors import (
     RefusalError,
 )
 from exporter.plan import describe
+from exporter.positions import positions_of
 from exporter.recipe import Execution
 from tests.exports import export_to, recipe, refused
 from tests.folders import copy, hashes, listing
@@ -174,9 +176,68 @@ def test_disk_of_several_outputs_is_added_up(base: Path, tmp_path: Path, monkeyp
 
 def test_not_enough_memory_for_the_reference(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(100_000))
-    caught = refused(NotEnoughMemoryError, tmp_path / "out", base, verify=True)
+    evaluation = {"n_ctx": 256, "tokens": 4096}
+    caught = refused(NotEnoughMemoryError, tmp_path / "out", base, verify=True, evaluation=evaluation)
     assert "--no-verify" in caught.remedy
     assert make_plan(recipe(base, [], tmp_path / "out", verify=False), Execution()).walk_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "option", "positions"),
+    [
+        ({"verify": True}, "--eval-window 512", 256),
+        ({"verify": True, "evaluation": {"n_ctx": 257}}, "--eval-window 257", 256),
+        ({"format": "gptq", "quant": "gptq-int4-g32"}, "--window 1024", 256),
+        ({"format": "gguf", "quant": "Q4_K_M", "options": {"imatrix": "auto"}}, "--window 1024", 256),
+    ],
+)
+def test_windows_longer_than_the_model_takes(
+    base: Path, tmp_path: Path, values: dict[str, Any], option: str, positions: int
+) -> None:
+    caught = refused(RecipeError, tmp_path / "out", base, **values)
+    assert caught.thing == option
+    assert str(positions) in caught.expected
+    assert str(positions) in caught.remedy
+
+
+def test_windows_that_nothing_needs_may_be_of_any_length(base: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"evaluation": {"n_ctx": 512}, "calibration": {"window": 512}}
+    assert make_plan(recipe(base, [], tmp_path / "out", **values), Execution()).tokens == TokenSets(None, None)
+    values["evaluation"] = {"n_ctx": 256}
+    assert make_plan(recipe(base, [], tmp_path / "out", verify=True, **values), Execution()).tokens.evaluation
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 40960}, 40960),
+        ({"max_position_embeddings": 40960, "rope_scaling": None}, 40960),
+        ({"max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 256),
+        # Qwen2.5's cards give the number before scaling, Qwen3's the one that the model was trained with.
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 131072),
+        (
+            {
+                "max_position_embeddings": 40960,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        # transformers gives the scaled number.
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 256, "rope_parameters": {"full_attention": {"factor": 2}}}, 512),
+        ({"max_position_embeddings": 256, "rope_scaling": {"factor": float("inf")}}, 256),
+        ({"max_position_embeddings": "many"}, None),
+        ({}, None),
+    ],
+)
+def test_positions_of_a_model(config: dict[str, Any], positions: int | None) -> None:
+    assert positions_of(config) == positions
 
 
 @pytest.mark.parametrize("key", ["Q8", "Q4_K_M", "fp16"])

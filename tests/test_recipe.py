@@ -156,6 +156,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ("text.txt", False, "anchored"), ("sub/text.jsonl", False, "anchored"), ("org/name", True, "anchored"),
         ("org/name", False, "dataset"), ("org/na-me.v1@refs/pr/1:test#body", False, "dataset"),
         ("plain", False, "file"), ("plain", True, "anchored"), ("a/b/c", False, "file"), ("./a", False, "file"),
+        ("org/name:en/train#text", False, "dataset"), ("org/name@v1:20231101.en/train[1]", False, "file"),
+        ("org/name:en/", False, "file"), ("org/name:a/b/c", False, "file"),
         ("org/name.json", False, "anchored"), ("org/name:", False, "file"), ("a" * 300 + "/b", False, "dataset"),
     ],
 )  # fmt: skip

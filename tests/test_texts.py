@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from exporter.calibration import make_windows, tokenize
 from exporter.embedded import embedded_beginning, embedded_text
 from exporter.errors import MissingFileError, RecipeError
-from exporter.recipe import Calibration
-from exporter.texts import read_text
+from exporter.recipe import Calibration, Evaluation
+from exporter.texts import read_beginnings
 from exporter.tokenizer import TokenizerFiles
 from tests.folders import copy, edit_json
 
@@ -36,7 +37,8 @@ def files(folder: Path) -> TokenizerFiles:
 
 
 def read(text: Path | str | None, files: TokenizerFiles, tokens: int = 1000) -> str:
-    return read_text(Calibration(text=text), files, tokens)
+    """What most likely has so many tokens."""
+    return next(read_beginnings(Calibration(text=text), files, tokens))
 
 
 def write_lines(file: Path, *records: Any) -> Path:
@@ -165,6 +167,26 @@ def test_text_that_is_not_utf8_is_refused(files: TokenizerFiles, tmp_path: Path)
         read(tmp_path / "latin.txt", files)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [r'{"text": "one \ud800"}', r'{"messages": [{"role": "user", "content": "\udfff"}]}', r'{"prompt": "\ud800"}'],
+)
+def test_half_a_surrogate_pair_is_refused_by_its_line(files: TokenizerFiles, tmp_path: Path, line: str) -> None:
+    """JSON may have it, and no tokenizer takes it."""
+    (tmp_path / "data.jsonl").write_text(r'{"text": "\ud83d\ude00"}' + f"\n{line}\n")
+    with pytest.raises(RecipeError, match=r"surrogate|messages") as caught:
+        read(tmp_path / "data.jsonl", files)
+    assert caught.value.thing == "data.jsonl:2"
+    assert str(caught.value).encode()
+
+
+def test_what_is_nested_too_deeply_is_refused(files: TokenizerFiles, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("[" * 100_000)
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path / "data.jsonl", files)
+    assert caught.value.thing == "data.jsonl:1"
+
+
 # --- datasets ------------------------------------------------------------------------------------------------------
 
 
@@ -205,10 +227,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hub]:
         ("org/name", ["org/name", {"revision": None, "split": "train", "streaming": True}]),
         ("o/n-a.m_e@refs/pr/1", ["o/n-a.m_e", {"revision": "refs/pr/1", "split": "train", "streaming": True}]),
         ("org/name:test", ["org/name", {"revision": None, "split": "test", "streaming": True}]),
+        (
+            "org/name:wiki-2.v1/test",
+            ["org/name", "wiki-2.v1", {"revision": None, "split": "test", "streaming": True}],
+        ),
+        ("org/name@v1:en/test#text", ["org/name", "en", {"revision": "v1", "split": "test", "streaming": True}]),
         ("org/name@v1:test#text", ["org/name", {"revision": "v1", "split": "test", "streaming": True}]),
     ],
 )
-def test_the_id_says_revision_and_split(
+def test_the_id_says_revision_configuration_and_split(
     hub: Callable[..., Hub], files: TokenizerFiles, dataset: str, arguments: list[Any]
 ) -> None:
     made = hub({"text": "one"}, {"text": "two"})
@@ -220,6 +247,21 @@ def test_no_more_records_are_read_than_are_needed(hub: Callable[..., Hub], files
     made = hub(*[{"text": "x" * 100}] * 50)
     assert len(read("org/name", files, tokens=100)) == 8 * 100 + 7
     assert made.served == 8
+
+
+def test_more_records_are_read_where_those_are_not_enough(hub: Callable[..., Hub], files: TokenizerFiles) -> None:
+    """A special token is one for its 13 characters."""
+    record = {"text": "<|endoftext|>" * 76 + " " * 12}
+    made = hub(*[record] * 50)
+    beginnings = read_beginnings(Calibration(text="org/name"), files, 1000)
+    lengths = [(len(next(beginnings)), made.served) for _ in range(3)]
+    assert lengths == [(8007, 8), (16015, 16), (32031, 32)]
+    evaluation = Evaluation(tokens=256, n_ctx=64)
+    assert len(tokenize(read("org/name", files, tokens=256), files)) < 256
+    assert make_windows(Calibration(text="org/name"), evaluation, files).tokens == 256
+    hub({"text": "short"})
+    with pytest.raises(RecipeError, match="at least 64"):
+        make_windows(Calibration(text="org/name"), evaluation, files)
 
 
 @pytest.mark.parametrize("column", [None, "messages", "conversation"])

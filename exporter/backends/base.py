@@ -97,6 +97,7 @@ class OutputPlan:
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
         packed_bits: bits of its GPTQ weights, for which a runtime needs more than for others; None if it has none.
+        packed_experts: whether experts are among those weights.
         notes: degradations and choices that the reader should know of.
         needs: what it must be given beside the merged weights.
         calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
@@ -114,6 +115,7 @@ class OutputPlan:
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
     packed_bits: int | None = None
+    packed_experts: bool = False
     notes: tuple[str, ...] = ()
     needs: Needs = "nothing"
     calibrated: frozenset[str] = field(default=frozenset(), repr=False)
@@ -249,6 +251,19 @@ class FinishingWriter(Writer, Protocol):
 
         Args:
             calibration: the calibration tokens, if the artifact needs any.
+        """
+
+
+@runtime_checkable
+class PlacedWriter(Writer, Protocol):
+    """A writer that computes something by itself: it is told where, before it is given a tensor."""
+
+    def place(self, device: str, threads: int) -> None:
+        """Compute there.
+
+        Args:
+            device: `cpu`, `cuda` or `cuda:N`.
+            threads: worker threads.
         """
 
 

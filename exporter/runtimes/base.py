@@ -206,6 +206,7 @@ def choose_runtime(
     endpoint: str | None,
     wanted: str | None = None,
     packed_bits: int | None = None,
+    packed_experts: bool = False,
 ) -> str:
     """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
 
@@ -217,6 +218,7 @@ def choose_runtime(
         endpoint: address of a running vLLM server, or None.
         wanted: the runtime that was asked for, or None.
         packed_bits: bits of the artifact's GPTQ weights, or None: not every runtime that is here takes them.
+        packed_experts: whether experts are among those weights.
 
     Raises:
         RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
@@ -236,15 +238,18 @@ def choose_runtime(
         raise _unknown(unknown[0])
     refusals = []
     for name in (wanted,) if wanted else names:
-        refusal = _lacking(name, endpoint, packed_bits)
+        others = [other for other in names if other != name]
+        refusal = _lacking(name, endpoint, packed_bits, others, packed_experts=packed_experts)
         if refusal is None:
             return name
         refusals.append(refusal)
     raise refusals[0]
 
 
-def _lacking(name: str, endpoint: str | None, packed_bits: int | None) -> RecipeError | None:
-    """Why a runtime cannot be had here, if it cannot.
+def _lacking(
+    name: str, endpoint: str | None, packed_bits: int | None, others: Sequence[str], *, packed_experts: bool
+) -> RecipeError | None:
+    """Why a runtime cannot be had here, if it cannot; `others` are what else serves the artifact.
 
     Raises:
         RecipeError: an environment of vLLM was named and is not there, which must not be passed over in silence.
@@ -256,16 +261,18 @@ def _lacking(name: str, endpoint: str | None, packed_bits: int | None) -> Recipe
             serve_python()
         except RuntimeScoreError as error:
             # Known before anything is written, so it is a refusal.
-            refusal = RecipeError(error.thing, found=error.found, expected=error.expected, remedy=error.remedy)
+            remedy = error.remedy + " Or score with --runtime transformers." * ("transformers" in others)
+            refusal = RecipeError(error.thing, found=error.found, expected=error.expected, remedy=remedy)
             if available():
                 raise refusal from None
             return refusal
-        if packed_bits is not None and (missing := missing_kernel(packed_bits)):
+        if packed_bits is not None and (missing := missing_kernel(packed_bits, experts=packed_experts)):
             return RecipeError(
                 "runtime vllm",
                 found=missing,
                 expected="one for GPTQ weights",
-                remedy="Score with --runtime transformers, or with a server elsewhere: --endpoint.",
+                remedy="Score with a server elsewhere: --endpoint."
+                + " Or with --runtime transformers." * ("transformers" in others),
             )
     if name == "transformers" and packed_bits is not None:
         from exporter.runtimes import gptqmodel

@@ -32,9 +32,9 @@ def missing_packages() -> tuple[str, ...]:
     return tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None)
 
 
-def worker_count() -> int:
-    """Threads for GPTQModel: with one, which is what it takes on two cores, it fails while loading."""
-    return max(2, len(os.sched_getaffinity(0)))
+def worker_count(threads: int | None = None) -> int:
+    """Threads for GPTQModel, by default one a core: with one, which is what it takes on two cores, it fails to load."""
+    return max(2, threads or len(os.sched_getaffinity(0)))
 
 
 def import_quietly() -> None:

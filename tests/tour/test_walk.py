@@ -233,14 +233,14 @@ def test_large_states_are_kept_in_a_file(sources: tuple[Path, Path], staging: St
     assert torch.equal(in_memory[0].read(everything), in_file[0].read(everything))
 
 
-def make_experts(folder: Path) -> Path:
+def make_experts(folder: Path, hidden: int = 64) -> Path:
     """A small Qwen3-MoE with random weights; its second layer is dense."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     folder.mkdir()
     config = Qwen3MoeConfig(
-        vocab_size=make_tokenizer(folder) + 16, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
+        vocab_size=make_tokenizer(folder) + 16, hidden_size=hidden, intermediate_size=128, moe_intermediate_size=32,
         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
         num_experts_per_tok=2, mlp_only_layers=[1], max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip

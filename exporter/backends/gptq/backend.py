@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,19 +12,23 @@ from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, 
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import GptqOptions, Scheme
-from exporter.errors import RecipeError, UnservableError, UnsupportedModelError
+from exporter.backends.gptq.serving import (
+    MARLIN_IN,
+    MARLIN_OUT,
+    check_servable,
+    experts_of,
+    module_patterns,
+    notes_of,
+    packs_experts,
+    runtimes_of,
+    served_together,
+    vllm_refusals,
+)
+from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
-from exporter.tour.inputs import SHARED_INPUT, shared_inputs
 from exporter.version import __version__
 
-# What vLLM 0.32 has kernels for (TYPE_MAP in model_executor/layers/quantization/auto_gptq.py); it refuses desc_act.
-SERVED_BITS = (4, 8)
-# What its Marlin kernel takes without padding (GPTQ_MARLIN_MIN_THREAD_K and _N in utils/marlin_utils.py).
-MARLIN_IN, MARLIN_OUT = 128, 64
-
 _LINEAR = re.compile(r"^.+\.layers\.\d+\..*_proj\.weight$")
-# What vLLM calls the matrices that it makes one of.
-_FUSED = {SHARED_INPUT[0]: "qkv_proj", SHARED_INPUT[1]: "gate_up_proj"}
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,9 @@ class GptqBackend:
         for tensor in model.tensors:
             if tensor.name in schemes:
                 _check_shape(tensor, schemes[tensor.name])
-        refusals = _vllm_refusals(schemes.values(), settings)
+        refusals = vllm_refusals(model, schemes, scheme, settings.checkpoint_format)
         name = quant_name(scheme.bits, scheme.group_size)
-        if refusals and not settings.force_unservable:
-            raise UnservableError(
-                f"gptq {name}",
-                found="; ".join(refusals),
-                expected="4 or 8 bits, sym, no desc_act: what vLLM serves",
-                remedy="Choose such a type, or write it anyway for transformers with --force-unservable.",
-            )
+        check_servable(f"gptq {name}", refusals, force=settings.force_unservable)
         dtype = _float_dtype(model)
         files, tensors = lay_out(_entries(model, schemes, dtype), limit)
         quantization = _quantization_config(schemes, scheme, settings, model)
@@ -96,8 +94,9 @@ class GptqBackend:
             tensors=tensors,
             documents=documents,
             copies=copies_of(model),
-            runtimes=_runtimes(refusals, mixed="dynamic" in quantization),
+            runtimes=runtimes_of(refusals, schemes, mixed="dynamic" in quantization),
             packed_bits=max(scheme.bits for scheme in schemes.values()),
+            packed_experts=packs_experts(schemes),
             notes=_notes(model, schemes, refusals, mixed="dynamic" in quantization),
             needs="hessians",
             calibrated=frozenset(schemes),
@@ -143,12 +142,15 @@ def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[
                 remedy="Correct the pattern.",
             )
     chosen = {name: settings.scheme_of(module, scheme) for name, module in zip(linear, modules, strict=True)}
-    for group in shared_inputs(linear):
+    for group in served_together(linear):
+        experts = experts_of(group[0])
         if len({chosen[name] for name in group}) > 1:
             raise RecipeError(
-                f"gptq option overrides for {group[0].removesuffix('.weight')}",
-                found="settings that differ from those of " + ", ".join(name.split(".")[-2] for name in group[1:]),
-                expected="the same for all of them: vLLM makes one matrix of them",
+                f"gptq option overrides for {experts or group[0].removesuffix('.weight')}",
+                found=f"settings that differ among its {len(group)} matrices"
+                if experts
+                else "settings that differ from those of " + ", ".join(name.split(".")[-2] for name in group[1:]),
+                expected=f"the same for all of them: vLLM makes one {'layer' if experts else 'matrix'} of them",
                 remedy="Let the pattern match all of them.",
             )
     found = {name: one for name, one in chosen.items() if one is not None}
@@ -171,21 +173,6 @@ def _check_shape(tensor: MergedTensor, scheme: Scheme) -> None:
             expected=f"a multiple of {max(word, width)} columns and of {word} rows for {scheme.bits} bits",
             remedy="Choose a smaller group size, or keep the module in 16 bits by an override.",
         )
-
-
-def _vllm_refusals(schemes: Any, settings: GptqOptions) -> list[str]:
-    """Why vLLM would not load it."""
-    found: dict[str, None] = {}
-    for scheme in schemes:
-        if scheme.bits not in SERVED_BITS:
-            found[f"{scheme.bits} bits"] = None
-        if not scheme.sym:
-            found["zero points (sym is false)"] = None
-        if scheme.desc_act and scheme.group_size != -1:
-            found["desc_act"] = None
-    if settings.checkpoint_format != "gptq":
-        found[f"checkpoint format {settings.checkpoint_format}"] = None
-    return list(found)
 
 
 def _float_dtype(model: MergedModel) -> str:
@@ -241,51 +228,35 @@ def _quantization_config(
 
 
 def _dynamic(schemes: Mapping[str, Scheme], scheme: Scheme, model: MergedModel) -> dict[str, dict[str, Any]]:
-    """Rules for what differs, by exact names: those of the checkpoint, and what vLLM calls the ones that it fuses.
+    """Rules for what differs, by whole names: those of the checkpoint, and what vLLM calls the ones that it fuses.
 
     A pattern with `+:` changes settings and one with `-:` keeps modules in 16 bits (GPTQModel's `dynamic`); both
     readers match it at the start of a name.
     """
     linear = [tensor.name for tensor in model.tensors if is_quantized(tensor)]
     rules: dict[Scheme | None, list[str]] = {}
-    for group in shared_inputs(linear):
+    for group in served_together(linear):
         if schemes.get(group[0]) != scheme:
-            rules.setdefault(schemes.get(group[0]), []).extend(_names(group))
+            rules.setdefault(schemes.get(group[0]), []).extend(module_patterns(group))
     return {
-        ("-:" if other is None else "+:") + f"^(?:{'|'.join(map(re.escape, names))})$": {}
-        if other is None
-        else other.rule()
-        for other, names in rules.items()
+        ("-:" if other is None else "+:") + f"^(?:{'|'.join(patterns)})$": {} if other is None else other.rule()
+        for other, patterns in rules.items()
     }
-
-
-def _names(group: Sequence[str]) -> list[str]:
-    modules = [name.removesuffix(".weight") for name in group]
-    parent = modules[0].rpartition(".")[0]
-    leaves = {module.rpartition(".")[2] for module in modules}
-    return modules + [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
-
-
-def _runtimes(refusals: list[str], *, mixed: bool) -> tuple[str, ...]:
-    """What takes the result: optimum, through which transformers loads GPTQ, does not look at `dynamic`."""
-    return ("vllm",) * (not refusals) + ("transformers",) * (not mixed)
 
 
 def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str], *, mixed: bool) -> tuple[str, ...]:
     notes = []
     tensors = [tensor for tensor in model.tensors if tensor.name in schemes]
-    if refusals:
-        notes.append(f"no server takes it ({'; '.join(refusals)}): transformers loads it through optimum and gptqmodel")
-    else:
+    if not refusals:
         unfit = [tensor for tensor in tensors if tensor.shape[0] % MARLIN_OUT or tensor.shape[1] % MARLIN_IN]
         bits = sorted({scheme.bits for scheme in schemes.values()})
         notes.append(
             "vLLM serves it: on a GPU with its Marlin kernel"
             + (f" ({len(unfit)} matrices are padded or slower: not multiples of 128 by 64)" if unfit else "")
             + (", on the CPU too" if bits == [4] else "; vLLM on the CPU takes 4 bits only")
+            + (", and experts on processors with AMX" if packs_experts(schemes) else "")
         )
-    if mixed:
-        notes.append("modules differ in their settings, which transformers does not support for GPTQ")
+    notes += notes_of(refusals, schemes, mixed=mixed)
     kept = sum(1 for tensor in model.tensors if len(tensor.shape) == 2 and tensor.name not in schemes)
     packed = sum(tensor.elements for tensor in tensors)
     notes.append(

@@ -16,7 +16,8 @@ from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, 
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
 from exporter.backends.gptq.names import QUANTS, quant_name
-from exporter.backends.gptq.options import bits_and_group
+from exporter.backends.gptq.options import Scheme, bits_and_group
+from exporter.backends.gptq.serving import check_servable, notes_of, packs_experts, runtimes_of, vllm_refusals
 from exporter.backends.safetensors import SafetensorsBackend
 from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
 from exporter.errors import RecipeError, UnsupportedModelError
@@ -65,12 +66,13 @@ class GptqModelBackend:
         Sizes are those of the packed layout; names and headers of the files are GPTQModel's, so they may differ from
         the plan's: `Writer.finish` tells them. The merged folder counts as temporary.
 
-        Options: `desc_act` (false), `sym` (true), `damp` (0.05), `max_shard_size` (5GB).
+        Options: `desc_act` (false), `sym` (true), `damp` (0.05), `max_shard_size` (5GB), `force_unservable` (false).
 
         Raises:
             RecipeError: gptqmodel is not installed, or an option is unknown or cannot be read.
             UnknownQuantizationError: no such type.
             UnsupportedModelError: a matrix does not fit the group size, or there is none to quantize.
+            UnservableError: no server takes the result.
         """
         del verified
         if missing := gptqmodel.missing_packages():
@@ -81,6 +83,11 @@ class GptqModelBackend:
         bits, group_size = bits_and_group(quant)
         settings = _settings(bits, group_size, options)
         _check_shapes(model, bits, group_size)
+        scheme = Scheme(bits, group_size, settings["sym"], settings["desc_act"], settings["damp_percent"])
+        packed = {tensor.name: scheme for tensor in model.tensors if is_quantized(tensor)}
+        refusals = vllm_refusals(model, packed, scheme)
+        forced = _flag("force_unservable", options.get("force_unservable", False))
+        check_servable(f"gptqmodel {quant_name(bits, group_size)}", refusals, force=forced)
         # GPTQModel loads float32 and float16 as bf16 as well: rounded once, here, and the configuration says so.
         merged = SafetensorsBackend().plan(model, "bf16", {})
         types = {tensor.source: tensor.type for tensor in merged.tensors}
@@ -94,9 +101,10 @@ class GptqModelBackend:
             # Where the sources of stop tokens disagree, this file is not the base's.
             documents={name: text for name, text in merged.documents.items() if name == GENERATION_CONFIG},
             copies=merged.copies,
-            runtimes=("vllm", "transformers") if bits in (4, 8) and settings["sym"] else ("transformers",),
+            runtimes=runtimes_of(refusals, packed),
             packed_bits=bits,
-            notes=_notes(merged, bits, settings),
+            packed_experts=packs_experts(packed),
+            notes=(*_notes(merged), *notes_of(refusals, packed)),
             needs=self.needs,
             made={
                 SINGLE_NAME: _file_bytes(tensors),
@@ -160,7 +168,7 @@ def _check_shapes(model: MergedModel, bits: int, group_size: int) -> None:
 
 def _settings(bits: int, group_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of GPTQModel's QuantizeConfig."""
-    known = ("desc_act", "sym", "damp", "max_shard_size")
+    known = ("desc_act", "sym", "damp", "max_shard_size", "force_unservable")
     if unknown := options.keys() - set(known):
         raise RecipeError(
             f"gptqmodel options {sorted(unknown)}", found="unknown", expected=", ".join(known), remedy="Leave them out."
@@ -189,13 +197,10 @@ def _flag(name: str, value: Any) -> bool:
     return flags[text]
 
 
-def _notes(merged: OutputPlan, bits: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    notes = [
+def _notes(merged: OutputPlan) -> tuple[str, ...]:
+    return (
         f"GPTQModel quantizes a merged folder in {merged.quant}, {merged.nbytes / 1e9:.2f} GB that are removed again: "
         "rounding to bf16 loses some of a small delta",
         "sizes are estimates: GPTQModel writes the files",
         "modules that see less than 0.5% of the calibration are rounded to nearest, by GPTQModel's default",
-    ]
-    if not (bits in (4, 8) and settings["sym"]):
-        notes.append("vLLM takes 4 and 8 bits, symmetric, and not this")
-    return tuple(notes)
+    )

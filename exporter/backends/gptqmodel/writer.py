@@ -43,6 +43,7 @@ class GptqModelWriter:
     def __init__(self, plan: GptqModelPlan, folder: Path, work: Path, *, resume: bool) -> None:
         self._plan, self._folder, self._work = plan, folder, work
         self._made = work / "made.json"
+        self._device, self._threads = "cpu", gptqmodel.worker_count()
         if not resume:
             shutil.rmtree(work, ignore_errors=True)
         self._inner: Writer | None = None
@@ -50,6 +51,10 @@ class GptqModelWriter:
             (work / "merged").mkdir(parents=True, exist_ok=True)
             self._inner = SafetensorsBackend().open(plan.merged, work / "merged", resume=resume)
         self._tensors = {tensor.source: tensor for tensor in self._plan.merged.tensors}
+
+    def place(self, device: str, threads: int) -> None:
+        """See `PlacedWriter`."""
+        self._device, self._threads = device, threads
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
@@ -114,12 +119,15 @@ class GptqModelWriter:
             "target": str(target.absolute()),
             "windows": [list(window) for window in windows],
             "max_shard_bytes": self._plan.max_shard_bytes,
+            "device": self._device.partition(":")[0],
+            "threads": self._threads,
             "quantize": {**self._plan.quantize, "offload_to_disk_path": str((self._work / "offload").absolute())},
         }
         (self._work / "job.json").write_text(json.dumps(job))
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         environment |= {
-            gptqmodel.WORKERS: os.environ.get(gptqmodel.WORKERS, str(gptqmodel.worker_count())),
+            gptqmodel.WORKERS: os.environ.get(gptqmodel.WORKERS, str(gptqmodel.worker_count(self._threads))),
+            **visible_devices(self._device),
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str((self._work / "hub").absolute()),
         }
@@ -136,6 +144,20 @@ class GptqModelWriter:
             )
         for name in ("offload", "hub"):
             shutil.rmtree(self._work / name, ignore_errors=True)
+
+
+def visible_devices(device: str) -> dict[str, str]:
+    """What hides all other GPUs from a process: GPTQModel takes every one that it sees, whatever number it is told.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`.
+    """
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    import torch
+
+    # Not the number, which depends on the order that CUDA was told to count in.
+    return {"CUDA_VISIBLE_DEVICES": f"GPU-{torch.cuda.get_device_properties(device).uuid}"}
 
 
 def _made(names: Sequence[str], rounded: Sequence[str]) -> Made:

@@ -9,7 +9,7 @@ from typing import Any
 from exporter.embedded import embedded_beginning
 from exporter.model import MergedModel
 from exporter.stopping import StopTokens, stop_tokens
-from exporter.tokenizer import TokenizerFiles
+from exporter.tokenizer import TokenizerFiles, load_encoder
 from exporter.verify.answers.texts import ANSWER, CONVERSATIONS, QUESTION, SHORT, TEXTS
 
 # Tokens of a greedy continuation.
@@ -136,7 +136,7 @@ class Tokenizers:
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._file = str(files.files["tokenizer.json"])
+        self._file = files.files["tokenizer.json"]
         self._loaded: dict[tuple[bool, frozenset[int]], Any] = {}
 
     def ids(
@@ -158,9 +158,9 @@ class Tokenizers:
         return ids
 
     def _load(self, normalized: bool, more: frozenset[int]) -> Any:
-        from tokenizers import AddedToken, Tokenizer, normalizers
+        from tokenizers import AddedToken, normalizers
 
-        loaded = Tokenizer.from_file(self._file)
+        loaded = load_encoder(self._file)
         if not normalized:
             loaded.normalizer = normalizers.Sequence([])
         contents = [content for token in sorted(more) if (content := loaded.id_to_token(token))]

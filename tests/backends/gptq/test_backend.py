@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from exporter import Execution, export
+from exporter import Execution, export, make_plan
+from exporter.backends.base import Solution
 from exporter.backends.gptq.backend import GptqBackend, GptqPlan
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
 from exporter.backends.gptq.packing import Packed, unpack
+from exporter.backends.gptq.writer import GptqWriter
 from exporter.checkpoint import INDEX_NAME
-from exporter.errors import RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
+from exporter.errors import BackendError, RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel
 from exporter.reporter import Reporter
 from tests.exports import export_to, merge_with_us, recipe, refused
@@ -113,6 +116,8 @@ def test_options_take_the_place_of_the_short_form(model: MergedModel) -> None:
         ("gptq-int4-g128", {"desc_act": "true"}, "desc_act"),
         ("gptq-int4-g128", {"checkpoint_format": "gptq_v2"}, "gptq_v2"),
         ("gptq-int4-g128", {"overrides": {".*mlp.*": {"bits": 2}}}, "2 bits"),
+        # vLLM checks what the configuration says of all, even if no matrix is quantized so.
+        ("gptq-int2-g128", {"overrides": {".*": {"bits": 4}}}, "2 bits"),
     ],
 )
 def test_what_no_server_takes_is_refused(model: MergedModel, quant: str, options: dict[str, Any], reason: str) -> None:
@@ -131,6 +136,10 @@ def test_what_vllm_serves(model: MergedModel, quant: str) -> None:
     assert any("vLLM serves it" in note for note in plan.notes)
 
 
+def test_with_one_group_the_order_of_columns_does_not_matter(model: MergedModel) -> None:
+    assert plan_of(model, "gptq-int4-gall", desc_act="true").runtimes == ("vllm", "transformers")
+
+
 def test_rows_that_fill_no_group_are_refused(make_base: Make) -> None:
     model = merged_model(make_base("qwen2", hidden=96, intermediate=352))
     with pytest.raises(UnsupportedModelError) as caught:
@@ -146,6 +155,76 @@ def test_head_embedding_norms_and_routers_stay_in_16_bits(tmp_path: Path) -> Non
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.gate.weight"} <= kept
     assert not [name for name in kept if "_proj" in name]
     assert "model.layers.0.mlp.experts.7.down_proj.weight" in plan.calibrated
+
+
+# --- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_experts(tmp_path_factory.mktemp("experts") / "base", hidden=128)
+
+
+def test_transformers_is_not_promised_for_packed_experts(experts: Path) -> None:
+    model = merged_model(experts)
+    plan = plan_of(model, "gptq-int4-g32")
+    assert plan.runtimes == ("vllm",)
+    assert plan.packed_experts
+    assert any("transformers" in note and "experts" in note for note in plan.notes)
+    forced = plan_of(model, "gptq-int3-g32", **FORCED)
+    assert forced.runtimes == ()
+    assert any("transformers does not load it" in note for note in forced.notes)
+    kept = plan_of(model, "gptq-int4-g32", overrides={r".*\.experts\..*": None})
+    assert not kept.packed_experts
+    assert kept.runtimes == ("vllm",)
+
+
+def test_packed_experts_that_nothing_here_can_score_are_refused(experts: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"format": "gptq", "quant": "gptq-int4-g32", "verify": True, **SMALL}
+    values["evaluation"] = {"tokens": 64, "n_ctx": 64}
+    caught = refused(RecipeError, tmp_path / "out", experts, **values)
+    assert "make serve-env" in caught.remedy
+    assert "--no-verify" in caught.remedy
+    assert "transformers" not in caught.remedy
+    assert make_plan(recipe(experts, [], tmp_path / "out", **values | {"verify": False}), Execution()).runtimes == {}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {r".*experts\.0\..*": {"bits": 8}},
+        {r".*experts\.0\..*": None},
+        {r".*experts\..*\.down_proj": {"bits": 8}},
+        {r".*experts\..*\.(gate|up)_proj": {"group_size": -1}},
+    ],
+)
+def test_experts_of_a_layer_must_be_treated_alike(experts: Path, overrides: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_of(merged_model(experts), "gptq-int4-g32", overrides=overrides)
+    assert caught.value.thing.endswith("model.layers.0.mlp.experts")
+
+
+def test_rules_for_experts_have_the_name_that_vllm_asks_for(experts: Path) -> None:
+    overrides = {r".*layers\.0\..*experts\..*": {"bits": 8}, r".*layers\.2\.mlp\..*": None}
+    plan = plan_of(merged_model(experts), "gptq-int4-g32", overrides=overrides)
+    dynamic = json.loads(plan.documents["config.json"])["quantization_config"]["dynamic"]
+    (eight,) = (pattern[2:] for pattern in dynamic if pattern.startswith("+:"))
+    (kept,) = (pattern[2:] for pattern in dynamic if pattern.startswith("-:"))
+    for pattern, layer in ((eight, 0), (kept, 2)):
+        for name in ("experts", "experts.0.up_proj", "experts.7.down_proj"):
+            assert re.match(pattern, f"model.layers.{layer}.mlp.{name}")
+            assert not re.match(pattern, f"model.layers.{2 - layer}.mlp.{name}")
+        assert not re.match(pattern, f"model.layers.{layer}.mlp.gate")
+    assert plan.schemes["model.layers.0.mlp.experts.3.gate_proj.weight"].bits == 8
+
+
+def test_rules_for_experts_that_vllm_would_not_look_at_are_refused(tmp_path: Path) -> None:
+    """Its Marlin kernel takes experts with inputs of whole 128s; for others it knows no rules."""
+    model = merged_model(make_experts(tmp_path / "base"))
+    assert plan_of(model, "gptq-int4-g32").runtimes == ("vllm",)
+    for override in ({"bits": 8}, None):
+        with pytest.raises(UnservableError, match="experts"):
+            plan_of(model, "gptq-int4-g32", overrides={r".*\.experts\..*": override})
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -272,8 +351,6 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         export(broken, Execution(device="cpu"), Kill(layers))
     assert not (tmp_path / "broken").exists()
-    from exporter.backends.gptq.writer import GptqWriter
-
     solved: list[str] = []
     solve = GptqWriter.solve
 
@@ -309,6 +386,27 @@ def test_experts_that_saw_too_little_are_rounded_and_named(tmp_path: Path) -> No
     for name, tokens in figures["tokens"].items():
         assert (tokens < 128) == (name in figures["rounded"])
     assert figures["matrices"] == sum("_proj" in name for name in figures["tokens"]) == 3 * 4 + 3 + 2 * 8 * 3
+
+
+def test_a_matrix_that_was_never_solved_for_ends_the_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a model does not call a module that its files have: the folder would hold zeros for it."""
+    lost = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    solve = GptqWriter.solve
+
+    def losing(self: GptqWriter, weights: Any, moments: Any) -> Solution:
+        solution = solve(self, weights, moments)
+        return replace(solution, findings=tuple(one for one in solution.findings if one.name not in lost))
+
+    monkeypatch.setattr(GptqWriter, "solve", losing)
+    with pytest.raises(BackendError) as caught:
+        export_to(tmp_path / "out", base, format="gptq", **SMALL)
+    assert caught.value.thing == lost[0]
+    assert caught.value.found == "2 matrices that were never solved for"
+    assert caught.value.expected == "all 14 of the plan"
+    assert caught.value.exit_status == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_little_text_is_refused_with_the_number_that_is_needed(base: Path, tmp_path: Path) -> None:
