@@ -123,6 +123,7 @@ class Stream:
             self._offer(tensors, self._riders if riders is None else list(riders), targets or {})
 
     def _offer(self, tensors: Iterable[MergedTensor], riders: Sequence[Rider], targets: Mapping[str, Target]) -> None:
+        _await_memory(targets.values())
         pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]] = deque()
         try:
             for tensor in sorted(tensors, key=lambda one: (self._shards[one.source.file], one.source.start)):
@@ -173,6 +174,14 @@ class Stream:
             self._progress.read(nbytes)
 
 
+def _await_memory(targets: Iterable[Target]) -> None:
+    """Wait until nothing that this thread's stream has queued uses the targets' memory under its earlier owner: they
+    are filled on other streams."""
+    for device in {target.values.device for target in targets}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
 def _merge_block(
     merger: Merger,
     tensor: MergedTensor,
@@ -186,13 +195,14 @@ def _merge_block(
     wants_base = target is not None and not target.merged
     if wants_base and not takers:
         tensor, factors = replace(tensor, updates=()), ()
-    merged = merger.block(tensor, block, factors, base=rows if wants_base else None)
-    # Wherever the base is not finite, the sum is not either.
-    check_finite(tensor, merged)
-    if rows is not None and not wants_base:
-        rows.copy_(merged)
-    for rider in takers:
-        rider.writer.write(rider.tensors[tensor.name], block.first, merged)
+    with merger.on_device():
+        merged = merger.block(tensor, block, factors, base=rows if wants_base else None)
+        # Wherever the base is not finite, the sum is not either.
+        check_finite(tensor, merged)
+        if rows is not None and not wants_base:
+            rows.copy_(merged)
+        for rider in takers:
+            rider.writer.write(rider.tensors[tensor.name], block.first, merged)
 
 
 class _Commits:
