@@ -24,12 +24,12 @@ from exporter.model import MergedModel, MergedTensor
 SYNC_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rider:
-    """One artifact on the tour.
+    """One artifact on the tour. Riders are told apart by identity: two folders may have artifacts of one label.
 
     Attributes:
-        label: its name in the journal.
+        label: its name in the journal of its staging folder.
         tensors: its stored tensors by the name of the merged tensor they are made from.
         writer: where its rows go.
         staging: the folder that it is written under.
@@ -92,7 +92,7 @@ class Stream:
         self.merger = merger
         self._shards = {file: number for number, file in enumerate(model.base.shards)}
         self._riders = riders
-        self._done = {rider.label: rider.staging.done(rider.label) for rider in riders}
+        self._done = {rider: rider.staging.done(rider.label) for rider in riders}
         self._lock = threading.Lock()
         self._threads, self._block_bytes, self._progress = threads, block_bytes, progress
         self._commits = _Commits(riders)
@@ -129,7 +129,7 @@ class Stream:
             for tensor in sorted(tensors, key=lambda one: (self._shards[one.source.file], one.source.start)):
                 self._progress.reached(tensor.source.file)
                 takers = [rider for rider in riders if tensor.name in rider.tensors]
-                takers = [rider for rider in takers if rider.tensors[tensor.name].name not in self._done[rider.label]]
+                takers = [rider for rider in takers if rider.tensors[tensor.name].name not in self._done[rider]]
                 target = targets.get(tensor.name)
                 if not takers and target is None:
                     self._read(tensor, tensor.source.nbytes)

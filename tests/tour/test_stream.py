@@ -101,3 +101,20 @@ def test_a_block_is_used_where_it_was_computed(sources: tuple[Path, Path], tmp_p
     for name, target in targets.items():
         assert (target.values - expected[name]).abs().max() < 1e-6
         assert (rows_of(one)[name].view(target.values.shape) - expected[name]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_artifacts_of_one_label_are_told_apart(sources: tuple[Path, Path], tmp_path: Path, first: bool) -> None:
+    """Of two folders with the same type, one has what an earlier run wrote."""
+    model = merged_model(*sources)
+    written, fresh = Staging(tmp_path / "written", "key"), Staging(tmp_path / "fresh", "key")
+    written.record(("rider", tensor.name) for tensor in model.tensors)
+    written.close()
+    written = Staging(tmp_path / "written", "key")
+    riders = [rider(model, written), rider(model, fresh)]
+    offer(model, riders if first else riders[::-1])
+    assert rows_of(riders[0]) == {}
+    assert rows_of(riders[1]).keys() == {tensor.name for tensor in model.tensors}
+    assert fresh.done("rider") == {tensor.name for tensor in model.tensors}
+    written.close()
+    fresh.close()
