@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +71,10 @@ class Merger(Protocol):
 
     def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
         """The A matrices of the tensor's updates, float32 (rank, in_features), on `device`; read once per tensor."""
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Where this thread's blocks are computed, and must be used: a device may give a block's memory to the same
+        thread's next one without waiting for what was queued elsewhere. What is queued inside is done on leaving."""
 
 
 def resolve_device(name: str) -> str:
@@ -149,6 +154,10 @@ class CpuMerger:
         for update, factor in zip(tensor.updates, factors, strict=True):
             add_update(merged, self.left_rows(update, block), factor, update, TILE_ROWS["cpu"], self._workspace)
         return merged
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """See `Merger`. Nothing is queued on the CPU."""
+        return nullcontext()
 
     def left_rows(self, update: LowRankUpdate, block: RowBlock) -> torch.Tensor:
         """The rows of the left factor that a block needs: float32, shape (block.count, rank)."""

@@ -7,6 +7,8 @@ third's result copies out; the order of blocks is the caller's business.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,7 +40,7 @@ class CudaMerger:
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `exporter.merge.Merger`. Returns once the block is computed."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream()):
+        with self.on_device():
             raw = self._reader.rows(tensor.source, block.first, block.count)
             stored = torch.frombuffer(raw, dtype=DTYPES[tensor.source.dtype]).view(block.count, -1)
             merged = self._staged(stored).to(torch.float32)
@@ -47,8 +49,14 @@ class CudaMerger:
             for update, factor in zip(tensor.updates, factors, strict=True):
                 left = self._host.left_rows(update, block).to(self.device)
                 add_update(merged, left, factor, update, TILE_ROWS["cuda"])
-            self._stream().synchronize()
         return merged
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """See `exporter.merge.Merger`. The thread's own stream, which the default stream's kernels do not hold up."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream()):
+            yield
+            self._stream().synchronize()
 
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._local, "stream"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ class FolderPlan:
         backend: the backend that writes it.
         artifacts: one for each quantization type.
         options: the backend's options, as they were asked for.
+        runtimes: what will score each artifact, by its label, which is its own in this folder only; empty without
+            verification.
     """
 
     out: Path
     backend: Backend
     artifacts: tuple[OutputPlan, ...]
     options: Mapping[str, Any]
+    runtimes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +76,6 @@ class ExportPlan:
         walk_bytes: estimated peak memory of the walk, 0 if nothing needs activations.
         scratch_bytes: disk that the walk takes for a while, in the staging folder of the first output.
         seconds: rough duration on this machine.
-        runtimes: what will score each artifact, by its label; empty without verification.
         pack: the reference pack that is kept, or None.
     """
 
@@ -89,7 +91,6 @@ class ExportPlan:
     walk_bytes: int
     scratch_bytes: int
     seconds: float
-    runtimes: Mapping[str, str]
     pack: PackPlan | None = None
 
     @property
@@ -123,11 +124,13 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     kept = _pack_folder(recipe)
     outs = [output.out for output in recipe.outputs] + ([kept] if kept else [])
     base_source, adapter_sources, model = open_model(recipe, outs)
-    folders = tuple(_plan_folder(output, model, verified=recipe.verify) for output in recipe.outputs)
+    folders = _with_runtimes(
+        recipe, execution, [_plan_folder(output, model, verified=recipe.verify) for output in recipe.outputs]
+    )
     threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
-    runtimes = _check_verification(recipe, execution, artifacts)
-    servers = sum(runtimes.get(artifact.label) == "vllm" and execution.endpoint is None for artifact in artifacts)
+    chosen = [runtime for folder in folders for runtime in folder.runtimes.values()]
+    servers = 0 if execution.endpoint is not None else chosen.count("vllm")
     calibrate = any(artifact.needs != "nothing" for artifact in artifacts)
     check_windows(
         model.config,
@@ -160,7 +163,6 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) + held if walks else 0,
         scratch_bytes=scratch_bytes(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
         seconds=seconds(model, artifacts, threads, tokens, servers=servers, answers=recipe.evaluation.answers),
-        runtimes=runtimes,
         pack=pack,
     )
     _check_resources(plan)
@@ -229,23 +231,23 @@ def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> Folde
     return FolderPlan(output.out, backend, artifacts, output.options)
 
 
-def _check_verification(recipe: Recipe, execution: Execution, artifacts: list[OutputPlan]) -> dict[str, str]:
-    """Something must be able to score each artifact, and each limit must be one of an artifact that is made.
+def _with_runtimes(recipe: Recipe, execution: Execution, folders: Sequence[FolderPlan]) -> tuple[FolderPlan, ...]:
+    """The folders with the runtimes that will score their artifacts.
 
-    Returns:
-        The runtime that will score each artifact, by label.
+    Something must be able to score each artifact, and each limit must be one of an artifact that is made.
     """
     if not recipe.verify:
-        return {}
+        return tuple(folders)
+    artifacts = [artifact for folder in folders for artifact in folder.artifacts]
     for artifact in artifacts:
         if not artifact.runtimes:
             raise RecipeError(
                 artifact.label, found="no runtime that can score it", expected="one", remedy="Export with --no-verify."
             )
     check_types(recipe.evaluation.gate, [artifact.quant for artifact in artifacts])
-    chosen = {artifact.label: _scored_by(artifact, execution) for artifact in artifacts}
-    check_endpoint(execution.endpoint, list(chosen.values()))
-    return chosen
+    chosen = [{artifact.label: _scored_by(artifact, execution) for artifact in folder.artifacts} for folder in folders]
+    check_endpoint(execution.endpoint, [runtime for runtimes in chosen for runtime in runtimes.values()])
+    return tuple(replace(folder, runtimes=runtimes) for folder, runtimes in zip(folders, chosen, strict=True))
 
 
 def _scored_by(artifact: OutputPlan, execution: Execution) -> str:
@@ -299,7 +301,7 @@ def describe(plan: ExportPlan) -> dict[str, Any]:
             "tensors_updated": plan.model.updated,
             "untied": plan.model.untied,
         },
-        "outputs": [_describe_folder(folder, plan) for folder in plan.folders],
+        "outputs": [_describe_folder(folder) for folder in plan.folders],
         "tokens": _describe_tokens(plan.tokens),
         "reference": {
             "out": str(plan.pack.out),
@@ -336,7 +338,7 @@ def _describe_tokens(tokens: TokenSets) -> dict[str, Any]:
     }
 
 
-def _describe_folder(folder: FolderPlan, plan: ExportPlan) -> dict[str, Any]:
+def _describe_folder(folder: FolderPlan) -> dict[str, Any]:
     return {
         "out": str(folder.out),
         "artifacts": [
@@ -355,7 +357,7 @@ def _describe_folder(folder: FolderPlan, plan: ExportPlan) -> dict[str, Any]:
                     for tensor in artifact.fallbacks
                 ],
                 "notes": list(artifact.notes),
-                "verified_by": plan.runtimes.get(artifact.label),
+                "verified_by": folder.runtimes.get(artifact.label),
             }
             for artifact in folder.artifacts
         ],

@@ -132,7 +132,7 @@ def _files_table(plan: ExportPlan) -> Table:
     for folder in plan.folders:
         for artifact in folder.artifacts:
             shares = ", ".join(f"{kind} {entry['share']:.0%}" for kind, entry in type_shares(artifact).items())
-            judge = plan.runtimes.get(artifact.label, "nothing")
+            judge = folder.runtimes.get(artifact.label, "nothing")
             files = {file.name: file.nbytes for file in artifact.files} | dict(artifact.made)
             for index, (name, nbytes) in enumerate(files.items()):
                 first = index == 0

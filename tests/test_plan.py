@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from exporter import Recipe, export, make_plan
+from exporter import plan as plan_module
 from exporter.calibration import TokenSets
 from exporter.errors import (
     MissingFileError,
@@ -29,6 +30,10 @@ from tests.exports import export_to, recipe, refused
 from tests.folders import copy, hashes, listing
 
 Make = Callable[..., Path]
+FEW: dict[str, Any] = {
+    "calibration": {"text": Path(__file__), "tokens": 64, "window": 32},
+    "evaluation": {"n_ctx": 64, "tokens": 64},
+}
 
 
 class Usage(NamedTuple):
@@ -274,6 +279,23 @@ def test_plan_is_what_gets_written(base: Path, adapter: Path, tmp_path: Path, op
     assert {file["name"]: file["bytes"] for file in artifact["files"]} == written
     assert planned["disk_bytes"] == artifact["bytes"] == sum(written.values())
     assert sum(kind["share"] for kind in artifact["types"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_outputs_of_the_same_type_have_runtimes_of_their_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where vLLM is installed: it serves the plain one, and never the other.
+    monkeypatch.setattr(plan_module, "choose_runtime", lambda runtimes, **_: runtimes[0])
+    plain: dict[str, Any] = {"format": "gptq", "quant": "gptq-int4-g32", "out": tmp_path / "plain"}
+    forced = {"desc_act": True, "force_unservable": True}
+    outputs = [plain | {"out": tmp_path / "ordered", "options": forced}, plain]
+    for order in (outputs, outputs[::-1]):
+        plan = make_plan(Recipe.build({"base": str(base), "outputs": order} | FEW), Execution())
+        assert len({artifact.label for artifact in plan.artifacts}) == 1
+        verified_by = {
+            Path(folder["out"]).name: folder["artifacts"][0]["verified_by"] for folder in describe(plan)["outputs"]
+        }
+        assert verified_by == {"plain": "vllm", "ordered": "transformers"}
 
 
 # --- the reference pack ----------------------------------------------------------------------------------------------

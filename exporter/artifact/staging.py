@@ -99,15 +99,17 @@ class Staging:
         return done
 
     def done(self, artifact: str) -> set[str]:
-        """Names of an artifact's tensors that an earlier run brought to the disk."""
+        """Names of an artifact's tensors that this run or an earlier one brought to the disk."""
         return {tensor for label, tensor in self._done if label == artifact}
 
     def record(self, entries: Iterable[tuple[str, str]]) -> None:
         """Note tensors as done, by artifact and name. Their data must be on the disk already."""
+        noted = list(entries)
         # A leading newline closes whatever half a line a killed run left.
-        self._journal.write("\n" + "\n".join(json.dumps(entry) for entry in entries) + "\n")
+        self._journal.write("\n" + "\n".join(json.dumps(entry) for entry in noted) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
+        self._done.update(noted)
 
     def publish(self) -> Path:
         """Sync everything and rename the files to the output folder."""

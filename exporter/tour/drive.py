@@ -159,7 +159,12 @@ class _Boarded:
         return cls(folder, plan, writer, rider, observer, solver)
 
     def finish(self, plan: ExportPlan, findings: Mapping[str, Sequence[Finding]]) -> Written:
-        """Let the writer make what it makes at the end."""
+        """Let the writer make what it makes at the end.
+
+        Raises:
+            BackendError: a tensor was never written or never solved for.
+        """
+        self._check_written()
         mine = findings.get(self.solver.label, ()) if self.solver else ()
         missing = self.plan.calibrated - {finding.name for finding in mine} if self.solver else ()
         if missing:
@@ -172,6 +177,20 @@ class _Boarded:
         made = self.writer.finish(plan.tokens.calibration) if isinstance(self.writer, FinishingWriter) else Made(())
         digests = self.writer.digests() if isinstance(self.writer, HashingWriter) else {}
         return Written(digests, made, mine)
+
+    def _check_written(self) -> None:
+        """Every tensor that rides must be in the journal, or zeros would be published in its place."""
+        for rider in (self.rider, self.observer):
+            if rider is None:
+                continue
+            stored = {tensor.name for tensor in rider.tensors.values() if tensor.nbytes}
+            if missing := sorted(stored - rider.staging.done(rider.label)):
+                raise BackendError(
+                    missing[0],
+                    found=f"{len(missing)} tensors of {rider.label} that were never written",
+                    expected=f"all {len(stored)} of the plan",
+                    remedy="This is a defect of the tour.",
+                )
 
 
 def _defect(plan: OutputPlan, verb: str) -> BackendError:

@@ -24,12 +24,12 @@ from exporter.model import MergedModel, MergedTensor
 SYNC_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rider:
-    """One artifact on the tour.
+    """One artifact on the tour. Riders are told apart by identity: two folders may have artifacts of one label.
 
     Attributes:
-        label: its name in the journal.
+        label: its name in the journal of its staging folder.
         tensors: its stored tensors by the name of the merged tensor they are made from.
         writer: where its rows go.
         staging: the folder that it is written under.
@@ -92,7 +92,7 @@ class Stream:
         self.merger = merger
         self._shards = {file: number for number, file in enumerate(model.base.shards)}
         self._riders = riders
-        self._done = {rider.label: rider.staging.done(rider.label) for rider in riders}
+        self._done = {rider: rider.staging.done(rider.label) for rider in riders}
         self._lock = threading.Lock()
         self._threads, self._block_bytes, self._progress = threads, block_bytes, progress
         self._commits = _Commits(riders)
@@ -123,12 +123,13 @@ class Stream:
             self._offer(tensors, self._riders if riders is None else list(riders), targets or {})
 
     def _offer(self, tensors: Iterable[MergedTensor], riders: Sequence[Rider], targets: Mapping[str, Target]) -> None:
+        _await_memory(targets.values())
         pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]] = deque()
         try:
             for tensor in sorted(tensors, key=lambda one: (self._shards[one.source.file], one.source.start)):
                 self._progress.reached(tensor.source.file)
                 takers = [rider for rider in riders if tensor.name in rider.tensors]
-                takers = [rider for rider in takers if rider.tensors[tensor.name].name not in self._done[rider.label]]
+                takers = [rider for rider in takers if rider.tensors[tensor.name].name not in self._done[rider]]
                 target = targets.get(tensor.name)
                 if not takers and target is None:
                     self._read(tensor, tensor.source.nbytes)
@@ -173,6 +174,14 @@ class Stream:
             self._progress.read(nbytes)
 
 
+def _await_memory(targets: Iterable[Target]) -> None:
+    """Wait until nothing that this thread's stream has queued uses the targets' memory under its earlier owner: they
+    are filled on other streams."""
+    for device in {target.values.device for target in targets}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
 def _merge_block(
     merger: Merger,
     tensor: MergedTensor,
@@ -186,13 +195,14 @@ def _merge_block(
     wants_base = target is not None and not target.merged
     if wants_base and not takers:
         tensor, factors = replace(tensor, updates=()), ()
-    merged = merger.block(tensor, block, factors, base=rows if wants_base else None)
-    # Wherever the base is not finite, the sum is not either.
-    check_finite(tensor, merged)
-    if rows is not None and not wants_base:
-        rows.copy_(merged)
-    for rider in takers:
-        rider.writer.write(rider.tensors[tensor.name], block.first, merged)
+    with merger.on_device():
+        merged = merger.block(tensor, block, factors, base=rows if wants_base else None)
+        # Wherever the base is not finite, the sum is not either.
+        check_finite(tensor, merged)
+        if rows is not None and not wants_base:
+            rows.copy_(merged)
+        for rider in takers:
+            rider.writer.write(rider.tensors[tensor.name], block.first, merged)
 
 
 class _Commits:

@@ -122,7 +122,7 @@ class Walk:
     def _layer(self, index: int, tensors: Sequence[MergedTensor], loader: Loader) -> None:
         moments: dict[str, SecondMoments] = {}
         if self._trained:
-            self._beside.install(index, loader.next())
+            self._install(self._beside, index, loader.next())
             moments = self._pass_trained(index, tensors)
             self._beside.strip(index)
         if self._passengers.observers:
@@ -179,7 +179,7 @@ class Walk:
                     observer.writer.observe(observer.tensors[name], one.sums.numpy(), one.tokens)
 
     def _solve(self, index: int, solver: Solver, slot: Slot) -> None:
-        self._install(index, slot)
+        self._install(self._merged, index, slot)
         (states,) = self._states[solver.label]
         modules = self._merged.modules(index)
         groups = shared_inputs(name for name in modules if name in solver.sources)
@@ -194,7 +194,7 @@ class Walk:
                 hessian = hessians.pop(group)
                 solved = solver.writer.solve({name: slot[name] for name in group}, hessian)
                 self._findings.add(solver.label, solved.findings)
-                self._install(index, solved.weights)
+                self._install(self._merged, index, solved.weights)
         self._forward(self._merged, index, states, keep=True)
 
     @staticmethod
@@ -203,8 +203,9 @@ class Walk:
         last = groups[-1][0]
         return last if last.endswith(".mlp.down_proj.weight") else None
 
-    def _install(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        self._merged.install(index, {name: weight.to(self._settings.dtype) for name, weight in weights.items()})
+    def _install(self, skeleton: Skeleton, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """In what the layers compute in, or by promotion they would compute in what the buffers hold."""
+        skeleton.install(index, {name: weight.to(self._settings.dtype) for name, weight in weights.items()})
 
     def _forward(self, skeleton: Skeleton, index: int, states: States, *, keep: bool) -> None:
         """Send all windows of a group through a layer; `keep` says whether its output replaces its input."""

@@ -265,7 +265,7 @@ def verify_artifacts(
             artifact.label,
             artifact.quant,
             files if artifact.entry == "." else files / artifact.entry,
-            load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint),
+            load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
             gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate),
             folder.backend,
         )

@@ -174,9 +174,9 @@ def test_the_plan_says_what_will_score(
     windows: dict[str, Any] = {"evaluation": {"n_ctx": 256}, "calibration": {"window": 256}}
     plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True, **windows), execution)
     (artifact,) = describe(plan)["outputs"][0]["artifacts"]
-    assert artifact["verified_by"] == plan.runtimes[plan.artifacts[0].label] == runtime
+    assert artifact["verified_by"] == plan.folders[0].runtimes[plan.artifacts[0].label] == runtime
     unverified = make_plan(recipe(base, [], tmp_path / "out", format=format_), execution)
-    assert unverified.runtimes == {}
+    assert unverified.folders[0].runtimes == {}
     assert describe(unverified)["outputs"][0]["artifacts"][0]["verified_by"] is None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import pytest
 import torch
 
 from exporter.backends.gguf.imatrix import read_imatrix
+from exporter.checkpoint import TensorReader
+from exporter.merge import CpuMerger, RowBlock, make_merger
+from exporter.tour.stream import Progress, Stream, Target
 from exporter.verify.reference import score_reference
 from tests.exports import export_to
 from tests.folders import model_tensors
@@ -64,3 +70,59 @@ def test_gptq_loses_as_little(make_base: Callable[..., Path], tmp_path: Path) ->
     cpu, cuda = (model_tensors(tmp_path / device) for device in ("cpu", "cuda"))
     assert cpu.keys() == cuda.keys()
     assert all(cpu[name].shape == cuda[name].shape for name in cpu)
+
+
+@contextmanager
+def busy_default_stream() -> Iterator[None]:
+    """Kernels of milliseconds, always several of them waiting on the default stream, as a layer's forward leaves it."""
+    done = threading.Event()
+
+    def feed() -> None:
+        waiting: deque[torch.cuda.Event] = deque()
+        while not done.is_set():
+            torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+            waiting.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+            waiting[-1].record()
+            if len(waiting) > 4:
+                waiting.popleft().synchronize()
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    try:
+        yield
+    finally:
+        done.set()
+        feeder.join()
+
+
+def test_a_layer_is_loaded_whole_while_another_computes(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path]
+) -> None:
+    """The weights of the next layer come while this one's kernels are waiting: a copy that waits behind them finds the
+    memory of its block taken by the thread's next one.
+
+    Needs a device whose default stream can be kept busy, which is any; and tensors of several blocks, whose memory the
+    allocator hands out again at once.
+    """
+    base = make_base("qwen2", tied=False, hidden=512, intermediate=6000, heads=8)
+    model = merged_model(base, make_adapter(base))
+    layers = [tensor for tensor in model.tensors if ".layers." in tensor.name and len(tensor.shape) == 2]
+    with TensorReader() as reader:
+        targets = {
+            tensor.name: Target(torch.zeros(tensor.shape, device="cuda"), merged=number % 2 == 0)
+            for number, tensor in enumerate(layers)
+        }
+        merger = make_merger("cuda", reader)
+        stream = Stream(model, (), merger, threads=1, block_bytes=1 << 20, progress=Progress())
+        try:
+            with busy_default_stream():
+                stream.offer(layers, (), targets)
+                found = {name: target.values.cpu() for name, target in targets.items()}
+        finally:
+            stream.close()
+        cpu = CpuMerger(reader)
+        for tensor in layers:
+            held = torch.empty(tensor.shape)
+            merged = cpu.block(tensor, RowBlock(0, tensor.source.rows), cpu.factors(tensor), base=held)
+            expected = merged if targets[tensor.name].merged else held
+            assert torch.allclose(found[tensor.name], expected, rtol=1e-6, atol=1e-7), tensor.name

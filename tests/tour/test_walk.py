@@ -191,6 +191,28 @@ def test_solved_layers_feed_the_next_ones(sources: tuple[Path, Path], ahead: boo
                 state[name].copy_(value)
 
 
+def test_layers_compute_in_bfloat16_with_a_solver_and_without(sources: tuple[Path, Path]) -> None:
+    """As the whole model does in bfloat16, with the adapter beside it; the solver is given float32 all the same."""
+    model = merged_model(*sources)
+    writer = Coarse()
+    solver = Solver("coarse", frozenset(projections(model)), writer)
+    found = []
+    for passengers in (Passengers(), Passengers(solvers=[solver])):
+        with walking(model, passengers, dtype=torch.bfloat16) as walk:
+            found.append(walk.run().states[0].read(slice(0, 2)))
+    assert torch.equal(*found)
+    whole = load_peft(*sources)
+    exact = hidden_after_layers(whole.base_model.model, IDS[:2])
+    # Not `.to`, which would round the buffers of the rotary embedding as well.
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    rounded = hidden_after_layers(whole.base_model.model, IDS[:2])
+    assert found[0].dtype == torch.bfloat16
+    # Far nearer to the same arithmetic than to float32.
+    assert (found[0] - rounded).abs().mean() < 0.2 * (exact - rounded).abs().mean()
+    assert {value.dtype for value in (*writer.hessians.values(), *writer.solved.values())} == {torch.float32}
+
+
 def test_a_walk_that_was_killed_goes_on_with_the_same_states(sources: tuple[Path, Path], staging: Staging) -> None:
     model = merged_model(*sources)
 

@@ -124,7 +124,7 @@ def answer_artifacts(
         Served(
             artifact.label,
             files if artifact.entry == "." else files / artifact.entry,
-            load_runtime(plan.runtimes[artifact.label], device, plan.execution.endpoint),
+            load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
         )
         for folder, files in staged
         for artifact in folder.artifacts

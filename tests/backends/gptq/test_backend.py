@@ -186,7 +186,10 @@ def test_packed_experts_that_nothing_here_can_score_are_refused(experts: Path, t
     assert "make serve-env" in caught.remedy
     assert "--no-verify" in caught.remedy
     assert "transformers" not in caught.remedy
-    assert make_plan(recipe(experts, [], tmp_path / "out", **values | {"verify": False}), Execution()).runtimes == {}
+    assert (
+        make_plan(recipe(experts, [], tmp_path / "out", **values | {"verify": False}), Execution()).folders[0].runtimes
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
