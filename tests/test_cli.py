@@ -436,7 +436,7 @@ def test_recipe_file_and_a_kept_reference(workplace: Path, inputs: Arguments) ->
     assert "bf16.reference" in invoke("plan", "recipe.yaml", "--keep-reference").stdout
     assert planned["windows"] == {"first": 2, "most": 2}
     drawn = ("--keep-reference", "--eval-tokens", "128", "--eval-window", "64", "--max-eval-tokens", "512")
-    shown = invoke("plan", *inputs, "--format", "gguf", "--out", "other", *drawn).stdout
+    shown = invoke("plan", *inputs, "--format", "gguf", "--out", "other", "--window", "64", *drawn).stdout
     assert "with 6 windows that may be drawn" in shown
     result = invoke("export", "recipe.yaml", "--keep-reference")
     assert result.exit_code == 0, result.stderr

@@ -192,7 +192,9 @@ def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype
         ) from None
     for name, adapter in zip(names, adapters, strict=True):
         _load_adapter(wrapped, name, adapter, device, dtype)
-    _add_in_products(wrapped)
+    if dtype == torch.float32:
+        # In fewer bits it would round elsewhere than the model's own code does.
+        _add_in_products(wrapped)
     return wrapped.get_base_model()
 
 

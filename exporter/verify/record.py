@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 from exporter.artifact.files import FileRecord, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.calibration import EMBEDDED, TokenSets, make_token_sets
-from exporter.errors import ArtifactError, RecipeError
+from exporter.checkpoint import read_header
+from exporter.errors import ArtifactError, ExporterError, RecipeError
 from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes.base import choose_runtime
 from exporter.tokenizer import TokenizerFiles
@@ -47,7 +48,14 @@ class PublishedArtifact(BaseModel):
             RecipeError: none can be had here.
         """
         names = (wanted,) if wanted else self.runtimes
-        return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed_bits=_packed_bits(self.path(folder)))
+        entry = self.path(folder)
+        return choose_runtime(
+            names,
+            endpoint=endpoint,
+            wanted=wanted,
+            packed_bits=_packed_bits(entry),
+            packed_experts=_packed_experts(entry),
+        )
 
 
 class _Calibration(BaseModel):
@@ -199,3 +207,15 @@ def _packed_bits(entry: Path) -> int | None:
         return max(int(one["bits"]) for one in (config, *rules) if "bits" in one)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _packed_experts(entry: Path) -> bool:
+    """Whether experts are among the GPTQ weights of a model folder; not where its files cannot be read."""
+    try:
+        return any(
+            ".experts." in name and name.endswith(".qweight")
+            for file in entry.glob("*.safetensors")
+            for name in read_header(file)
+        )
+    except ExporterError:
+        return False

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from exporter.calibration import TokenSets, make_token_sets, make_windows
 from exporter.embedded import embedded_text
@@ -31,8 +33,15 @@ ARTIFACT = PublishedArtifact(format="gptq", quant="x", entry=".", runtimes=["vll
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """vLLM is here and multiplies with 4 bits alone; transformers loads GPTQ."""
     monkeypatch.setenv(vllm.ENVIRONMENT, str(make_environment(tmp_path / "serve")))
-    monkeypatch.setattr(vllm, "missing_kernel", lambda bits: None if bits == 4 else f"no kernel for {bits} bits")
+    monkeypatch.setattr(vllm, "missing_kernel", missing_kernel)
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
+
+
+def missing_kernel(bits: int, *, experts: bool) -> str | None:
+    """In place of vLLM's own."""
+    if experts:
+        return "no kernel for experts"
+    return None if bits == 4 else f"no kernel for {bits} bits"
 
 
 def folder_of(folder: Path, quantization: Any) -> Path:
@@ -70,6 +79,15 @@ def test_a_folder_without_packed_weights_is_scored_by_the_first(tmp_path: Path) 
 def test_a_runtime_that_is_wanted_and_has_no_kernel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no kernel for 8 bits"):
         ARTIFACT.runtime(folder_of(tmp_path / "out", {"bits": 8}), wanted="vllm")
+
+
+def test_packed_experts_are_seen_in_the_folder(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "out", {"bits": 4})
+    names = ("model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.qweight")
+    save_file({name: torch.zeros(1) for name in names}, folder / "model-1.safetensors")
+    assert ARTIFACT.runtime(folder) == "vllm"
+    save_file({"model.layers.0.mlp.experts.3.up_proj.qweight": torch.zeros(1)}, folder / "model-2.safetensors")
+    assert ARTIFACT.runtime(folder) == "transformers"
 
 
 @pytest.mark.parametrize("options", [{}, {"overrides": {".*down_proj": {"bits": 8}}}])
