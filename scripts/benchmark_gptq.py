@@ -54,6 +54,8 @@ def theirs(args: argparse.Namespace, quant: str) -> Step:
         "target": str(output.absolute()),
         "windows": calibration_windows(args),
         "max_shard_bytes": 5 * 10**9,
+        "device": args.device.partition(":")[0],
+        "threads": measure.cores(),
         "quantize": {
             "bits": int(bits),
             "group_size": -1 if group == "all" else int(group),
@@ -97,7 +99,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--quants", nargs="+", default=["gptq-int4-g128"])
     parser.add_argument("--eval-tokens", type=int, default=8192)
-    parser.add_argument("--device", default="cpu", help="of the exporter; GPTQModel takes a GPU if there is one")
+    parser.add_argument("--device", default="cpu", help="where both compute")
     parser.add_argument("--alone", action="store_true", help="without GPTQModel")
     parser.add_argument("--keep", action="store_true", help="leave the folders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement as JSON")
