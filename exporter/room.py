@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from exporter.errors import (
 )
 from exporter.recipe import Inputs
 from exporter.sources import Source
+from exporter.tour.sizes import KEEP_BYTES
 
 # export.json and the like, beside the planned files.
 _SLACK_BYTES = 8 << 20
@@ -107,12 +108,17 @@ def check_disk(written: Sequence[tuple[Path, int]]) -> None:
             )
 
 
-def check_memory(walk_bytes: int, otherwise: str = "") -> None:
+def states_budget() -> int:
+    """Bytes of hidden states that a walk keeps in memory: a quarter of what is available, and not without bound."""
+    return min(KEEP_BYTES, psutil.virtual_memory().available // 4)
+
+
+def check_memory(walk_bytes: int, lighter: Mapping[str, int]) -> None:
     """There must be memory for the walk.
 
     Args:
         walk_bytes: estimated peak.
-        otherwise: how to do without a walk, to end the remedy with.
+        lighter: estimates of what would take less, by words that follow "with".
 
     Raises:
         NotEnoughMemoryError: there is less.
@@ -123,9 +129,14 @@ def check_memory(walk_bytes: int, otherwise: str = "") -> None:
             "the walk through the layers",
             found=f"{memory / 1e9:.1f} GB of memory available",
             expected=f"{walk_bytes / 1e9:.1f} GB",
-            remedy="Run on a machine with more memory, with fewer tokens, or with --compute-dtype "
-            f"bfloat16{otherwise}.",
+            remedy=_with_less(lighter, memory),
         )
+
+
+def _with_less(lighter: Mapping[str, int], memory: int) -> str:
+    """The remedy: of all that takes less memory, what fits."""
+    fitting = [f"with {name} ({nbytes / 1e9:.1f} GB at least)" for name, nbytes in lighter.items() if nbytes <= memory]
+    return f"Run on a machine with more memory{''.join(f', or {one}' for one in fitting)}."
 
 
 def _existing_parent(out: Path) -> Path:

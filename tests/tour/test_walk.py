@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from exporter.artifact.staging import Staging
 from exporter.backends.base import Finding, Solution, TensorPlan
 from exporter.backends.gptq.hessian import Moments
+from exporter.calibration import CalibrationWindows, TokenSets
 from exporter.checkpoint import TensorReader
+from exporter.estimate import PlannedWalk
 from exporter.merge import make_merger
 from exporter.model import MergedModel
 from exporter.tour.passengers import Passengers, Settings, Solver
@@ -23,7 +26,7 @@ from exporter.tour.states import Group, States
 from exporter.tour.stream import Progress, Rider, Stream
 from exporter.tour.walk import Walk
 from exporter.verify.reference import score_reference
-from tests.merged import load_peft, merged_model, random_windows
+from tests.merged import load_peft, merged_model, plan_gguf, random_windows
 from tests.models import make_tokenizer
 
 IDS = np.random.default_rng(5).integers(0, 384, (3, 24))
@@ -253,6 +256,25 @@ def test_large_states_are_kept_in_a_file(sources: tuple[Path, Path], staging: St
         assert (staging.scratch / "hidden trained evaluation").stat().st_size == in_file[0].nbytes
     everything = slice(0, 2)
     assert torch.equal(in_memory[0].read(everything), in_file[0].read(everything))
+
+
+def test_states_that_are_small_one_by_one_stay_in_memory_up_to_their_sum(
+    sources: tuple[Path, Path], staging: Staging
+) -> None:
+    model = merged_model(*sources)
+    passengers = Passengers(observers=[observer(model, staging)])
+    # 2, 3 windows: each fits by itself, both do not.
+    window = IDS.shape[1] * int(model.config["hidden_size"]) * 4
+    with walking(model, passengers, scratch=staging.scratch, keep_bytes=5 * window - 1):
+        assert [file.name for file in staging.scratch.glob("hidden *")] == ["hidden trained calibration"]
+    calibration = CalibrationWindows(tuple(map(tuple, IDS.tolist())), IDS.shape[1], "", 0, "")
+    tokens = TokenSets(random_windows(2, IDS.shape[1], 384), calibration)
+    artifact = replace(plan_gguf(model), needs="moments")
+    all_in, one_out = (
+        PlannedWalk(model, [artifact], tokens, "float32", keep_bytes) for keep_bytes in (5 * window, 5 * window - 1)
+    )
+    assert (all_in.scratch_bytes, one_out.scratch_bytes) == (10 * window, 13 * window)
+    assert all_in.memory - one_out.memory == pytest.approx(1.15 * 3 * window, abs=1)
 
 
 def make_experts(folder: Path, hidden: int = 64) -> Path:
