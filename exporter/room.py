@@ -14,6 +14,7 @@ from exporter.errors import (
     MissingFileError,
     NotEnoughDiskError,
     NotEnoughMemoryError,
+    OutOfMemoryError,
     OutputExistsError,
     OverlappingPathsError,
     RecipeError,
@@ -24,6 +25,10 @@ from exporter.tour.sizes import KEEP_BYTES
 
 # export.json and the like, beside the planned files.
 _SLACK_BYTES = 8 << 20
+# What torch says where a CUDA device has no memory left.
+_DEVICE_OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_LESS_MEMORY = "End what else takes memory, or use fewer --threads or tokens, or a machine with more memory."
+_LESS_DEVICE_MEMORY = "End what else takes memory there, or use --device cpu, or a device with more memory."
 
 
 def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...]) -> None:
@@ -131,6 +136,31 @@ def check_memory(walk_bytes: int, lighter: Mapping[str, int]) -> None:
             expected=f"{walk_bytes / 1e9:.1f} GB",
             remedy=_with_less(lighter, memory),
         )
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """What an error means if an allocation that failed is behind it, on the CPU or on a device; None if none is.
+
+    torch raises a RuntimeError that only its text tells apart: c10/core/impl/alloc_cpu.cpp, c10/cuda/CUDAException.h,
+    and the status names of cuBLAS.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        text = str(behind)
+        on_device = any(one in text for one in _DEVICE_OUT_OF_MEMORY)
+        if isinstance(behind, MemoryError) or (
+            isinstance(behind, RuntimeError) and (on_device or "DefaultCPUAllocator: " in text)
+        ):
+            place = "memory of the device" if on_device else "memory"
+            return OutOfMemoryError(
+                place,
+                found=(text.strip().splitlines() or [type(behind).__name__])[0][:300],
+                expected=f"{place} for one more allocation",
+                remedy=f"{_LESS_DEVICE_MEMORY if on_device else _LESS_MEMORY} The same command goes on from what is "
+                "staged.",
+            )
+        behind = behind.__context__
+    return None
 
 
 def _with_less(lighter: Mapping[str, int], memory: int) -> str:
