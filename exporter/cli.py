@@ -389,20 +389,24 @@ def _guarded(console: Console, run: Callable[[], int], stop: Callable[[], None] 
     """Run a command; turn what a user can cause into a message and an exit status, never a traceback."""
     try:
         status = run()
-    except ExporterError as error:
-        from exporter.screen import show_error
-
-        stop()
-        show_error(console, error)
-        status = error.exit_status
     except KeyboardInterrupt:
         stop()
         console.print("interrupted; the same command goes on from what is staged", highlight=False)
         status = 130
-    except (OSError, MemoryError) as error:
+    except (ExporterError, OSError, MemoryError, RuntimeError) as raised:
+        from exporter.room import out_of_memory
+        from exporter.screen import show_error
+
         stop()
-        console.print(f"[bold red]failed[/]  {escape(str(error) or type(error).__name__)}", highlight=False)
-        status = 1
+        error = out_of_memory(raised) or raised
+        if isinstance(error, ExporterError):
+            show_error(console, error)
+            status = error.exit_status
+        elif isinstance(error, OSError):
+            console.print(f"[bold red]failed[/]  {escape(str(error) or type(error).__name__)}", highlight=False)
+            status = 1
+        else:
+            raise
     raise typer.Exit(status)
 
 

@@ -74,6 +74,12 @@ class NotEnoughMemoryError(RefusalError):
     """A step of the plan needs more memory than the machine has available."""
 
 
+class OutOfMemoryError(NotEnoughMemoryError):
+    """Memory ran out on the way, against the estimate; what is staged stays."""
+
+    exit_status = 1
+
+
 class StagingInUseError(RefusalError):
     """Another run is writing to the same staging folder."""
 

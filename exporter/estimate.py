@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from exporter.backends.base import OutputPlan
 from exporter.calibration import TokenSets
 from exporter.checkpoint import DTYPE_BYTES
 from exporter.model import MergedModel
 from exporter.tour.inputs import shared_inputs
-from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS
+from exporter.tour.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS, stay_in_memory
 
 # Interpreter, torch and this package, and the buffers for hashing.
 _RESIDENT_BYTES = 250 << 20
@@ -45,52 +46,116 @@ def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
     return _RESIDENT_BYTES + (threads + 1) * _BLOCK_FACTOR * block_bytes + 2 * factors
 
 
-def tour_memory(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: TokenSets, compute_dtype: str) -> int:
-    """Estimated peak memory of a tour that walks: one layer, activations of a pass, Hessians, and all hidden states;
-    or at its end the head with its logits."""
-    hidden = int(model.config.get("hidden_size") or 0)
-    inner = max(int(model.config.get("intermediate_size") or 0), 4 * hidden)
-    item = 2 if compute_dtype == "bfloat16" else 4
-    adapters = sum(
-        item * update.rank * (update.a.shape[1] + update.b.shape[0])
-        for adapter in model.adapters
-        for update in adapter.updates.values()
-    )
-    evaluated = tokens.evaluation.tokens if tokens.evaluation else 0
-    solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]
-    states = sum(min(KEEP_BYTES, nbytes) for nbytes in hidden_bytes(model, artifacts, tokens, compute_dtype))
-    longest = max(
-        tokens.evaluation.n_ctx if tokens.evaluation else 0, tokens.calibration.window if tokens.calibration else 0
-    )
-    passing = item * max(BATCH_TOKENS["cpu"], longest) * (4 * hidden + 3 * inner)
-    layer = max(layer_bytes(model), default=0) * (1 if solved else item / 4)
-    solving = max((solving_memory(model, artifact.calibrated) for artifact in solved), default=0)
-    scoring = 0
-    if evaluated and (head := model.head):
-        kept = 4 if head.updates else DTYPE_BYTES[head.source.dtype]
-        scoring = kept * head.elements + 4 * hidden * (HEAD_ROWS + evaluated) + 2 * 4 * head.shape[0] * LOGIT_ROWS
-    return round(_MARGIN * (_WALK_RESIDENT_BYTES + adapters + states + max(layer + max(passing, solving), scoring)))
+@dataclass(frozen=True)
+class PlannedWalk:
+    """What a walk will take.
 
+    Attributes:
+        model: the merged model.
+        artifacts: all that are made.
+        tokens: the windows that travel.
+        compute_dtype: what the layers compute in: float32 or bfloat16.
+        keep_bytes: all hidden states together stay in memory up to this size.
+        held_bytes: of a reference pack, what stays in memory until it is written.
+    """
 
-def hidden_bytes(
-    model: MergedModel, artifacts: Sequence[OutputPlan], tokens: TokenSets, compute_dtype: str
-) -> list[int]:
-    """Bytes of the hidden states of each group of windows that travels: the trained model's, and one for each artifact
-    that is solved for."""
-    item = int(model.config.get("hidden_size") or 0) * (2 if compute_dtype == "bfloat16" else 4)
-    evaluated = tokens.evaluation.tokens if tokens.evaluation else 0
-    calibrated = tokens.calibration.tokens if tokens.calibration else 0
-    observed = calibrated * any(artifact.needs == "moments" for artifact in artifacts)
-    return [item * evaluated, item * observed] + [
-        item * calibrated for artifact in artifacts if artifact.needs == "hessians"
-    ]
+    model: MergedModel
+    artifacts: Sequence[OutputPlan]
+    tokens: TokenSets
+    compute_dtype: str
+    keep_bytes: int = KEEP_BYTES
+    held_bytes: int = 0
 
+    @property
+    def walks(self) -> bool:
+        """Whether anything needs it."""
+        needing = any(artifact.needs in ("moments", "hessians") for artifact in self.artifacts)
+        return self.tokens.evaluation is not None or needing
 
-def scratch_bytes(model: MergedModel, artifacts: Sequence[OutputPlan], tokens: TokenSets, compute_dtype: str) -> int:
-    """Disk that a walk takes for a while: hidden states after the last layer and the one before, from which a killed
-    run goes on; and those that are too large for memory."""
-    found = hidden_bytes(model, artifacts, tokens, compute_dtype)
-    return 2 * sum(found) + sum(nbytes for nbytes in found if nbytes > KEEP_BYTES)
+    @property
+    def memory(self) -> int:
+        """Estimated peak memory: one layer, activations of a pass, Hessians, and the hidden states that stay; or at
+        its end the head with its logits. 0 without a walk."""
+        if not self.walks:
+            return 0
+        return round(_MARGIN * (_WALK_RESIDENT_BYTES + self._kept + self._computing)) + self.held_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk that it takes for a while: hidden states after the last layer and the one before, from which a killed
+        run goes on; and those that do not stay in memory."""
+        if not self.walks:
+            return 0
+        return 3 * sum(self._states) - self._kept
+
+    def lighter(self) -> dict[str, int]:
+        """What would take less memory, in words that follow "with", and the estimate of each."""
+        evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
+        few = TokenSets(
+            replace(evaluation, ids=evaluation.ids[:1]) if evaluation else None,
+            replace(calibration, ids=calibration.ids[:1]) if calibration else None,
+        )
+        others = [artifact for artifact in self.artifacts if artifact.needs != "hessians"]
+        found = {
+            "--compute-dtype bfloat16": replace(self, compute_dtype="bfloat16"),
+            "fewer tokens": replace(self, tokens=few),
+        }
+        if self.artifacts and evaluation:
+            found["--no-verify"] = replace(self, tokens=replace(self.tokens, evaluation=None), held_bytes=0)
+        if len(others) < len(self.artifacts):
+            found["outputs that need no Hessians"] = replace(self, artifacts=others)
+        return {name: walk.memory for name, walk in found.items() if walk.memory < self.memory}
+
+    @property
+    def _item(self) -> int:
+        return 2 if self.compute_dtype == "bfloat16" else 4
+
+    @property
+    def _layer(self) -> float:
+        """Buffers of the largest layer: float32 where weights are solved for."""
+        solved = any(artifact.needs == "hessians" for artifact in self.artifacts)
+        return max(layer_bytes(self.model), default=0) * (1 if solved else self._item / 4)
+
+    @property
+    def _computing(self) -> float:
+        """Adapters, and a layer with the most that is done with it; or the head."""
+        hidden = int(self.model.config.get("hidden_size") or 0)
+        inner = max(int(self.model.config.get("intermediate_size") or 0), 4 * hidden)
+        evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
+        adapters = sum(
+            self._item * update.rank * (update.a.shape[1] + update.b.shape[0])
+            for adapter in self.model.adapters
+            for update in adapter.updates.values()
+        )
+        longest = max(evaluation.n_ctx if evaluation else 0, calibration.window if calibration else 0)
+        passing = self._item * max(BATCH_TOKENS["cpu"], longest) * (4 * hidden + 3 * inner)
+        solved = [artifact.calibrated for artifact in self.artifacts if artifact.needs == "hessians"]
+        solving = max((solving_memory(self.model, names) for names in solved), default=0)
+        # What the layers compute in, beside buffers of float32.
+        cast = max(layer_bytes(self.model), default=0) / 2 if solved and self._item == 2 else 0
+        scoring = 0
+        if evaluation and (head := self.model.head):
+            kept = 4 if head.updates else DTYPE_BYTES[head.source.dtype]
+            states = 4 * hidden * (HEAD_ROWS + evaluation.tokens)
+            scoring = kept * head.elements + states + 2 * 4 * head.shape[0] * LOGIT_ROWS
+        return adapters + max(self._layer + cast + max(passing, solving), scoring)
+
+    @property
+    def _kept(self) -> int:
+        """Bytes of the hidden states that stay in memory."""
+        stay = stay_in_memory(self._states, self.keep_bytes)
+        return sum(nbytes for nbytes, stays in zip(self._states, stay, strict=True) if stays)
+
+    @property
+    def _states(self) -> list[int]:
+        """Bytes of the hidden states of each group of windows that travels: the trained model's, and one for each
+        artifact that is solved for."""
+        item = int(self.model.config.get("hidden_size") or 0) * self._item
+        evaluated = self.tokens.evaluation.tokens if self.tokens.evaluation else 0
+        calibrated = self.tokens.calibration.tokens if self.tokens.calibration else 0
+        observed = calibrated * any(artifact.needs == "moments" for artifact in self.artifacts)
+        solved = sum(artifact.needs == "hessians" for artifact in self.artifacts)
+        return [item * evaluated, item * observed] + [item * calibrated] * solved
 
 
 def solving_memory(model: MergedModel, solved: Collection[str]) -> int:

@@ -17,11 +17,11 @@ from exporter.errors import (
     OutputExistsError,
     RecipeError,
 )
-from exporter.estimate import merge_memory, scratch_bytes, seconds, tour_memory
+from exporter.estimate import PlannedWalk, merge_memory, seconds
 from exporter.model import MergedModel, plan_merge
 from exporter.positions import check_windows
 from exporter.recipe import Execution, Inputs, Output, Recipe
-from exporter.room import check_disk, check_memory, check_paths
+from exporter.room import check_disk, check_memory, check_paths, states_budget
 from exporter.runtimes.base import check_endpoint, choose_runtime
 from exporter.sources import Source, resolve_adapter, resolve_base
 from exporter.stopping import stop_tokens
@@ -73,8 +73,7 @@ class ExportPlan:
         threads: worker threads.
         tokens: evaluation and calibration windows.
         merge_bytes: estimated peak memory of merging and writing.
-        walk_bytes: estimated peak memory of the walk, 0 if nothing needs activations.
-        scratch_bytes: disk that the walk takes for a while, in the staging folder of the first output.
+        walk: what the walk takes, if anything needs activations.
         seconds: rough duration on this machine.
         pack: the reference pack that is kept, or None.
     """
@@ -88,8 +87,7 @@ class ExportPlan:
     threads: int
     tokens: TokenSets
     merge_bytes: int
-    walk_bytes: int
-    scratch_bytes: int
+    walk: PlannedWalk
     seconds: float
     pack: PackPlan | None = None
 
@@ -101,7 +99,17 @@ class ExportPlan:
     @property
     def walks(self) -> bool:
         """Whether something needs activations, so that the tour walks through the layers."""
-        return self.walk_bytes > 0
+        return self.walk.walks
+
+    @property
+    def walk_bytes(self) -> int:
+        """Estimated peak memory of the walk, 0 if nothing needs activations."""
+        return self.walk.memory
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk that the walk takes for a while, in the staging folder of the first output."""
+        return self.walk.scratch_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -148,7 +156,6 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     if kept and tokens.evaluation:
         most = most_windows(recipe.evaluation, tokens.evaluation)
         pack = PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation, most)
-    walks = tokens.evaluation is not None or any(artifact.needs in ("moments", "hessians") for artifact in artifacts)
     held = pack.held_bytes if pack else 0
     plan = ExportPlan(
         recipe=recipe,
@@ -160,8 +167,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         threads=threads,
         tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
-        walk_bytes=tour_memory(model, artifacts, tokens, recipe.compute_dtype) + held if walks else 0,
-        scratch_bytes=scratch_bytes(model, artifacts, tokens, recipe.compute_dtype) if walks else 0,
+        walk=PlannedWalk(model, artifacts, tokens, recipe.compute_dtype, states_budget(), held),
         seconds=seconds(model, artifacts, threads, tokens, servers=servers, answers=recipe.evaluation.answers),
         pack=pack,
     )
@@ -282,7 +288,7 @@ def _check_resources(plan: ExportPlan) -> None:
     if plan.pack is not None:
         written.append((plan.pack.out, plan.pack.nbytes))
     check_disk(written)
-    check_memory(plan.walk_bytes, ", or with --no-verify")
+    check_memory(plan.walk_bytes, plan.walk.lighter())
 
 
 def describe(plan: ExportPlan) -> dict[str, Any]:

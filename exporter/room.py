@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -14,15 +14,21 @@ from exporter.errors import (
     MissingFileError,
     NotEnoughDiskError,
     NotEnoughMemoryError,
+    OutOfMemoryError,
     OutputExistsError,
     OverlappingPathsError,
     RecipeError,
 )
 from exporter.recipe import Inputs
 from exporter.sources import Source
+from exporter.tour.sizes import KEEP_BYTES
 
 # export.json and the like, beside the planned files.
 _SLACK_BYTES = 8 << 20
+# What torch says where a CUDA device has no memory left.
+_DEVICE_OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_LESS_MEMORY = "End what else takes memory, or use fewer --threads or tokens, or a machine with more memory."
+_LESS_DEVICE_MEMORY = "End what else takes memory there, or use --device cpu, or a device with more memory."
 
 
 def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...]) -> None:
@@ -107,12 +113,17 @@ def check_disk(written: Sequence[tuple[Path, int]]) -> None:
             )
 
 
-def check_memory(walk_bytes: int, otherwise: str = "") -> None:
+def states_budget() -> int:
+    """Bytes of hidden states that a walk keeps in memory: a quarter of what is available, and not without bound."""
+    return min(KEEP_BYTES, psutil.virtual_memory().available // 4)
+
+
+def check_memory(walk_bytes: int, lighter: Mapping[str, int]) -> None:
     """There must be memory for the walk.
 
     Args:
         walk_bytes: estimated peak.
-        otherwise: how to do without a walk, to end the remedy with.
+        lighter: estimates of what would take less, by words that follow "with".
 
     Raises:
         NotEnoughMemoryError: there is less.
@@ -123,9 +134,39 @@ def check_memory(walk_bytes: int, otherwise: str = "") -> None:
             "the walk through the layers",
             found=f"{memory / 1e9:.1f} GB of memory available",
             expected=f"{walk_bytes / 1e9:.1f} GB",
-            remedy="Run on a machine with more memory, with fewer tokens, or with --compute-dtype "
-            f"bfloat16{otherwise}.",
+            remedy=_with_less(lighter, memory),
         )
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """What an error means if an allocation that failed is behind it, on the CPU or on a device; None if none is.
+
+    torch raises a RuntimeError that only its text tells apart: c10/core/impl/alloc_cpu.cpp, c10/cuda/CUDAException.h,
+    and the status names of cuBLAS.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        text = str(behind)
+        on_device = any(one in text for one in _DEVICE_OUT_OF_MEMORY)
+        if isinstance(behind, MemoryError) or (
+            isinstance(behind, RuntimeError) and (on_device or "DefaultCPUAllocator: " in text)
+        ):
+            place = "memory of the device" if on_device else "memory"
+            return OutOfMemoryError(
+                place,
+                found=(text.strip().splitlines() or [type(behind).__name__])[0][:300],
+                expected=f"{place} for one more allocation",
+                remedy=f"{_LESS_DEVICE_MEMORY if on_device else _LESS_MEMORY} The same command goes on from what is "
+                "staged.",
+            )
+        behind = behind.__context__
+    return None
+
+
+def _with_less(lighter: Mapping[str, int], memory: int) -> str:
+    """The remedy: of all that takes less memory, what fits."""
+    fitting = [f"with {name} ({nbytes / 1e9:.1f} GB at least)" for name, nbytes in lighter.items() if nbytes <= memory]
+    return f"Run on a machine with more memory{''.join(f', or {one}' for one in fitting)}."
 
 
 def _existing_parent(out: Path) -> Path:

@@ -23,7 +23,7 @@ from report import table
 from exporter.adapter import Adapter
 from exporter.calibration import TokenSets, Windows
 from exporter.checkpoint import Checkpoint, TensorReader
-from exporter.estimate import tour_memory
+from exporter.estimate import PlannedWalk
 from exporter.merge import make_merger, resolve_device
 from exporter.model import EMBEDDING, plan_merge
 from exporter.recipe import Execution
@@ -66,7 +66,7 @@ def main() -> int:
     model = plan_merge(Checkpoint.open(args.base), adapters, "model")
     vocabulary = next(tensor.shape[0] for tensor in model.tensors if tensor.name == EMBEDDING)
     windows = random_windows(args.tokens, vocabulary)
-    planned = tour_memory(model, (), TokenSets(windows, None), "float32")
+    planned = PlannedWalk(model, (), TokenSets(windows, None), "float32").memory
     print(f"machine     {measure.machine()}")
     print(f"model       {model.parameters / 1e9:.2f} G parameters, {model.base.nbytes / 1e9:.1f} GB", flush=True)
     started = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from exporter.errors import RuntimeScoreError
 from exporter.version import __version__
 from tests.commands import invoke, run
 from tests.folders import listing
@@ -293,6 +294,68 @@ def test_failure_on_the_way_is_one(workplace: Path, inputs: Arguments, monkeypat
     assert result.exit_code == 1
     assert "the disk has gone" in result.stderr
     assert listing(workplace).isdisjoint({"out"})
+
+
+def allocate_too_much() -> None:
+    import torch
+
+    torch.empty(1 << 60)
+
+
+def fill_the_device() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 1 GiB")
+
+
+def fail_in_a_runtime() -> None:
+    try:
+        allocate_too_much()
+    except RuntimeError as error:
+        raise RuntimeScoreError("model", found=str(error), expected="scores", remedy="Report it.") from None
+
+
+@pytest.mark.parametrize(
+    ("fail", "found", "remedy"),
+    [
+        (allocate_too_much, "allocate 4611686018427387904 bytes", "--threads"),
+        (fill_the_device, "Tried to allocate 2.00 GiB", "--device cpu"),
+        (fail_in_a_runtime, "allocate 4611686018427387904 bytes", "--threads"),
+    ],
+)
+def test_out_of_memory_on_the_way_is_no_traceback(
+    workplace: Path,
+    inputs: Arguments,
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[[], None],
+    found: str,
+    remedy: str,
+) -> None:
+    from exporter import pipeline
+
+    command = ("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify")
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_finish_files", lambda *_: fail())
+        result = invoke(*command)
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "failed memory" in told
+    assert found in told
+    assert remedy in told
+    # What the message says: it goes on.
+    assert (workplace / ".out.staging").is_dir()
+    assert invoke(*command).exit_code == 0
+
+
+def test_other_errors_of_torch_are_defects(workplace: Path, inputs: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exporter import pipeline
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(pipeline, "_finish_files", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify")
 
 
 # --- what it prints --------------------------------------------------------------------------------------------------

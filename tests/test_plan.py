@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
-from exporter import Recipe, export, make_plan
+from exporter import Recipe, estimate, export, make_plan
 from exporter import plan as plan_module
 from exporter.calibration import TokenSets
 from exporter.errors import (
@@ -26,6 +27,8 @@ from exporter.errors import (
 from exporter.plan import describe
 from exporter.positions import positions_of
 from exporter.recipe import Execution
+from exporter.room import check_memory
+from exporter.tour.sizes import BATCH_TOKENS
 from tests.exports import export_to, recipe, refused
 from tests.folders import copy, hashes, listing
 
@@ -185,6 +188,46 @@ def test_not_enough_memory_for_the_reference(base: Path, tmp_path: Path, monkeyp
     caught = refused(NotEnoughMemoryError, tmp_path / "out", base, verify=True, evaluation=evaluation)
     assert "--no-verify" in caught.remedy
     assert make_plan(recipe(base, [], tmp_path / "out", verify=False), Execution()).walk_bytes == 0
+
+
+def test_only_what_needs_less_memory_is_recommended(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Few tokens in a pass and few rows of the head, so that a layer weighs most, as it does in a large model.
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 1)
+    monkeypatch.setattr(estimate, "HEAD_ROWS", 1)
+    monkeypatch.setattr(estimate, "LOGIT_ROWS", 1)
+    gptq = {"format": "gptq", "quant": "gptq-int4-g32"}
+    for values, helpful in (({}, "bfloat16"), (gptq, "no Hessians")):
+        given = recipe(base, [], tmp_path / "out", **(FEW | values | {"verify": True}))
+        needed = make_plan(given, Execution()).walk_bytes
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil, "virtual_memory", lambda needed=needed: Memory(needed - 1))
+            with pytest.raises(NotEnoughMemoryError) as caught:
+                make_plan(given, Execution())
+        assert helpful in caught.value.remedy
+        assert ("bfloat16" in caught.value.remedy) == (not values)
+
+
+def test_hidden_states_that_are_many_for_the_memory_go_to_the_disk(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(1 << 40))
+    assert make_plan(recipe(base, [], tmp_path / "out"), Execution()).walk.keep_bytes == 4 << 30
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(4 << 30))
+    imatrix = FEW | {"format": "gguf", "quant": "Q4_K_M", "options": {"imatrix": "auto"}}
+    walk = make_plan(recipe(base, [], tmp_path / "out", **imatrix), Execution()).walk
+    assert walk.keep_bytes == 1 << 30
+    calibration = walk.tokens.calibration
+    assert calibration is not None
+    states = 7 << 29
+    count = states // (4 * int(walk.model.config["hidden_size"]) * calibration.window)
+    many = replace(walk, tokens=TokenSets(None, replace(calibration, ids=calibration.ids[:1] * count)))
+    assert many.scratch_bytes == 3 * states
+    check_memory(many.memory, many.lighter())
+    in_memory = replace(many, keep_bytes=states)
+    with pytest.raises(NotEnoughMemoryError, match="fewer tokens"):
+        check_memory(in_memory.memory, in_memory.lighter())
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from exporter import Recipe, export
 from exporter.errors import BackendError
 from exporter.model import MergedTensor
 from exporter.reporter import Reporter
 from exporter.tour.stream import Stream
+from exporter.tour.walk import Walk
 from tests.exports import export_to
 from tests.folders import hashes
+from tests.gptq import needs_gptqmodel
 
 Make = Callable[..., Path]
 FEW: dict[str, Any] = {
@@ -77,3 +80,43 @@ def test_a_tensor_that_never_came_is_not_published(
             export_to(tmp_path / format_, Path(sources["base"]), format=format_)
         assert caught.value.thing == name
         assert not (tmp_path / format_).exists()
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_gptq_run_beside_a_gguf_goes_on_after_a_layer(
+    sources: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Verified, and with moments for the GGUF: every kind of state that a walk brings along."""
+    # No more windows are drawn, which would be walked with from the first layer.
+    evaluation = FEW["evaluation"] | {"tokens": 512, "max_tokens": 512, "gate": {"*": 50.0}}
+    walked: list[int] = []
+    layer = Walk._layer
+
+    def counted(self: Walk, index: int, *rest: Any) -> None:
+        walked.append(index)
+        layer(self, index, *rest)
+
+    monkeypatch.setattr(Walk, "_layer", counted)
+
+    def run(parent: Path, reporter: Reporter | None = None) -> None:
+        outputs = [
+            {"format": "gptq", "quant": "gptq-int4-g32", "out": parent / "gptq"},
+            {"format": "gguf", "quant": "Q4_K_M", "out": parent / "gguf", "options": {"imatrix": "auto"}},
+        ]
+        wanted = Recipe.build(sources | FEW | {"outputs": outputs, "evaluation": evaluation})
+        # Compiled, gptqmodel's kernel takes most of a minute before its first answer.
+        with torch.compiler.set_stance("force_eager"):
+            result = export(wanted, reporter=reporter)
+        assert result.passed
+        assert all(folder.verdicts for folder in result.folders)
+
+    run(tmp_path / "whole")
+    assert walked == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "again", Stopping(after))
+    assert not (tmp_path / "again" / "gptq").exists()
+    walked.clear()
+    run(tmp_path / "again")
+    assert walked == list(range(after, 3))
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "whole")

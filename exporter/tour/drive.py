@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 
 from exporter.artifact.staging import Staging
@@ -32,7 +31,6 @@ from exporter.plan import ExportPlan
 from exporter.reporter import Reporter
 from exporter.tour.passengers import Passengers, Settings, Solver
 from exporter.tour.progress import forget_progress
-from exporter.tour.sizes import KEEP_BYTES
 from exporter.tour.states import Group
 from exporter.tour.stream import Progress, Rider, Stream
 from exporter.tour.walk import Walk
@@ -218,7 +216,7 @@ def _walk(
         device,
         dtype=DTYPES[plan.recipe.compute_dtype],
         threads=plan.threads,
-        keep_bytes=min(KEEP_BYTES, psutil.virtual_memory().available // 4),
+        keep_bytes=plan.walk.keep_bytes,
         scratch=scratch,
         key=hashlib.sha256(keys.encode()).hexdigest(),
         ahead=device != "cpu",

@@ -55,7 +55,7 @@ class Settings:
         device: where layers compute.
         dtype: what they compute in; statistics are float32 or better all the same.
         threads: threads of a layer's forward on the CPU.
-        keep_bytes: hidden states up to this size stay in memory.
+        keep_bytes: all hidden states together stay in memory up to this size.
         scratch: folder for what a killed run goes on from, and for larger hidden states; None for neither.
         key: what the walk is for; a run goes on from what is in `scratch` only under the same key.
         ahead: read the next layer's weights while this one computes, which pays where layers compute on another device.

@@ -25,7 +25,7 @@ from exporter.tour.loading import Load, Loader, Slot
 from exporter.tour.passengers import Passengers, Settings, Solver, Walked
 from exporter.tour.progress import Findings, load_moments, load_progress, save_moments, save_progress
 from exporter.tour.rows import gather_rows, keep_freed_memory, release_free_memory
-from exporter.tour.sizes import BATCH_TOKENS
+from exporter.tour.sizes import BATCH_TOKENS, stay_in_memory
 from exporter.tour.skeleton import Arguments, Skeleton
 from exporter.tour.states import Group, States
 from exporter.tour.stream import Rider, Stream, Target
@@ -74,9 +74,7 @@ class Walk:
         self._findings = Findings()
         if settings.scratch is not None:
             settings.scratch.mkdir(exist_ok=True)
-        self._states = {
-            journey: [self._new_states(journey, group) for group in groups] for journey, groups in self._journeys()
-        }
+        self._states = self._new_states()
 
     def run(self) -> Walked:
         """Walk.
@@ -247,12 +245,16 @@ class Walk:
         solved = [self._calibration] if self._calibration is not None else []
         return [("trained", self._trained)] + [(solver.label, solved) for solver in self._passengers.solvers]
 
-    def _new_states(self, journey: str, group: Group) -> States:
-        nbytes = group.ids.size * self._hidden * self._settings.dtype.itemsize
-        file = None
-        if self._settings.scratch is not None and nbytes > self._settings.keep_bytes:
-            file = self._settings.scratch / f"hidden {journey} {group.name}"
-        return States(group, self._hidden, self._settings.dtype, file)
+    def _new_states(self) -> dict[str, list[States]]:
+        """Hidden states of every journey; those that do not stay in memory are in a file, if there is a folder."""
+        scratch, dtype = self._settings.scratch, self._settings.dtype
+        travelling = [(journey, group) for journey, groups in self._journeys() for group in groups]
+        sizes = [group.ids.size * self._hidden * dtype.itemsize for _, group in travelling]
+        states: dict[str, list[States]] = {journey: [] for journey, _ in self._journeys()}
+        for (journey, group), stays in zip(travelling, stay_in_memory(sizes, self._settings.keep_bytes), strict=True):
+            file = None if stays or scratch is None else scratch / f"hidden {journey} {group.name}"
+            states[journey].append(States(group, self._hidden, dtype, file))
+        return states
 
     def _by_layer(self) -> list[list[MergedTensor]]:
         """The tensors of each layer that the model's code has."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from exporter.calibration import Windows, windows_of
@@ -188,6 +187,7 @@ def score_reference(
     compute_dtype: str = "float32",
     scratch: Path | None = None,
     key: str = "",
+    keep_bytes: int = KEEP_BYTES,
 ) -> Reference:
     """Walk through the model for the reference alone; nothing is written.
 
@@ -202,6 +202,7 @@ def score_reference(
         scratch: folder for what a killed walk goes on from, and for hidden states that are too many for memory; None
             for neither.
         key: what the walk is for; it goes on from what is in `scratch` only under the same key.
+        keep_bytes: hidden states that stay in memory where there is a folder for the others.
 
     Raises:
         RuntimeScoreError: transformers or peft cannot make the model.
@@ -211,7 +212,7 @@ def score_reference(
         device,
         dtype=getattr(torch, compute_dtype),
         threads=threads,
-        keep_bytes=min(KEEP_BYTES, psutil.virtual_memory().available // 4),
+        keep_bytes=keep_bytes,
         scratch=scratch,
         key=key,
         ahead=device != "cpu",

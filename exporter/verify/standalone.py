@@ -14,14 +14,15 @@ from exporter.artifact.inputs import model_files
 from exporter.artifact.staging import Staging
 from exporter.calibration import TokenSets, Windows, check_decidable, make_windows
 from exporter.errors import RefusalError
-from exporter.estimate import scratch_bytes, tour_memory
+from exporter.estimate import PlannedWalk
 from exporter.hashing import InputHasher
 from exporter.model import MergedModel
 from exporter.plan import open_model
 from exporter.positions import check_windows
 from exporter.recipe import Execution, ReferenceRecipe
 from exporter.reporter import Reporter
-from exporter.room import check_disk, check_memory
+from exporter.room import check_disk, check_memory, states_budget
+from exporter.tour.sizes import KEEP_BYTES
 from exporter.verify.pack import PackPlan
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def make_reference(
         ExporterError: something failed on the way; the staging folder is kept, and the same call goes on from it.
     """
     execution, reporter = execution or Execution(), reporter or Reporter()
-    plan = plan_reference(recipe)
+    keep_bytes = states_budget()
+    plan = plan_reference(recipe, keep_bytes)
     with ExitStack() as stack:
         from exporter.merge import resolve_device
         from exporter.verify.packing import STAGING_KEY, write_pack
@@ -66,6 +68,7 @@ def make_reference(
                 compute_dtype=plan.compute_dtype,
                 scratch=staging.scratch,
                 key=_key(plan, device),
+                keep_bytes=keep_bytes,
             )
             reporter.scoring("reference", plan.windows)
             reference.complete(reporter.window)
@@ -80,8 +83,12 @@ def make_reference(
     return description
 
 
-def plan_reference(recipe: ReferenceRecipe) -> PackPlan:
+def plan_reference(recipe: ReferenceRecipe, keep_bytes: int) -> PackPlan:
     """Resolve the inputs and check everything that can be checked. Writes nothing.
+
+    Args:
+        recipe: what to score, and where the pack goes.
+        keep_bytes: hidden states that stay in memory.
 
     Raises:
         RefusalError: see `exporter.errors`; the first thing that is wrong.
@@ -91,9 +98,9 @@ def plan_reference(recipe: ReferenceRecipe) -> PackPlan:
     windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
     check_decidable(windows)
     plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))
-    tokens = TokenSets(windows, None)
-    check_disk([(recipe.out, plan.nbytes + scratch_bytes(model, (), tokens, recipe.compute_dtype))])
-    check_memory(tour_memory(model, (), tokens, recipe.compute_dtype))
+    walk = PlannedWalk(model, (), TokenSets(windows, None), recipe.compute_dtype, keep_bytes)
+    check_disk([(recipe.out, plan.nbytes + walk.scratch_bytes)])
+    check_memory(walk.memory, walk.lighter())
     return plan
 
 
@@ -108,6 +115,7 @@ def walk_reference(
     compute_dtype: str = "float32",
     scratch: Path | None = None,
     key: str = "",
+    keep_bytes: int = KEEP_BYTES,
 ) -> Reference:
     """Walk for the reference alone, and tell the reporter; see `score_reference`."""
     from exporter.verify.reference import score_reference
@@ -124,6 +132,7 @@ def walk_reference(
         compute_dtype=compute_dtype,
         scratch=scratch,
         key=key,
+        keep_bytes=keep_bytes,
     )
 
 

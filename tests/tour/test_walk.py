@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from exporter.artifact.staging import Staging
 from exporter.backends.base import Finding, Solution, TensorPlan
 from exporter.backends.gptq.hessian import Moments
+from exporter.calibration import CalibrationWindows, TokenSets
 from exporter.checkpoint import TensorReader
+from exporter.estimate import PlannedWalk
 from exporter.merge import make_merger
 from exporter.model import MergedModel
 from exporter.tour.passengers import Passengers, Settings, Solver
@@ -23,7 +26,7 @@ from exporter.tour.states import Group, States
 from exporter.tour.stream import Progress, Rider, Stream
 from exporter.tour.walk import Walk
 from exporter.verify.reference import score_reference
-from tests.merged import load_peft, merged_model, random_windows
+from tests.merged import load_peft, merged_model, plan_gguf, random_windows
 from tests.models import make_tokenizer
 
 IDS = np.random.default_rng(5).integers(0, 384, (3, 24))
@@ -255,6 +258,25 @@ def test_large_states_are_kept_in_a_file(sources: tuple[Path, Path], staging: St
     assert torch.equal(in_memory[0].read(everything), in_file[0].read(everything))
 
 
+def test_states_that_are_small_one_by_one_stay_in_memory_up_to_their_sum(
+    sources: tuple[Path, Path], staging: Staging
+) -> None:
+    model = merged_model(*sources)
+    passengers = Passengers(observers=[observer(model, staging)])
+    # 2, 3 windows: each fits by itself, both do not.
+    window = IDS.shape[1] * int(model.config["hidden_size"]) * 4
+    with walking(model, passengers, scratch=staging.scratch, keep_bytes=5 * window - 1):
+        assert [file.name for file in staging.scratch.glob("hidden *")] == ["hidden trained calibration"]
+    calibration = CalibrationWindows(tuple(map(tuple, IDS.tolist())), IDS.shape[1], "", 0, "")
+    tokens = TokenSets(random_windows(2, IDS.shape[1], 384), calibration)
+    artifact = replace(plan_gguf(model), needs="moments")
+    all_in, one_out = (
+        PlannedWalk(model, [artifact], tokens, "float32", keep_bytes) for keep_bytes in (5 * window, 5 * window - 1)
+    )
+    assert (all_in.scratch_bytes, one_out.scratch_bytes) == (10 * window, 13 * window)
+    assert all_in.memory - one_out.memory == pytest.approx(1.15 * 3 * window, abs=1)
+
+
 def make_experts(folder: Path, hidden: int = 64) -> Path:
     """A small Qwen3-MoE with random weights; its second layer is dense."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -276,13 +298,70 @@ def make_experts(folder: Path, hidden: int = 64) -> Path:
 
 def test_mixture_of_experts(tmp_path: Path) -> None:
     base = make_experts(tmp_path / "base")
-    model = merged_model(base)
-    assert "model.layers.0.mlp.experts.7.down_proj.weight" in {tensor.name for tensor in model.tensors}
-    windows = random_windows(2, 32, 384)
-    found = score_reference(model, windows, "cpu")
+    assert "model.layers.0.mlp.experts.7.down_proj.weight" in {tensor.name for tensor in merged_model(base).tensors}
+    same_as_whole_model(base)
+
+
+def same_as_whole_model(base: Path, *adapters: Path, n_ctx: int = 32) -> None:
+    """The walk's logits are those of the whole model's own forward, with peft's adapter."""
+    windows = random_windows(2, n_ctx, 384)
+    found = score_reference(merged_model(base, *adapters), windows, "cpu")
     with torch.no_grad():
-        whole = load_peft(base)(input_ids=torch.tensor(windows.ids)).logits
+        whole = load_peft(base, *adapters)(input_ids=torch.tensor(windows.ids)).logits
     assert whole.std() > 0.1
     for window in range(2):
         ours = torch.cat([logits for _, logits in found.logits(window)])
         assert (ours - whole[window, windows.first_scored : -1]).abs().max() < 1e-4
+
+
+def test_mixture_of_experts_with_an_adapter_on_attention(tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
+    base = make_experts(tmp_path / "base")
+    adapter = make_adapter(base, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    ids = torch.tensor(random_windows(2, 32, 384).ids)
+    with torch.no_grad():
+        delta = load_peft(base, adapter)(input_ids=ids).logits - load_peft(base)(input_ids=ids).logits
+    # It changes what is compared, by far more than what is allowed.
+    assert delta.abs().max() > 0.05
+    same_as_whole_model(base, adapter)
+
+
+def test_layers_with_a_sliding_window_beside_layers_without(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path]
+) -> None:
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    base = make_base("qwen2", layers=4, use_sliding_window=True, sliding_window=8, layer_types=kinds)
+    whole, ids = load_peft(base), torch.tensor(random_windows(2, 32, 384).ids)
+    assert [layer.self_attn.layer_type for layer in whole.model.layers] == kinds
+    with torch.no_grad():
+        sliding = whole(input_ids=ids).logits
+        whole.config.layer_types = ["full_attention"] * 4
+        full = whole(input_ids=ids).logits
+    # It changes what is compared, by far more than what is allowed.
+    assert (full - sliding)[:, 16:].abs().max() > 0.05
+    same_as_whole_model(base, make_adapter(base))
+
+
+def test_true_sequential_hessians(sources: tuple[Path, Path]) -> None:
+    """Each as the whole model gives it with everything before it solved, also in its own layer."""
+    model = merged_model(*sources)
+    writer = Coarse()
+    solver = Solver("coarse", frozenset(projections(model)), writer, sequential=True)
+    with walking(model, Passengers(solvers=[solver])) as walk:
+        walk.run()
+    whole = load_peft(*sources).base_model.merge_and_unload()
+    state = whole.state_dict()
+    steps = [("self_attn", "q", "k", "v"), ("self_attn", "o"), ("mlp", "gate", "up"), ("mlp", "down")]
+    differ = 0
+    for index in range(whole.config.num_hidden_layers):
+        unsolved = inputs_of(whole, IDS)
+        for block, *leaves in steps:
+            inputs = inputs_of(whole, IDS)
+            for name in (f"model.layers.{index}.{block}.{leaf}_proj.weight" for leaf in leaves):
+                moments = inputs[name].T @ inputs[name] / IDS.size
+                assert (writer.hessians[name] - moments).abs().max() < 1e-4 * moments.abs().max()
+                # Not what it would be if the layer's other matrices were not solved yet.
+                others = unsolved[name].T @ unsolved[name] / IDS.size
+                differ += (others - moments).abs().max().item() > 1e-2 * moments.abs().max().item()
+                state[name].copy_(writer.solved[name])
+    # All but the three of each layer that come first.
+    assert differ == 4 * whole.config.num_hidden_layers

@@ -12,7 +12,7 @@ import torch
 
 from exporter.calibration import TokenSets
 from exporter.errors import ExporterError, RuntimeScoreError
-from exporter.estimate import layer_bytes, tour_memory
+from exporter.estimate import PlannedWalk, layer_bytes
 from exporter.model import MergedModel
 from exporter.verify.reference import score_reference
 from tests.folders import copy, edit_json
@@ -131,7 +131,7 @@ def test_memory_is_one_layer_and_not_the_model(make_base: Callable[..., Path]) -
     assert layer_bytes(few)[0] == sum(4 * parameter.numel() for parameter in decoder.parameters())
 
     def memory(model: MergedModel, windows: int) -> int:
-        return tour_memory(model, (), TokenSets(random_windows(windows, 32, 384), None), "float32")
+        return PlannedWalk(model, (), TokenSets(random_windows(windows, 32, 384), None), "float32").memory
 
     assert memory(few, 2) == memory(many, 2)
     assert memory(few, 2) < memory(few, 200)
