@@ -206,13 +206,15 @@ def _judge(
 ) -> PublishedResult:
     """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
     here, threads = backend_names(), Execution().workers
+    # A reference pack was found to be of the same inputs, so the manifest's count is the pack's model's.
+    parameters = trained.parameters if trained else manifest.merge.parameters
     candidates = [
         Candidate(
             f"{artifact.format} {artifact.quant}",
             artifact.quant,
             folder if artifact.entry == "." else folder / artifact.entry,
             load_runtime(name, device, endpoint),
-            gate_for(f"{artifact.format} {artifact.quant}", artifact.quant, limits),
+            gate_for(f"{artifact.format} {artifact.quant}", artifact.quant, limits, parameters),
             # A folder may be of a package that is not here.
             load_backend(artifact.format) if artifact.format in here else None,
         )
@@ -252,10 +254,15 @@ class _Recipe(BaseModel):
     evaluation: _EvaluationRecord
 
 
+class _Merge(BaseModel):
+    parameters: int
+
+
 class _Manifest(BaseModel):
     """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
 
     name: str
+    merge: _Merge
     artifacts: list[_Artifact] = Field(min_length=1)
     files: dict[str, FileRecord]
     inputs: list[InputRecord] = []

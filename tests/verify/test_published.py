@@ -117,6 +117,23 @@ def test_limits_may_be_given(good: dict[str, Path], inputs: tuple[Path, Path]) -
     assert verify(good["gguf"], *inputs, evaluation=loose).passed
 
 
+def test_limits_are_those_of_the_models_size(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export and a later verification count the parameters of the trained model, and say which class it is in."""
+    manifest = json.loads((good["safetensors"] / "export.json").read_text())
+    assert [a["verification"]["gate"]["size_class"] for a in manifest["artifacts"]] == ["below_1b"]
+    monkeypatch.setattr("exporter.verify.limits.LARGE", manifest["merge"]["parameters"])
+    found = verify(good["safetensors"], *inputs).as_json()
+    assert [one["gate"]["size_class"] for one in found.values()] == ["from_1b"]
+    scored: dict[str, Any] = {"calibration": TEXT.model_dump(), "evaluation": EVALUATION.model_dump()}
+    result = export_to(tmp_path / "out", *inputs, quant="fp32", verify=True, **scored)
+    assert [one.gate.size_class for folder in result.folders for one in folder.verdicts.values()] == ["from_1b"]
+    monkeypatch.setattr("exporter.verify.limits.LARGE", manifest["merge"]["parameters"] + 1)
+    found = verify(good["safetensors"], *inputs).as_json()
+    assert [one["gate"]["size_class"] for one in found.values()] == ["below_1b"]
+
+
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
