@@ -46,7 +46,8 @@ Gates = Annotated[
         "--gate",
         metavar="LIMIT",
         help="Largest change of perplexity, as TYPE=0.05 or 0.05 for every type, in place of all limits; or one limit "
-        "in place of its own, as TYPE:change=0.05, TYPE:kl=0.1, TYPE:same_top=0.9, or *:kl=0.1. May be repeated.",
+        "in place of its own, as TYPE:change=0.05, TYPE:kl=0.1, TYPE:top_k_kl=0.1 (the form that vLLM gives), "
+        "TYPE:same_top=0.9, or *:kl=0.1. May be repeated.",
     ),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the gate, and say so in the manifest.")]
@@ -355,9 +356,10 @@ def _gates(texts: list[str]) -> dict[str, Any]:
             limit = float(value)
         except ValueError:
             limit = -1.0
-        if not 0 <= limit < float("inf") or name not in ("", "change", "kl", "same_top"):
+        if not 0 <= limit < float("inf") or name not in ("", "change", "kl", "top_k_kl", "same_top"):
             raise RecipeError(
-                "--gate", found=repr(text), expected="TYPE=0.05, 0.05, or TYPE:change, TYPE:kl or TYPE:same_top=0.05",
+                "--gate", found=repr(text),
+                expected="TYPE=0.05, 0.05, or TYPE:change, TYPE:kl, TYPE:top_k_kl or TYPE:same_top=0.05",
                 remedy="Correct the limit.",
             )  # fmt: skip
         known = gates.get(kind, {})

@@ -107,12 +107,14 @@ class Limits(_Frozen):
 
     Attributes:
         change: largest relative change of perplexity, up or down.
-        kl: largest mean KL divergence in nats.
+        kl: largest mean KL divergence in nats, over the whole vocabulary.
+        top_k_kl: the same for its top-k form, which is what vLLM gives.
         same_top: smallest share of predictions with the trained model's likeliest token.
     """
 
     change: _Limit | None = None
     kl: _Limit | None = None
+    top_k_kl: _Limit | None = None
     same_top: Annotated[float, Field(ge=0, le=1)] | None = None
 
 

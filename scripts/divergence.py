@@ -2,8 +2,13 @@
 
     python scripts/divergence.py --base DIR [--adapter DIR] FILE_OR_FOLDER… [--tokens 8192] [--json FILE]
 
-A GPTQ folder is unpacked by scripts/unpack_gptq.py, which knows nothing of this package, and computed in float32; a
-GGUF file is computed by llama.cpp. The tokens are the evaluation windows of the text, those that an export would score.
+A GPTQ folder is unpacked by scripts/unpack_gptq.py, which knows nothing of this package, and computed in float32;
+another model folder is computed by transformers in its own dtype, and a GGUF file by llama.cpp. The tokens are the
+evaluation windows of the text, those that an export would score.
+
+The KL divergence is taken in both forms: over the whole vocabulary, and over as many of the artifact's likeliest tokens
+as vLLM gives and one bucket for all others. `ratio` is the second mean over the first, with the least and the largest
+of a window.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from report import table, write_json
 from unpack_gptq import unpacked_tensors
@@ -26,11 +32,13 @@ from exporter.checkpoint import Checkpoint
 from exporter.merge import resolve_device
 from exporter.model import plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution
-from exporter.runtimes.base import TokenScores
+from exporter.runtimes.base import TokenScores, TopK
+from exporter.runtimes.gptqmodel import is_gptq
 from exporter.runtimes.llamacpp import LlamaCpp
-from exporter.runtimes.transformers import score_model
-from exporter.verify.divergence import Divergence
-from exporter.verify.metrics import Comparison, compare
+from exporter.runtimes.transformers import Transformers, score_model
+from exporter.runtimes.vllm import TOP
+from exporter.verify.divergence import Divergence, top_k_divergences
+from exporter.verify.metrics import Comparison, Divergences, compare
 from exporter.verify.reference import Reference, score_reference
 
 
@@ -55,14 +63,47 @@ def score_gptq(folder: Path, reference: Reference, take: Callable[[int, torch.Te
     return score_model(model.eval(), reference.windows, silent, take)
 
 
-def compare_with(reference: Reference, path: Path) -> Comparison:
-    """Score one file or folder."""
+def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k likeliest tokens of each prediction, as a server gives them.
+
+    Args:
+        logits: float32, shape (positions, vocabulary).
+        k: how many.
+
+    Returns:
+        Their ids and their log-probabilities in float32, each of shape (positions, k), likeliest first.
+    """
+    found = torch.log_softmax(logits, dim=1).topk(k, dim=1)
+    return found.indices, found.values
+
+
+def compare_with(reference: Reference, path: Path, k: int = TOP) -> tuple[Comparison, Divergences]:
+    """Score one file or folder: the comparison, and both forms of the divergence by position."""
     divergence = Divergence(reference)
+    tops: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def take(window: int, logits: torch.Tensor) -> None:
+        divergence.take(window, logits)
+        tops.append(likeliest(logits, k))
+
     if path.is_file():
-        scores = LlamaCpp().score(path, reference.windows, silent, divergence.take)
+        scores = LlamaCpp().score(path, reference.windows, silent, take)
+    elif is_gptq(path):
+        scores = score_gptq(path, reference, take)
     else:
-        scores = score_gptq(path, reference, divergence.take)
-    return compare(scores, reference.scores, divergence.found(scores))
+        scores = Transformers().score(path, reference.windows, silent, take)
+    ids, log_probabilities = (torch.stack(side).numpy() for side in zip(*tops, strict=True))
+    top = TopK(ids, log_probabilities.astype(np.float64))
+    found = replace(divergence.found(scores), top_k=top_k_divergences(reference, top), k=k)
+    return compare(scores, reference.scores, found), found
+
+
+def ratio(found: Divergences) -> str:
+    """The mean of the top-k form over that of the full one, and the least and the largest of a window."""
+    assert found.kl is not None
+    assert found.top_k is not None
+    windows = found.top_k.mean(axis=1) / found.kl.mean(axis=1)
+    return f"{found.top_k.mean() / found.kl.mean():.3f} ({windows.min():.3f} to {windows.max():.3f})"
 
 
 def main() -> int:
@@ -83,10 +124,11 @@ def main() -> int:
     torch.set_num_threads(threads)
     rows, found = [], {}
     for path in args.paths:
-        comparison = compare_with(reference, path)
+        comparison, divergences = compare_with(reference, path)
         found[path.name] = asdict(comparison)
-        kl = comparison.divergence
+        kl, top = comparison.divergence, comparison.top_k_divergence
         assert kl is not None
+        assert top is not None
         rows.append(
             [
                 path.name,
@@ -97,12 +139,15 @@ def main() -> int:
                 f"{kl.median:.5f}",
                 f"{kl.p99:.4f}",
                 f"{comparison.same_top:.2%}",
+                f"{top.mean:.5f}",
+                ratio(divergences),
             ]
         )
         print(json.dumps({"path": path.name, "kl": kl.mean, "perplexity": comparison.perplexity}), file=sys.stderr)
     perplexity = next(iter(found.values()))["reference_perplexity"]
     print(f"{windows.tokens_scored} predictions of {windows.source}; the trained model's perplexity {perplexity:.4f}")
-    print(table(["artifact", "perplexity", "change", "KL mean", "±", "median", "99 %", "same top"], rows))
+    titles = ["artifact", "perplexity", "change", "KL mean", "±", "median", "99 %", "same top", f"top {TOP}", "ratio"]
+    print(table(titles, rows))
     write_json(args.json, found)
     return 0
 

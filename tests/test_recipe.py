@@ -211,8 +211,8 @@ def test_execution_that_cannot_be(values: dict[str, Any]) -> None:
 
 
 def test_limits_by_name_and_by_number() -> None:
-    gates = arguments._gates(["0.1", "Q8_0:kl=0.01", "Q8_0:same_top=0.9", "bf16:change=0.02"])
-    assert gates == {"*": 0.1, "Q8_0": {"kl": 0.01, "same_top": 0.9}, "bf16": {"change": 0.02}}
+    gates = arguments._gates(["0.1", "Q8_0:kl=0.01", "Q8_0:same_top=0.9", "bf16:change=0.02", "bf16:top_k_kl=0"])
+    assert gates == {"*": 0.1, "Q8_0": {"kl": 0.01, "same_top": 0.9}, "bf16": {"change": 0.02, "top_k_kl": 0.0}}
     found = Evaluation(gate=gates).gate
     assert found["*"] == 0.1
     assert found["Q8_0"] == Limits(kl=0.01, same_top=0.9)

@@ -217,8 +217,10 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "top_k_divergence": _spread(figures.top_k_divergence),
         "profile": _profile(figures.profile),
         "gate": {
+            "size_class": verdict.gate.size_class,
             "max_delta": verdict.gate.max_delta,
             "max_divergence": _limit(verdict.gate.max_divergence),
+            "max_top_k_divergence": _limit(verdict.gate.max_top_k_divergence),
             "min_same_top": verdict.gate.min_same_top,
         },
         "checks": [

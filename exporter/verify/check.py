@@ -266,7 +266,7 @@ def verify_artifacts(
             artifact.quant,
             files if artifact.entry == "." else files / artifact.entry,
             load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
-            gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate),
+            gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate, plan.model.parameters),
             folder.backend,
         )
         for folder, files in staged

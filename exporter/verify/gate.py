@@ -160,9 +160,12 @@ def judge(
 
 def _checks(found: Comparison, gate: Gate) -> list[Check]:
     checks = [Check("perplexity", found.delta, found.delta_interval, gate.max_delta, "within")]
-    # The top-k form is a lower bound of the other: above the limit it fails for certain; below, it says what it can.
-    for name, spread in (("kl_divergence", found.divergence), ("top_k_divergence", found.top_k_divergence)):
+    # Each form has a limit of its own: the top-k form is a lower bound of the other, and may be much less.
+    for name, spread, limit in (
+        ("kl_divergence", found.divergence, gate.max_divergence),
+        ("top_k_divergence", found.top_k_divergence, gate.max_top_k_divergence),
+    ):
         if spread is not None:
-            checks.append(Check(name, spread.mean, spread.interval, gate.max_divergence, "at_most"))
+            checks.append(Check(name, spread.mean, spread.interval, limit, "at_most"))
     checks.append(Check("same_top", found.same_top, found.same_top_interval, gate.min_same_top, "at_least"))
     return checks

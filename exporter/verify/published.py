@@ -239,13 +239,15 @@ def _judge(
 ) -> dict[str, Verification]:
     """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
     here, threads = backend_names(), Execution().workers
+    # A reference pack was found to be of the same inputs, so the manifest's count is the pack's model's.
+    parameters = trained.parameters if trained else manifest.merge.parameters
     candidates = [
         Candidate(
             artifact.label,
             artifact.quant,
             artifact.path(folder),
             load_runtime(name, device, endpoint),
-            gate_for(artifact.label, artifact.quant, limits),
+            gate_for(artifact.label, artifact.quant, limits, parameters),
             # A folder may be of a package that is not here.
             load_backend(artifact.format) if artifact.format in here else None,
         )

@@ -76,6 +76,10 @@ class _Recipe(BaseModel):
     evaluation: _Evaluation
 
 
+class _Merge(BaseModel):
+    parameters: int
+
+
 class _Tokens(BaseModel):
     source: str
     sha256: str
@@ -85,6 +89,7 @@ class PublishedManifest(BaseModel):
     """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
 
     name: str
+    merge: _Merge
     artifacts: list[PublishedArtifact] = Field(min_length=1)
     files: dict[str, FileRecord]
     inputs: list[InputRecord] = []

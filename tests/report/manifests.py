@@ -19,7 +19,7 @@ Manifest = dict[str, Any]
 HASH = "0" * 64
 
 
-LENIENT = Gate(0.5, 0.2, 1.0)
+LENIENT = Gate(0.5, 0.2, 1.0, 1.0)
 
 
 def verification(seed: int, noise: float, *, windows: int = 8, kl: bool = True, gate: Gate = LENIENT) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from exporter.runtimes.base import TokenScores
 from exporter.verify.intervals import clustered_stderr, interval, t_quantile
-from exporter.verify.metrics import compare
+from exporter.verify.metrics import compare, spread
 
 # Published tables of Student's t, 97.5 %.
 QUANTILES = {1: 12.7062, 2: 4.3027, 4: 2.7764, 7: 2.3646, 15: 2.1314, 30: 2.0423, 120: 1.9799, 10**6: 1.96}
@@ -45,6 +45,7 @@ def test_one_window_has_no_error() -> None:
 
 SCORED = 255
 TRUE = 0.01
+TRIALS = 1500
 
 
 def draw(generator: np.random.Generator, windows: int, effect: float) -> npt.NDArray[np.float64]:
@@ -79,3 +80,66 @@ def test_a_95_percent_interval_holds_the_truth_in_95_percent(windows: int, effec
     assert clustered == pytest.approx(0.95, abs=0.017 if windows < 32 else 0.027)
     if effect:
         assert independent < 0.8
+
+
+KL, SAME_TOP = 0.03, 0.915
+
+
+def draw_divergence(
+    generator: np.random.Generator, windows: int, effect: float, skew: float
+) -> npt.NDArray[np.float64]:
+    """Divergences by position: log-normal, so skewed, times a log-normal factor that a window has in common."""
+    common = effect * generator.normal(size=(windows, 1)) - effect**2 / 2
+    return np.asarray(KL * np.exp(common + skew * generator.normal(size=(windows, SCORED)) - skew**2 / 2))
+
+
+def draw_same_top(generator: np.random.Generator, windows: int, unlike: bool) -> npt.NDArray[np.float64]:
+    """1 or 0 by position, with a share of its own for every window where these are unlike.
+
+    The variance of the windows' means is 3 times that of independent positions then.
+    """
+    share = generator.beta(125 * SAME_TOP, 125 * (1 - SAME_TOP), (windows, 1)) if unlike else SAME_TOP
+    return (generator.random((windows, SCORED)) < share).astype(np.float64)
+
+
+def held(values: npt.NDArray[np.float64], truth: float) -> bool:
+    """Whether a 95 % interval by independent positions holds the truth."""
+    return bool(abs(values.mean() - truth) <= 1.96 * values.std(ddof=1) / math.sqrt(values.size))
+
+
+# The demo in Q4_K_M: positions vary by 0.8 of their mean and windows by 0.2, so that the variance of the windows' means
+# is 17 times as large. Twice as uneven windows of very skewed positions are more than 8 of them tell.
+@pytest.mark.parametrize(
+    ("windows", "effect", "skew", "share"),
+    [(8, 0.0, 0.7, 0.95), (8, 0.21, 0.7, 0.94), (32, 0.21, 0.7, 0.95), (8, 0.45, 1.5, 0.92), (32, 0.45, 1.5, 0.93)],
+)
+def test_the_interval_of_a_divergence_holds_the_truth(windows: int, effect: float, skew: float, share: float) -> None:
+    generator = np.random.default_rng(windows)
+    clustered = independent = 0
+    for _ in range(TRIALS):
+        values = draw_divergence(generator, windows, effect, skew)
+        found = spread(values).interval
+        assert found is not None
+        clustered += found[0] <= KL <= found[1]
+        independent += held(values, KL)
+    # Over three standard errors of a share of so many trials; the normal's quantile would give 0.04 less at 8 windows.
+    assert clustered / TRIALS == pytest.approx(share, abs=0.02)
+    if effect:
+        assert independent / TRIALS < 0.6
+
+
+@pytest.mark.parametrize(("windows", "unlike"), [(8, False), (8, True), (32, True)])
+def test_the_interval_of_the_same_top_token_holds_the_truth(windows: int, unlike: bool) -> None:
+    generator = np.random.default_rng(windows)
+    scores = np.full((windows, SCORED), -1.0)
+    clustered = independent = 0
+    for _ in range(TRIALS):
+        values = draw_same_top(generator, windows, unlike)
+        reference = TokenScores(scores, np.zeros(scores.shape, np.int64))
+        found = compare(TokenScores(scores, (values == 0).astype(np.int64)), reference).same_top_interval
+        assert found is not None
+        clustered += found[0] <= SAME_TOP <= found[1]
+        independent += held(values, SAME_TOP)
+    assert clustered / TRIALS == pytest.approx(0.95, abs=0.017)
+    if unlike:
+        assert independent / TRIALS < 0.8

@@ -267,6 +267,15 @@ def test_limits_may_be_given(published: Path, pack: Path) -> None:
     assert [verdict.passed for verdict in found.verdicts.values()] == [True, False]
 
 
+def test_the_size_of_the_model_is_the_manifests(published: Path, pack: Path, tmp_path: Path) -> None:
+    folder = copy(published, tmp_path / "out")
+    assert {one.gate.size_class for one in judge(folder, pack).verdicts.values()} == {"below_1b"}
+    manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    manifest["merge"]["parameters"] = 1_000_000_000
+    (folder / "export.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert {one.gate.size_class for one in judge(folder, pack).verdicts.values()} == {"from_1b"}
+
+
 def test_it_is_kept_when_the_gate_fails(inputs: tuple[Path, Path], pack: Path, tmp_path: Path) -> None:
     strict = EVALUATION.model_dump() | {"gate": {"*": 0.0}, "max_tokens": EVALUATION.tokens}
     assert not export_with_pack(tmp_path / "out", *inputs, quant="F16", evaluation=strict)

@@ -147,6 +147,23 @@ def test_a_limit_of_a_type_that_is_not_there_is_refused(good: dict[str, Path], i
         verify(good["gguf"], *inputs, evaluation=EVALUATION.model_copy(update={"gate": {"Q4KM": 0.01}}))
 
 
+def test_limits_are_those_of_the_models_size(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export and a later verification count the parameters of the trained model, and say which class it is in."""
+    manifest = json.loads((good["safetensors"] / "export.json").read_text())
+    assert [a["verification"]["gate"]["size_class"] for a in manifest["artifacts"]] == ["below_1b"]
+    monkeypatch.setattr("exporter.verify.limits.LARGE", manifest["merge"]["parameters"])
+    found = verify(good["safetensors"], *inputs).as_json()
+    assert [one["gate"]["size_class"] for one in found.values()] == ["from_1b"]
+    scored: dict[str, Any] = {"calibration": TEXT.model_dump(), "evaluation": EVALUATION.model_dump()}
+    result = export_to(tmp_path / "out", *inputs, quant="fp32", verify=True, **scored)
+    assert [one.gate.size_class for folder in result.folders for one in folder.verdicts.values()] == ["from_1b"]
+    monkeypatch.setattr("exporter.verify.limits.LARGE", manifest["merge"]["parameters"] + 1)
+    found = verify(good["safetensors"], *inputs).as_json()
+    assert [one["gate"]["size_class"] for one in found.values()] == ["below_1b"]
+
+
 # --- files alone ---------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +287,7 @@ def test_a_hash_of_the_manifest_that_was_changed_is_refused(
     assert refused(folder, inputs, monkeypatch).thing == "model-F16.gguf"
 
 
-MANIFEST: dict[str, Any] = {"name": "model", "artifacts": [], "files": {}}
+MANIFEST: dict[str, Any] = {"name": "model", "merge": {"parameters": 1}, "artifacts": [], "files": {}}
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,8 @@ def test_what_an_export_writes_is_scored_by_what_it_planned(
     make_base: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     base = make_base("qwen2")
-    plan = make_plan(
-        recipe(base, (), tmp_path / "out", format="gptq", quant="gptq-int4-g32", options=options), Execution()
-    )
+    wanted = {"format": "gptq", "quant": "gptq-int4-g32", "options": options, "calibration": {"window": 64}}
+    plan = make_plan(recipe(base, (), tmp_path / "out", **wanted), Execution())
     (artifact,) = plan.artifacts
     folder = tmp_path / "written"
     folder.mkdir()
@@ -110,7 +109,9 @@ def test_what_an_export_writes_is_scored_by_what_it_planned(
 def test_verifying_and_measuring_take_the_runtime_of_the_bits(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "out", {"bits": 8})
     artifact = ARTIFACT.model_copy(update={"runtimes": ["vllm"]}).model_dump()
-    (folder / "export.json").write_text(json.dumps({"name": "model", "artifacts": [artifact], "files": {}}))
+    (folder / "export.json").write_text(
+        json.dumps({"name": "model", "merge": {"parameters": 1}, "artifacts": [artifact], "files": {}})
+    )
     with pytest.raises(RecipeError, match="no kernel for 8 bits"):
         measure_folders([folder], "cpu", Reporter())
     with pytest.raises(RecipeError, match="no kernel for 8 bits"):
@@ -149,7 +150,14 @@ def exported(text: Path | None, tokenizer: TokenizerFiles) -> tuple[PublishedMan
         "calibration": {"source": sets.calibration.source, "sha256": sets.calibration.sha256},
     }
     artifacts = [ARTIFACT.model_dump()]
-    manifest = {"name": "model", "artifacts": artifacts, "files": {}, "recipe": recipe, **tokens}
+    manifest = {
+        "name": "model",
+        "merge": {"parameters": 1},
+        "artifacts": artifacts,
+        "files": {},
+        "recipe": recipe,
+        **tokens,
+    }
     return PublishedManifest.model_validate(manifest), sets
 
 
