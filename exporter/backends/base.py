@@ -319,15 +319,18 @@ class Tolerance:
     Attributes:
         error: largest relative error of a tensor: |stored - merged| / |merged|, Frobenius norms.
         group: the same of one group.
-        gain: largest |<stored - merged, merged>| / |merged|^2 of a group: by how much its scale is off.
+        gain: largest |<stored - merged, merged>| / |merged|^2 of a group: by how much its scale is off. Of `clipped`
+            types half of that counts where the group is smaller than merged and its error does not go along with it.
         resolution: root mean square of an error that a group may have whatever its values are, because its scale has
             a smallest step.
+        clipped: whether sound groups may lose their largest values because these hardly meet an input.
     """
 
     error: float
     group: float
     gain: float
     resolution: float
+    clipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from exporter.model import MergedModel
 from exporter.reporter import Reporter
 from exporter.runtimes.base import Continuation, load_runtime
-from exporter.verify.answers.ask import UNNORMALIZED
+from exporter.verify.answers.ask import NORMALIZED, UNNORMALIZED
 from exporter.verify.answers.follow import Followed, follow
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers, judge_answers, loop_of
 from exporter.verify.answers.run import Served, answers_of
@@ -78,6 +78,17 @@ def test_a_sound_folder_answers_as_the_model_does(model: MergedModel, folder: Pa
     assert found.asked.stop_evidence == "generation"
     for followed in found.followed.values():
         assert followed.shortfall.max() < 1e-3
+
+
+def test_a_class_that_normalizes_where_tokenizer_json_does_not_is_explained(base: Path, tmp_path: Path) -> None:
+    """transformers' own doing, in every folder of such a model, the trained one's too."""
+    bare = copy(base, tmp_path / "base")
+    edit_json(bare / "tokenizer.json", normalizer=None)
+    edit_json(bare / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    export_to(tmp_path / "out", bare, quant="fp32")
+    found = answers(merged_model(bare), tmp_path / "out")
+    assert found.faults == ()
+    assert set(found.asked.explained.values()) == {NORMALIZED}
 
 
 def test_a_sound_gguf_answers_as_the_model_does(model: MergedModel, gguf: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from exporter.verify.answers.source import MAX_NEW, Question, Tokenizers
 
 # Causes of a difference that lie in a runtime and in no file that it could be given.
 UNNORMALIZED = "the runtime does not normalize text"
+NORMALIZED = "the tokenizer's class in transformers normalizes text, and tokenizer.json does not"
 TAKEN_FOR_SPECIAL = "the runtime takes ordinary tokens for ends of an answer"
 
 
@@ -98,8 +100,11 @@ def _cause(session: Session, text: str, found: list[int], tokenizers: Tokenizers
     """Why a text is tokenized otherwise, if it is for what no file could change; None if not.
 
     llama.cpp reads no normalizer, and takes every token for special whose text is one of the ends that it knows
-    (src/llama-vocab.cpp): `</s>`, an ordinary token of Qwen's.
+    (src/llama-vocab.cpp): `</s>`, an ordinary token of Qwen's. transformers makes a Qwen2Tokenizer that normalizes
+    whatever its file says (models/qwen2/tokenization_qwen2.py), and vLLM takes it from there.
     """
+    if found == tokenizers.ids(unicodedata.normalize("NFC", text), special=special):
+        return NORMALIZED
     if found == tokenizers.ids(text, special=special, normalized=False):
         return UNNORMALIZED
     taken = session.stop_ids() or frozenset()
