@@ -11,7 +11,7 @@ HEAD_ROWS = 8192
 # All hidden states together stay in memory up to this size.
 KEEP_BYTES = 4 << 30
 # Predictions whose logits exist at a time: those of a window of 512. For each such part the head is turned into float32
-# once more, which takes as long as its product with 100 of them.
+# once more.
 LOGIT_ROWS = 256
 
 
