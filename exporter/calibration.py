@@ -165,6 +165,19 @@ def check_decidable(known: Windows, further: int = 0) -> None:
         )
 
 
+def check_drawable(
+    recipe_calibration: Calibration,
+    evaluation: Evaluation,
+    tokenizer: TokenizerFiles,
+    known: Windows,
+    *,
+    cut: Evaluation | None,
+) -> None:
+    """`check_decidable` with what may be drawn; arguments as of `more_windows`. Reads the text for one window only."""
+    if len(known.ids) == 1:
+        check_decidable(known, len(more_windows(recipe_calibration, evaluation, tokenizer, known, cut=cut)))
+
+
 def _uncalibrated(
     recipe_calibration: Calibration, tokenizer: TokenizerFiles, cut: Evaluation | None, size: int, limit: int
 ) -> list[tuple[int, ...]]:

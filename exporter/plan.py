@@ -11,7 +11,7 @@ from typing import Any
 from exporter.adapter import Adapter
 from exporter.backends.base import Backend, OutputPlan, SharingBackend
 from exporter.backends.registry import load_backend
-from exporter.calibration import TokenSets, check_decidable, make_token_sets, more_windows, most_windows
+from exporter.calibration import TokenSets, check_drawable, make_token_sets, most_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import (
     OutputExistsError,
@@ -148,10 +148,9 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     tokens = make_token_sets(
         recipe.calibration, recipe.evaluation, model.tokenizer, evaluate=recipe.verify, calibrate=calibrate
     )
-    if tokens.evaluation and len(tokens.evaluation.ids) == 1:
+    if tokens.evaluation:
         cut = recipe.evaluation if tokens.calibration else None
-        more = more_windows(recipe.calibration, recipe.evaluation, model.tokenizer, tokens.evaluation, cut=cut)
-        check_decidable(tokens.evaluation, len(more))
+        check_drawable(recipe.calibration, recipe.evaluation, model.tokenizer, tokens.evaluation, cut=cut)
     pack = None
     if kept and tokens.evaluation:
         most = most_windows(recipe.evaluation, tokens.evaluation)
@@ -288,7 +287,7 @@ def _check_resources(plan: ExportPlan) -> None:
     if plan.pack is not None:
         written.append((plan.pack.out, plan.pack.nbytes))
     check_disk(written)
-    check_memory(plan.walk_bytes, plan.walk.lighter())
+    check_memory(plan.walk_bytes, plan.walk.lighter)
 
 
 def describe(plan: ExportPlan) -> dict[str, Any]:

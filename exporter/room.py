@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -118,12 +118,12 @@ def states_budget() -> int:
     return min(KEEP_BYTES, psutil.virtual_memory().available // 4)
 
 
-def check_memory(walk_bytes: int, lighter: Mapping[str, int]) -> None:
+def check_memory(walk_bytes: int, lighter: Callable[[], Mapping[str, int]]) -> None:
     """There must be memory for the walk.
 
     Args:
         walk_bytes: estimated peak.
-        lighter: estimates of what would take less, by words that follow "with".
+        lighter: gives estimates of what would take less, by words that follow "with"; called where there is too little.
 
     Raises:
         NotEnoughMemoryError: there is less.
@@ -134,7 +134,7 @@ def check_memory(walk_bytes: int, lighter: Mapping[str, int]) -> None:
             "the walk through the layers",
             found=f"{memory / 1e9:.1f} GB of memory available",
             expected=f"{walk_bytes / 1e9:.1f} GB",
-            remedy=_with_less(lighter, memory),
+            remedy=_with_less(lighter(), memory),
         )
 
 

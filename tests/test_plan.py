@@ -224,10 +224,10 @@ def test_hidden_states_that_are_many_for_the_memory_go_to_the_disk(
     count = states // (4 * int(walk.model.config["hidden_size"]) * calibration.window)
     many = replace(walk, tokens=TokenSets(None, replace(calibration, ids=calibration.ids[:1] * count)))
     assert many.scratch_bytes == 3 * states
-    check_memory(many.memory, many.lighter())
+    check_memory(many.memory, many.lighter)
     in_memory = replace(many, keep_bytes=states)
     with pytest.raises(NotEnoughMemoryError, match="fewer tokens"):
-        check_memory(in_memory.memory, in_memory.lighter())
+        check_memory(in_memory.memory, in_memory.lighter)
 
 
 @pytest.mark.parametrize(

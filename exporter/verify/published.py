@@ -11,7 +11,7 @@ from exporter.adapter import Adapter
 from exporter.artifact.files import check_files
 from exporter.artifact.manifest import evaluation_json, verification_json
 from exporter.backends.registry import backend_names, load_backend
-from exporter.calibration import check_decidable, make_windows, more_windows
+from exporter.calibration import check_drawable, make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.model import MergedModel, plan_merge
 from exporter.positions import check_windows
@@ -132,8 +132,7 @@ def verify_published(
     check_windows(model.config, evaluation=evaluation.n_ctx, calibration=None)
     cut, notes = manifest.held_against(text, model.tokenizer)
     windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
-    if len(windows.ids) == 1:
-        check_decidable(windows, len(more_windows(text, evaluation, model.tokenizer, windows, cut=cut)))
+    check_drawable(text, evaluation, model.tokenizer, windows, cut=cut)
     reference = walk_reference(model, windows, device, reporter, threads=threads)
     more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
     verdicts = _judge(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from exporter.artifact.files import FileRecord, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME
+from exporter.backends.gptq.serving import packs_experts
 from exporter.calibration import EMBEDDED, TokenSets, make_token_sets
 from exporter.checkpoint import read_header
 from exporter.errors import ArtifactError, ExporterError, RecipeError
@@ -49,13 +50,9 @@ class PublishedArtifact(BaseModel):
         """
         names = (wanted,) if wanted else self.runtimes
         entry = self.path(folder)
-        return choose_runtime(
-            names,
-            endpoint=endpoint,
-            wanted=wanted,
-            packed_bits=_packed_bits(entry),
-            packed_experts=_packed_experts(entry),
-        )
+        bits = _packed_bits(entry)
+        experts = bits is not None and _packed_experts(entry)
+        return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed_bits=bits, packed_experts=experts)
 
 
 class _Calibration(BaseModel):
@@ -217,10 +214,8 @@ def _packed_bits(entry: Path) -> int | None:
 def _packed_experts(entry: Path) -> bool:
     """Whether experts are among the GPTQ weights of a model folder; not where its files cannot be read."""
     try:
-        return any(
-            ".experts." in name and name.endswith(".qweight")
-            for file in entry.glob("*.safetensors")
-            for name in read_header(file)
-        )
+        names = [name for file in entry.glob("*.safetensors") for name in read_header(file)]
     except ExporterError:
         return False
+    codes = ".qweight"
+    return packs_experts(name.removesuffix(codes) + ".weight" for name in names if name.endswith(codes))

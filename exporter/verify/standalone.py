@@ -100,7 +100,7 @@ def plan_reference(recipe: ReferenceRecipe, keep_bytes: int) -> PackPlan:
     plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))
     walk = PlannedWalk(model, (), TokenSets(windows, None), recipe.compute_dtype, keep_bytes)
     check_disk([(recipe.out, plan.nbytes + walk.scratch_bytes)])
-    check_memory(walk.memory, walk.lighter())
+    check_memory(walk.memory, walk.lighter)
     return plan
 
 
