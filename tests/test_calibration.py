@@ -263,12 +263,18 @@ def test_what_a_trainer_saved_neither_cuts_nor_pads(
 # --- more tokens -----------------------------------------------------------------------------------------------------
 
 
+# Lengths of a text, and how both sets are cut from it.
+CUTS = {
+    "length": st.integers(600, 3000),
+    "tokens": st.integers(64, 400),
+    "size": st.sampled_from([16, 40, 64, 100]),
+    "count": st.integers(1, 4),
+    "seed": st.integers(0, 5),
+}
+
+
 @given(
-    length=st.integers(600, 3000),
-    tokens=st.integers(64, 400),
-    size=st.sampled_from([16, 40, 64, 100]),
-    count=st.integers(1, 4),
-    seed=st.integers(0, 5),
+    **CUTS,
 )
 def test_more_windows_follow_and_share_no_token_with_either_set(
     length: int, tokens: int, size: int, count: int, seed: int
@@ -299,11 +305,7 @@ def test_more_windows_follow_and_share_no_token_with_either_set(
 
 
 @given(
-    length=st.integers(600, 3000),
-    tokens=st.integers(64, 400),
-    size=st.sampled_from([16, 40, 64, 100]),
-    count=st.integers(1, 4),
-    seed=st.integers(0, 5),
+    **CUTS,
     now=st.integers(64, 4000),
     n_ctx=st.integers(16, 200),
 )
