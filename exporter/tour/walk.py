@@ -19,6 +19,7 @@ from exporter.backends.gptq.hessian import Moments
 from exporter.errors import BackendError, MissingTensorError
 from exporter.merge import DTYPES
 from exporter.model import EMBEDDING, HEAD, MergedModel, MergedTensor
+from exporter.torch_threads import use_threads
 from exporter.tour.activations import SecondMoments, SeenEnoughError, watching
 from exporter.tour.inputs import shared_inputs
 from exporter.tour.loading import Load, Loader, Slot
@@ -222,14 +223,9 @@ class Walk:
         return self._arguments[length]
 
     def set_threads(self) -> None:
-        """Let torch use the threads, which it must not while row blocks are merged.
-
-        A power of two: elementwise functions cut their work into as many pieces, and where a piece does not end with a
-        whole vector register its last elements are computed by another code, whose last bits differ. Pieces of a power
-        of two end with one, so the results are the same for every number of threads.
-        """
+        """Let torch use the threads, which it must not while row blocks are merged."""
         if self._settings.device == "cpu":
-            torch.set_num_threads(1 << (self._settings.threads.bit_length() - 1))
+            use_threads(self._settings.threads)
 
     def _offer(
         self, tensors: Iterable[MergedTensor], riders: Iterable[Rider], targets: Mapping[str, Target] | None = None

@@ -26,6 +26,7 @@ from exporter.errors import ReferencePackError, RuntimeScoreError, WriteError
 from exporter.hashing import hash_all
 from exporter.merge import DTYPES
 from exporter.runtimes.base import TokenScores, score_logits
+from exporter.torch_threads import use_threads
 from exporter.tour.sizes import HEAD_ROWS
 from exporter.verify.pack import (
     DESCRIPTION_NAME,
@@ -261,7 +262,7 @@ def opened_reference(folder: Path, description: Description, device: str, thread
 
         if device == "cpu":
             # As the walk does, whose logits these are to be again.
-            torch.set_num_threads(1 << (threads.bit_length() - 1))
+            use_threads(threads)
         yield Reference(windows, hidden, StoredHead(stored["head"], reader, device), scores)
 
 

@@ -259,6 +259,7 @@ def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> Wei
     """
     from exporter.checkpoint import TensorReader
     from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger, row_blocks
+    from exporter.torch_threads import torch_threads_kept
 
     found: dict[str, Sums] = {}
     faults = list(reader.faults)
@@ -272,7 +273,11 @@ def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> Wei
             faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
 
     present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
-    with TensorReader() as bases, ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+    with (
+        torch_threads_kept(),
+        TensorReader() as bases,
+        ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool,
+    ):
         merger = make_merger("cpu", bases)
         check = _checker(merger, reader)
         for tensor in sorted(present, key=lambda one: (str(one.source.file), one.source.start)):

@@ -263,6 +263,16 @@ def test_figures_do_not_depend_on_threads(model: MergedModel, files: Callable[[s
     assert found[0] == found[1]
 
 
+def test_what_is_scored_afterwards_has_as_many_threads_as_before(
+    model: MergedModel, files: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    check(model, files("Q4_K_M"))
+    assert asked == [1, 3]
+
+
 def test_the_summary_has_layers_and_kinds(model: MergedModel, files: Callable[[str], Path]) -> None:
     result = check(model, files("Q4_K_M"))
     summary = weights_json(result)
