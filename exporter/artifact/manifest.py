@@ -17,7 +17,7 @@ from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan, type_shares
 from exporter.verify.gate import Verification
 from exporter.verify.metrics import Profile, Spread
-from exporter.verify.weights import tensor_figures, weights_json
+from exporter.verify.weights_json import tensor_figures, weights_json
 from exporter.version import __version__
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from exporter.errors import ArtifactError, OutputExistsError
 from exporter.report.html import report_html
 from exporter.verify.gate import Verification
 from exporter.verify.record import read_manifest
-from exporter.verify.weights import WeightsResult, tensor_figures, weights_json
+from exporter.verify.weights import WeightsResult
+from exporter.verify.weights_json import tensor_figures, weights_json
 
 
 def check_report(file: Path, folder: Path, *, force: bool) -> None:

@@ -100,10 +100,20 @@ def report_html(manifest: Mapping[str, Any], *, again: Sequence[str] | None = No
     return page.encode()
 
 
+# Of `nearest` in the manifest: what a stored weight is held to.
+_MEASURES = {
+    "relative_error": "Whole weight",
+    "group": "Columns of a scale",
+    "scale": "Scale",
+    "row_mean": "Mean of a row",
+    "survival": "Delta survival",
+}
+
+
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"interval_bar": plots.interval_bar, "ends": _ends, "limit": _limit}
+    environment.globals |= {"interval_bar": plots.interval_bar, "ends": _ends, "limit": _limit, "measures": _MEASURES}
     environment.filters |= {
         "count": lambda node: shown(node, count),
         "counted": counted,

@@ -26,7 +26,7 @@ from exporter.verify.limits import check_types, gate_for
 from exporter.verify.pack import check_belongs, read_description
 from exporter.verify.record import PublishedManifest, read_manifest
 from exporter.verify.standalone import walk_reference
-from exporter.verify.weights import weights_json
+from exporter.verify.weights_json import weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,8 @@ from exporter.recipe import Execution
 from exporter.reporter import Reporter
 from exporter.verify.published import open_trained
 from exporter.verify.record import read_manifest
-from exporter.verify.weights import WeightsResult, read_weights, weights_json
+from exporter.verify.weights import WeightsResult, read_weights
+from exporter.verify.weights_json import weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console

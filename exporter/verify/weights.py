@@ -1,191 +1,28 @@
-"""What is in the stored weights: relative errors, and how much of the adapter's change is still there.
-
-With base W, merge W' = W + D and stored values S, of each tensor (Frobenius norms and inner products):
-
-    relative error     |S - W'| / |W'|
-    delta survival     <S - W, D> / |D|^2 = 1 + <E, D> / |D|^2 with the error E = S - W'
-    error of the delta |(S - W) - D| / |D| = |E| / |D|
-
-Survival is 1 where all of the adapter's change is stored, 0 where it was left out, 2 where it was applied twice. An
-error that has nothing to do with D, of the same variance |E|^2 / n in each of n elements, gives <E, D> the variance
-|E|^2 |D|^2 / n, so the standard error of survival is |E| / (sqrt(n) |D|). Of several tensors together, inner products
-and variances add up.
-
-The error does have to do with D where the base itself lies on a grid: each element then goes back to where it was, or
-over the edge that it was on, as D decides. A delta may vanish that way, or grow. Every base of bfloat16 is such a grid
-to bfloat16, and one that was dequantized is to other types. So survival is judged where groups of columns share a scale
-and the base's values are as varied as those of 16 bits; where every element is rounded by itself, each has a limit that
-no wrong delta keeps. Survival is reported in any case.
-
-A tensor must keep its type's limits as a whole, and in every group of columns that share a scale: damage to one scale
-or a few rows is lost in the sum over a large tensor. A wrong zero point moves the mean of a row. What the limits cannot
-see is a change that is smaller than what rounding leaves anyway, such as a low mantissa bit of a scale.
-"""
+"""Reads an artifact's weights back from its files, and holds them against base and adapters, merged again."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from exporter.backends.base import Backend, ReadingBackend, StoredWeight, WeightReader
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
+from exporter.verify.sums import Sums, block_sums, total
+from exporter.verify.weight_limits import Held, held_figures, held_survival, is_judged
 
 if TYPE_CHECKING:
     import torch
 
     from exporter.merge import Merger, RowBlock
 
-# Standard errors within which survival must be 1; of hundreds of tensors, not one is as far off by chance.
-SURVIVAL_ERRORS = 6.0
-# What survival may be off beside: merges that differ in the last bits of a float32.
-SURVIVAL_SLACK = 0.01
-# Squared, the share of its block's largest group that every group is taken to have at least: scales are stored as
-# multiples of their block's, and a group of almost nothing takes what the block leaves it.
-BLOCK_SHARE = 1 / 16
-# Of a tensor's relative error, how far the mean of a row may move. Rounding moves it by its error over the root of the
-# columns; a zero point that is one off by a whole step, the root of 12 times the error.
-SHIFT_SHARE = 0.5
-# Columns among which equal values are counted, and the share of different ones above which a base is not on a grid.
-# Gaussian weights in bfloat16 have 0.97; dequantized from Q8_0 0.9, from Q5_0 0.55.
-VARIED_COLUMNS = 32
-VARIED = 0.94
-# The least cosine between error and merge of a group whose scale is off, and not its largest values cut: of a scale
-# that lost a third, 0.96 at 4 bits. The 117 sound groups of a real 0.5B that lost more than a fifth had at most 0.83.
-PARALLEL = 0.88
 # Tensors that the verdict and the summary name.
 NAMED = 5
-# Added to squared norms, so that a group of zeros is infinitely far off or not at all.
-_TINY = 1e-60
-_TINY_ELEMENT = 1e-30
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The group that is farthest off.
-
-    Attributes:
-        value: how far.
-        row: its row.
-        column: its first column.
-    """
-
-    value: float = 0.0
-    row: int = 0
-    column: int = 0
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over the elements of a tensor, of some of its rows, or of several tensors, in float64.
-
-    Attributes:
-        elements: how many.
-        error: |E|^2.
-        merged: |W'|^2.
-        delta: |D|^2.
-        error_delta: <E, D>.
-        base_delta: <W, D>; of several tensors, the sum of its magnitudes.
-        variance: of `error_delta`, by the error alone: |E|^2 |D|^2 / n of each tensor.
-        group: the group with the largest relative error.
-        gain: the group whose scale is farthest off: |<E, W'>| / |W'|^2.
-        shift: the row whose mean error is farthest from zero: |mean(E)| over the root mean square of W', by row. Of
-            groups, as the two before it.
-        different: different values of the base in runs of columns, of so many `looked_at`; where there is a delta.
-        looked_at: see `different`.
-    """
-
-    elements: int = 0
-    error: float = 0.0
-    merged: float = 0.0
-    delta: float = 0.0
-    error_delta: float = 0.0
-    base_delta: float = 0.0
-    variance: float = 0.0
-    group: Worst = Worst()
-    gain: Worst = Worst()
-    shift: Worst = Worst()
-    different: int = 0
-    looked_at: int = 0
-
-    def plus(self, other: Sums) -> Sums:
-        """Both together; of groups that are equally far off, the first stays."""
-        return Sums(
-            self.elements + other.elements,
-            self.error + other.error,
-            self.merged + other.merged,
-            self.delta + other.delta,
-            self.error_delta + other.error_delta,
-            self.base_delta + other.base_delta,
-            self.variance + other.variance,
-            max(self.group, other.group, key=lambda one: one.value),
-            max(self.gain, other.gain, key=lambda one: one.value),
-            max(self.shift, other.shift, key=lambda one: one.value),
-            self.different + other.different,
-            self.looked_at + other.looked_at,
-        )
-
-    def whole(self) -> Sums:
-        """Of a whole tensor, whose rows were added up: with its variance."""
-        variance = self.error * self.delta / self.elements if self.elements else 0.0
-        return replace(self, base_delta=abs(self.base_delta), variance=variance)
-
-    @property
-    def varied(self) -> bool:
-        """Whether the base's values are as varied as those of 16 bits."""
-        return self.different > VARIED * self.looked_at
-
-    @property
-    def relative_error(self) -> float:
-        """|E| / |W'|; infinite if the merge is zero and what is stored is not."""
-        if self.merged == 0:
-            return math.inf if self.error else 0.0
-        return math.sqrt(self.error / self.merged)
-
-    @property
-    def survival(self) -> float | None:
-        """1 + <E, D> / |D|^2; None without a delta."""
-        return 1 + self.error_delta / self.delta if self.delta else None
-
-    @property
-    def survival_stderr(self) -> float | None:
-        """Standard error of survival; None without a delta."""
-        return math.sqrt(self.variance) / self.delta if self.delta else None
-
-    @property
-    def delta_error(self) -> float | None:
-        """|E| / |D|; None without a delta."""
-        return math.sqrt(self.error / self.delta) if self.delta else None
-
-    @property
-    def survival_limit(self) -> float:
-        """How far survival may be from 1; infinite without a delta.
-
-        Beside the noise: a quantizer that minimizes its error shrinks what it stores, W' to about (1 - r^2) W' with
-        the relative error r, and survival falls by r^2 (1 + <W, D> / |D|^2).
-        """
-        if not self.delta:
-            return math.inf
-        shrunk = min(1.0, self.relative_error**2) * (1 + self.base_delta / self.delta)
-        return SURVIVAL_SLACK + SURVIVAL_ERRORS * math.sqrt(self.variance) / self.delta + 2 * shrunk
-
-
-def total(parts: Iterable[Sums]) -> Sums:
-    """All together."""
-    return reduce(Sums.plus, parts, Sums())
 
 
 @dataclass(frozen=True)
@@ -213,18 +50,37 @@ class WeightsResult:
     @cached_property
     def judged(self) -> Sums:
         """Of the tensors whose survival has a limit."""
-        return total(sums for weight, sums in self.tensors if _judged(weight, sums))
+        return total(sums for weight, sums in self.tensors if is_judged(weight, sums))
+
+    @cached_property
+    def nearest(self) -> dict[str, tuple[StoredWeight, Held]]:
+        """Of each measure, the weight that took the most of its limit."""
+        found: dict[str, tuple[StoredWeight, Held]] = {}
+        for weight, sums in self.tensors:
+            for held in held_figures(weight, sums):
+                if held.measure not in found or held.share > found[held.measure][1].share:
+                    found[held.measure] = (weight, held)
+        return found
 
     @cached_property
     def broken(self) -> tuple[str, ...]:
         """What is wrong, in words; empty if nothing is."""
-        reasons = [reason for weight, sums in self.tensors if (reason := _reason(weight, sums))]
+        reasons = [reason for weight, sums in self.tensors for reason in _first_reason(weight, sums)]
         rest = len(reasons) - NAMED
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
-        if not _within(self.judged.survival, self.judged.survival_limit):
-            reasons.append(f"of the adapter's whole change {_share(self.judged)} is stored")
+        if self.judged.delta:
+            whole = held_survival(self.judged, "of the adapter's whole change {} is stored")
+            reasons += [] if whole.kept else [whole.reason]
         return (*self.faults, *reasons)
+
+
+def _first_reason(weight: StoredWeight, sums: Sums) -> Iterator[str]:
+    """The first limit that a tensor breaks, in words, if it breaks one: the others follow from that."""
+    for held in held_figures(weight, sums):
+        if not held.kept:
+            yield held.reason
+            return
 
 
 def read_weights(backend: Backend, model: MergedModel, quant: str, entry: Path, threads: int) -> WeightsResult | None:
@@ -311,196 +167,3 @@ def _checker(
         return block_sums(stored, merged.numpy(), None if base is None else base.numpy(), weight, block.first)
 
     return check
-
-
-def block_sums(stored: Floats, merged: Floats, base: Floats | None, weight: StoredWeight, first: int = 0) -> Sums:
-    """Sums of some rows.
-
-    Args:
-        stored: float32, shape (rows, columns).
-        merged: likewise.
-        base: likewise, where the tensor has a delta; None where it has none.
-        weight: its groups and tolerance.
-        first: number of the first row.
-    """
-    error = stored - merged
-    if weight.group == 1:
-        sums = _element_sums(error, merged, weight, first)
-    else:
-        sums = _group_sums(error, merged, weight, first)
-    if base is None:
-        return sums
-    delta = merged - base
-    squared, error_delta, base_delta = _product(delta, delta), _product(error, delta), _product(base, delta)
-    different, looked_at = _different(base)
-    return replace(
-        sums, delta=squared, error_delta=error_delta, base_delta=base_delta, different=different, looked_at=looked_at
-    )
-
-
-def _element_sums(error: Floats, merged: Floats, weight: StoredWeight, first: int) -> Sums:
-    """Of values that were rounded one by one: the worst group is the worst element."""
-    ratio = np.maximum(np.abs(error) - np.float32(weight.tolerance.resolution), 0)
-    ratio /= np.abs(merged) + np.float32(_TINY_ELEMENT)
-    worst = _worst(ratio, weight, first)
-    return Sums(error.size, _product(error, error), _product(merged, merged), group=worst)
-
-
-def _group_sums(error: Floats, merged: Floats, weight: StoredWeight, first: int) -> Sums:
-    errors, norms = _by_group(error, error, weight), _by_group(merged, merged, weight)
-    along = _along(errors, norms, _by_group(error, merged, weight), weight)
-    # The least norm that a group is taken to have, and what its error may be in any case.
-    floored = norms + BLOCK_SHARE * norms.max(axis=2, keepdims=True) + _TINY
-    resolution = weight.group * weight.tolerance.resolution**2
-    return Sums(
-        error.size,
-        float(errors.sum()),
-        float(norms.sum()),
-        group=_worst(np.sqrt(np.maximum(errors - resolution, 0) / floored), weight, first),
-        gain=_worst(np.maximum(along - np.sqrt(resolution * norms), 0) / floored, weight, first),
-        shift=_shifted(error, norms, weight, first),
-    )
-
-
-def _along(errors: Doubles, norms: Doubles, products: Doubles, weight: StoredWeight) -> Doubles:
-    """|<E, W'>| of groups, shape (rows, blocks, groups in a block): what a wrong scale shows in.
-
-    A group of a clipped type whose largest values were cut is smaller too, but its error is then only in those, and
-    does not go along with the others.
-    """
-    along: Doubles = np.abs(products)
-    if not weight.tolerance.clipped:
-        return along
-    parallel = products**2 >= PARALLEL**2 * errors * norms
-    return np.where((products < 0) & ~parallel, along / 2, along)
-
-
-def _shifted(error: Floats, norms: Doubles, weight: StoredWeight, first: int) -> Worst:
-    means = np.maximum(np.abs(error.mean(axis=1)) - weight.tolerance.resolution, 0)
-    shifts = means / (np.sqrt(norms.sum(axis=(1, 2)) / error.shape[1]) + _TINY_ELEMENT)
-    row = int(shifts.argmax())
-    return Worst(float(shifts[row]), first + row)
-
-
-def _product(left: Floats, right: Floats) -> float:
-    """Inner product: float32 within a row, float64 from there on."""
-    return float(np.einsum("rk,rk->r", left, right).sum(dtype=np.float64))
-
-
-def _different(base: Floats) -> tuple[int, int]:
-    """Different values in runs of columns, and values, of the first rows; they are enough to tell."""
-    columns = base.shape[1] // VARIED_COLUMNS * VARIED_COLUMNS
-    runs = np.sort(base[:64, :columns].reshape(-1, VARIED_COLUMNS), axis=1)
-    return int((np.diff(runs, axis=1) != 0).sum()) + len(runs), runs.size
-
-
-def _by_group(left: Floats, right: Floats, weight: StoredWeight) -> Doubles:
-    """Inner products, shape (rows, blocks, groups in a block): float32 within a group, float64 from there on."""
-    rows, columns = left.shape
-    products: Floats = np.einsum("gk,gk->g", left.reshape(-1, weight.group), right.reshape(-1, weight.group))
-    blocks: Doubles = products.astype(np.float64).reshape(rows, columns // weight.block, weight.block // weight.group)
-    return blocks
-
-
-def _worst(values: Doubles | Floats, weight: StoredWeight, first: int) -> Worst:
-    # argmax takes the first NaN for the largest.
-    row, column = divmod(int(values.argmax()), values[0].size)
-    return Worst(float(values[row].flat[column]), first + row, column * weight.group)
-
-
-# --- limits ----------------------------------------------------------------------------------------------------------
-
-
-def _reason(weight: StoredWeight, sums: Sums) -> str | None:
-    """The first limit that a tensor breaks, in words. Comparisons are such that NaN breaks them."""
-    limits, name = weight.tolerance, weight.source
-    if not sums.relative_error <= limits.error:
-        return f"{name} is {sums.relative_error:.2%} off, {weight.type} leaves at most {limits.error:.2%}"
-    if not sums.group.value <= limits.group:
-        return f"{name}: {_place(sums.group, weight)} are {sums.group.value:.2%} off, the limit is {limits.group:.2%}"
-    if not sums.gain.value <= limits.gain:
-        where = _place(sums.gain, weight)
-        return f"{name}: the scale of {where} is {sums.gain.value:.2%} off, the limit is {limits.gain:.2%}"
-    if not sums.shift.value <= SHIFT_SHARE * limits.error:
-        limit = SHIFT_SHARE * limits.error
-        return (
-            f"{name}: row {sums.shift.row} is shifted by {sums.shift.value:.2%} of its size, the limit is {limit:.2%}"
-        )
-    if _judged(weight, sums) and not _within(sums.survival, sums.survival_limit):
-        return f"{name}: of the adapter's change {_share(sums)} is stored"
-    return None
-
-
-def _judged(weight: StoredWeight, sums: Sums) -> bool:
-    """Whether survival says something of the delta, and not of the grid that the base is on."""
-    return sums.delta > 0 and weight.group > 1 and sums.varied
-
-
-def _within(survival: float | None, limit: float) -> bool:
-    return survival is None or abs(survival - 1) <= limit
-
-
-def _share(sums: Sums) -> str:
-    return f"{sums.survival:z.0%} (limit 100% ± {sums.survival_limit:.0%})"
-
-
-def _place(worst: Worst, weight: StoredWeight) -> str:
-    return f"columns {worst.column} to {worst.column + weight.group - 1} of row {worst.row}"
-
-
-# --- as JSON ---------------------------------------------------------------------------------------------------------
-
-
-def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
-    """The summary of an artifact; None if its weights were not looked at."""
-    if result is None:
-        return None
-    parts = {"layers": r"\.layers\.(\d+)\.", "kinds": r"([^.]+)\.(?:weight|bias)$"}
-    # The limit is of the judged ones: the figure is held against it where these are all that changed.
-    limit = result.judged.survival_limit if result.judged.elements == result.updated.elements else None
-    by_limit = sorted(result.tensors, key=lambda pair: -pair[1].relative_error / pair[0].tolerance.error)
-    return {
-        **_figures(result.total),
-        "survival_stderr": _number(result.updated.survival_stderr),
-        "survival_limit": _number(limit),
-        "delta_error": _number(result.updated.delta_error),
-        "judged": sum(_judged(weight, sums) for weight, sums in result.tensors),
-        "worst": [
-            {
-                "name": weight.source,
-                "type": weight.type,
-                "relative_error": _number(sums.relative_error),
-                "limit": _number(weight.tolerance.error),
-            }
-            for weight, sums in by_limit[:NAMED]
-        ],
-        **{part: {key: _figures(sums) for key, sums in _grouped(result, by).items()} for part, by in parts.items()},
-        "broken": list(result.broken),
-    }
-
-
-def tensor_figures(result: WeightsResult | None) -> dict[str, dict[str, Any]]:
-    """Relative error, and survival where there is a delta, by the stored tensor's name and by the merged one's."""
-    found: dict[str, dict[str, Any]] = {}
-    for weight, sums in result.tensors if result else ():
-        figures = {key: value for key, value in _figures(sums).items() if key != "survival" or value is not None}
-        found |= {weight.source: figures, weight.name: figures}
-    return found
-
-
-def _figures(sums: Sums) -> dict[str, Any]:
-    return {"relative_error": _number(sums.relative_error), "survival": _number(sums.survival)}
-
-
-def _grouped(result: WeightsResult, pattern: str) -> dict[str, Sums]:
-    """Sums by what the pattern finds in a name; tensors in which it finds nothing are left out."""
-    groups: dict[str, list[Sums]] = {}
-    for weight, sums in result.tensors:
-        if match := re.search(pattern, weight.source):
-            groups.setdefault(match[1], []).append(sums)
-    return {key: total(parts) for key, parts in groups.items()}
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if value is not None and math.isfinite(value) else None

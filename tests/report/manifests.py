@@ -40,6 +40,12 @@ def _figures(error: float, survival: float | None) -> dict[str, Any]:
     return {"relative_error": error, "survival": survival}
 
 
+def _nearest(name: str, value: float, limit: float, *place: int) -> dict[str, Any]:
+    row, column, *_ = (*place, None, None)
+    weight = f"model.layers.1.{name}.weight"
+    return {"name": weight, "type": "Q4_K", "value": value, "limit": limit, "row": row, "column": column}
+
+
 WEIGHTS: dict[str, Any] = {
     "relative_error": 0.0671234,
     "survival": 0.9964,
@@ -48,6 +54,13 @@ WEIGHTS: dict[str, Any] = {
     "delta_error": 0.42,
     "judged": 28,
     "worst": [{"name": "model.layers.1.mlp.up_proj.weight", "type": "Q4_K", "relative_error": 0.08, "limit": 0.19}],
+    "nearest": {
+        "relative_error": _nearest("mlp.up_proj", 0.08, 0.19),
+        "group": _nearest("self_attn.k_proj", 0.31, 0.6, 12, 64),
+        "scale": _nearest("self_attn.k_proj", 0.05, 0.23, 1012, 0),
+        "row_mean": _nearest("mlp.down_proj", 0.01, 0.095, 7),
+        "survival": _nearest("mlp.down_proj", 0.004, 0.03),
+    },
     "layers": {str(layer): _figures(0.06 + layer / 1000, 0.996 - layer / 5000) for layer in range(36)},
     "kinds": {"norm": _figures(0.0, None), "q_proj": _figures(0.07, 0.995), "up_proj": _figures(0.08, 1.002)},
     "broken": [],

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,10 @@ from exporter.backends.gguf.reading import GAUSSIAN_ERRORS, read_header, toleran
 from exporter.backends.gguf.types import BLOCK_SIZES
 from exporter.backends.registry import load_backend
 from exporter.model import MergedModel
-from exporter.verify.weights import (
-    Sums,
-    WeightsResult,
-    _share,
-    block_sums,
-    check_weights,
-    read_weights,
-    tensor_figures,
-    weights_json,
-)
+from exporter.verify.sums import Sums, block_sums
+from exporter.verify.weight_limits import held_survival
+from exporter.verify.weights import WeightsResult, check_weights, read_weights
+from exporter.verify.weights_json import tensor_figures, weights_json
 from tests.exports import export_to
 from tests.folders import copy, edit_json, edit_tensors
 from tests.gptq import make_gptq, unpack_script
@@ -287,10 +282,38 @@ def test_the_summary_has_layers_and_kinds(model: MergedModel, files: Callable[[s
     assert alone is not None
     assert (alone["judged"], alone["survival_limit"]) == (0, None)
     assert [one["relative_error"] / one["limit"] < 1 for one in summary["worst"]] == [True] * 5
+    nearest = summary["nearest"]
+    assert list(nearest) == ["relative_error", "group", "scale", "row_mean", "survival"]
+    assert all(0 < one["value"] < one["limit"] for one in nearest.values())
+    assert list(alone["nearest"]) == ["relative_error", "group"]
     figures = tensor_figures(result)
     assert figures["blk.1.attn_q.weight"] == figures[Q_PROJ]
     assert figures["output_norm.weight"].keys() == {"relative_error"}
     assert weights_json(None) is None
+
+
+def test_the_weight_that_is_nearest_to_a_limit_is_shown_with_its_place() -> None:
+    limits = Tolerance(0.5, 1.0, 1.0, 0.0)
+    loose, tight = (
+        StoredWeight(name, name, "Q", (4, 64), 16, 32, replace(limits, group=group))
+        for name, group in (("loose", 1.0), ("tight", 0.5))
+    )
+    merged = np.ones((4, 64), dtype=np.float32)
+    stored = merged.copy()
+    stored[2, 32:48] = 1.4
+    tensors = [(weight, block_sums(stored, merged, None, weight).whole()) for weight in (loose, tight, loose)]
+    summary = weights_json(WeightsResult(tuple(tensors), ()))
+    assert summary is not None
+    group = summary["nearest"]["group"]
+    assert (group["name"], group["row"], group["column"], group["limit"]) == ("tight", 2, 32, 0.5)
+    assert group["value"] == pytest.approx(0.4, rel=0.05)
+    assert summary["nearest"]["relative_error"]["row"] is None
+    stored[3, 5] = np.nan
+    lost = WeightsResult(((tight, block_sums(stored, merged, None, tight).whole()),), ())
+    assert lost.broken
+    broken = weights_json(lost)
+    assert broken is not None
+    assert broken["nearest"]["group"]["value"] is None
 
 
 # --- a wrong delta ---------------------------------------------------------------------------------------------------
@@ -565,4 +588,4 @@ def test_a_format_without_a_reader_is_not_looked_at(model: MergedModel, tmp_path
 
 
 def test_a_change_that_was_left_out_is_no_negative_zero() -> None:
-    assert _share(Sums(elements=1, delta=1.0, error_delta=-1.001)).startswith("0% ")
+    assert held_survival(Sums(elements=1, delta=1.0, error_delta=-1.001), "{}").reason.startswith("0% ")
