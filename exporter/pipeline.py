@@ -20,6 +20,7 @@ from exporter.plan import ExportPlan, FolderPlan, make_plan
 from exporter.recipe import Execution, Recipe
 from exporter.report.html import REPORT_NAME, report_html
 from exporter.reporter import Reporter
+from exporter.room import memory_errors
 from exporter.verify.answers.run import answer_artifacts
 from exporter.verify.check import verify_artifacts
 from exporter.verify.gate import Verification
@@ -67,6 +68,7 @@ class ExportResult:
         return all(folder.published for folder in self.folders)
 
 
+@memory_errors()
 def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporter | None = None) -> ExportResult:
     """Merge, write, verify and publish.
 
@@ -79,7 +81,8 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
 
     Raises:
         RefusalError: arguments or inputs are wrong; nothing is left written.
-        ExporterError: something failed on the way; the staging folder is kept, and the same call goes on from it.
+        OutOfMemoryError: memory ran out on the way, against the estimate; the staging folder is kept.
+        ExporterError: something else failed on the way; likewise, and the same call goes on from it.
     """
     execution, reporter = execution or Execution(), reporter or Reporter()
     plan = make_plan(recipe, execution)

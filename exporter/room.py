@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -161,6 +162,21 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
             )
         behind = behind.__context__
     return None
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise an allocation that failed as what it means; see `out_of_memory`. Also for functions, as a decorator.
+
+    Raises:
+        OutOfMemoryError: one failed.
+    """
+    try:
+        yield
+    except Exception as raised:
+        if (error := out_of_memory(raised)) is not None:
+            raise error from raised
+        raise
 
 
 def _with_less(lighter: Mapping[str, int], memory: int) -> str:

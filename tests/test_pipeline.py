@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from exporter import ExporterError, Recipe, export
+from exporter import ExporterError, Recipe, ReferenceRecipe, export, make_reference
 from exporter.artifact.staging import Staging
-from exporter.errors import OutputExistsError, StagingInUseError, WriteError
+from exporter.errors import OutOfMemoryError, OutputExistsError, StagingInUseError, WriteError
 from exporter.pipeline import staging_key
 from exporter.plan import make_plan
 from exporter.recipe import Execution
@@ -433,6 +434,25 @@ def test_interrupted_run(deep: tuple[Path, Path], tmp_path: Path, monkeypatch: p
     run = SlowRun(slow_arguments(deep, out), tmp_path, pause=0)
     assert run.wait() == 0
     assert "going on with an earlier run" in run.log.read_text()
+
+
+def test_running_out_of_memory_is_an_error_of_ours_and_the_run_goes_on(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate_too_much(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("exporter.pipeline._finish_files", allocate_too_much)
+        with pytest.raises(OutOfMemoryError, match="4611686018427387904 bytes"):
+            export_to(tmp_path / "out", base, adapter)
+    assert (tmp_path / ".out.staging").is_dir()
+    assert export_to(tmp_path / "out", base, adapter).passed
+    monkeypatch.setattr("exporter.verify.standalone.walk_reference", allocate_too_much)
+    sources = {"base": str(base), "adapters": [str(adapter)], "out": tmp_path / "pack"}
+    wanted = ReferenceRecipe.build(sources | {"evaluation": SMALL})
+    with pytest.raises(OutOfMemoryError, match="4611686018427387904 bytes"):
+        make_reference(wanted)
 
 
 def test_run_beside_a_running_one(deep: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from exporter.plan import open_model
 from exporter.positions import check_windows
 from exporter.recipe import Execution, ReferenceRecipe
 from exporter.reporter import Reporter
-from exporter.room import check_disk, check_memory, states_budget
+from exporter.room import check_disk, check_memory, memory_errors, states_budget
 from exporter.tour.sizes import KEEP_BYTES
 from exporter.verify.pack import PackPlan
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exporter.verify.reference import Reference
 
 
+@memory_errors()
 def make_reference(
     recipe: ReferenceRecipe, execution: Execution | None = None, reporter: Reporter | None = None
 ) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def make_reference(
 
     Raises:
         RefusalError: arguments or inputs are wrong; nothing is left written.
-        ExporterError: something failed on the way; the staging folder is kept, and the same call goes on from it.
+        OutOfMemoryError: memory ran out on the way, against the estimate; the staging folder is kept.
+        ExporterError: something else failed on the way; likewise, and the same call goes on from it.
     """
     execution, reporter = execution or Execution(), reporter or Reporter()
     keep_bytes = states_budget()
