@@ -28,21 +28,27 @@ def peak_of(command: Sequence[str]) -> int:
     return 1024 * int(done.stdout.split()[-1])
 
 
+RIDES = {
+    "importance matrix": ("export", "--format", "gguf", "--imatrix", "auto"),
+    "hessians": ("export", "--format", "gptq"),
+    "reference": ("reference", "--eval-tokens", "2048", "--eval-window", "128"),
+}
+CALIBRATED = ("--no-verify", "--calibration-tokens", "512", "--window", "128")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("format_", ["gguf", "gptq"])
+@pytest.mark.parametrize("ride", RIDES)
 def test_peak_does_not_depend_on_the_number_of_layers(
-    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, format_: str
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, ride: str
 ) -> None:
-    """With an importance matrix, second moments, Hessians and solutions; on models of 4 and of 24 layers."""
+    """With second moments, with Hessians and solutions, and of the reference; on models of 4 and of 24 layers."""
     peaks = {}
     for layers in (4, 24):
         base = make_base("qwen3", layers=layers, **WIDE)
         adapter = make_adapter(base)
-        command = ["export", "--base", str(base), "--adapter", str(adapter), "--format", format_]
-        command += ["--out", str(tmp_path / f"{layers}"), "--no-verify", "--quiet"]
-        command += ["--calibration-tokens", "512", "--window", "128"]
-        if format_ == "gguf":
-            command += ["--imatrix", "auto"]
-        peaks[layers] = peak_of(command)
-        assert (tmp_path / f"{layers}" / "export.json").is_file()
+        command, *options = RIDES[ride]
+        options += CALIBRATED if command == "export" else ()
+        sources = ["--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / f"{layers}")]
+        peaks[layers] = peak_of([command, *sources, *options, "--quiet"])
+        assert len(list((tmp_path / f"{layers}").glob("*.json"))) >= 1
     assert abs(peaks[24] - peaks[4]) < TOLERANCE_BYTES, peaks
