@@ -19,7 +19,7 @@ from exporter.verify.answers.ask import NORMALIZED, UNNORMALIZED
 from exporter.verify.answers.follow import Followed, follow
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers, judge_answers, loop_of
 from exporter.verify.answers.run import Served, answers_of
-from exporter.verify.answers.source import MAX_NEW
+from exporter.verify.answers.source import LONG, MAX_NEW
 from exporter.verify.answers.texts import TEXTS
 from tests.commands import invoke
 from tests.exports import export_to
@@ -103,6 +103,25 @@ def test_a_sound_gguf_answers_as_the_model_does(model: MergedModel, gguf: Path) 
     assert {prompt.name for prompt in found.question.prompts} == {"short", "chat", "answered", "long"}
     for followed in found.followed.values():
         assert followed.shortfall.max() < 1e-2
+
+
+@pytest.mark.parametrize("runtime", ["llamacpp", "transformers"])
+def test_the_long_prompt_has_2000_tokens_where_the_model_has_the_positions(
+    base: Path, tmp_path: Path, runtime: str
+) -> None:
+    roomy = copy(base, tmp_path / "roomy")
+    edit_json(roomy / "config.json", max_position_embeddings=4096)
+    if runtime == "llamacpp":
+        entry = export_gguf(roomy, tmp_path / "out")
+    else:
+        entry = tmp_path / "out"
+        export_to(entry, roomy, quant="fp32")
+    found = answers(merged_model(roomy), entry)
+    assert found.faults == ()
+    (long,) = (prompt for prompt in found.question.prompts if prompt.name == "long")
+    assert len(long.ids) == LONG == 2000
+    assert found.asked.continuations["long"].tokens
+    assert found.followed["long"].shortfall.max() < 1e-2
 
 
 def test_a_model_without_a_chat_template_is_asked_without_chats(base: Path, tmp_path: Path) -> None:
