@@ -161,6 +161,16 @@ class Damaged:
         array = self._open(place)
         array.view(_DTYPES[place.kind])[...] = _ONES[place.kind]
 
+    def misname(self, weight: str, old: str, new: str) -> None:
+        """Store a weight under another name of the same length: under its own, it is missing."""
+        name = self.parts(weight)["weight"]
+        place = self.places[name]
+        first = min(one.start for one in self.places.values() if one.file == place.file)
+        with self.own(place.file).open("r+b") as stream:
+            at = stream.read(first).index(name.encode())
+            stream.seek(at)
+            stream.write(name.replace(old, new).encode())
+
     # --- GGUF metadata -----------------------------------------------------------------------------------------------
 
     def metadata_key(self, key: str) -> str:

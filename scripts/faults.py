@@ -110,11 +110,22 @@ def noise(damaged: Damaged) -> None:
 
 def ones_for_norms(damaged: Damaged) -> None:
     """q/k norms of all layers lost: ones are what a model starts with."""
+    for weight in _qk_norms(damaged):
+        damaged.fill_with_ones(weight)
+
+
+def no_norms(damaged: Damaged) -> None:
+    """q/k norms of all layers under a name that no loader looks for."""
+    for weight in _qk_norms(damaged):
+        damaged.misname(weight, "_norm", "_form")
+
+
+def _qk_norms(damaged: Damaged) -> Iterator[str]:
     for number in range(int(damaged.config["num_hidden_layers"])):
         for part in ("self_attn.q_norm", "self_attn.k_norm"):
             if not damaged.has(layer(damaged, part, number)):
                 raise NotApplicableError(f"{damaged.config['model_type']} has no {part}")
-            damaged.fill_with_ones(layer(damaged, part, number))
+            yield layer(damaged, part, number)
 
 
 class NotApplicableError(Exception):
@@ -310,6 +321,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("one matrix of zeros", zero),
     Fault("eight rows of noise", noise),
     Fault("q/k norms lost", ones_for_norms),
+    Fault("q/k norms missing", no_norms),
     Fault("last tensor truncated", truncate),
     Fault("rope base wrong", wrong_rope),
     Fault("norm epsilon wrong", wrong_epsilon),
@@ -324,8 +336,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("eos of another model", wrong_eos),
     Fault("eos of another model in config.json alone", partial(wrong_eos, generation=False), FOLDERS),
     Fault("eos of another model in generation_config.json alone", partial(wrong_eos, config=False), FOLDERS),
-    Fault("one shard from a run without adapter", formats=("safetensors",), made="left out", shard=1),
-    Fault("one shard from a run with another adapter", formats=("safetensors",), made="another", shard=1),
+    Fault("one shard from a run without adapter", formats=FOLDERS, made="left out", shard=1),
+    Fault("one shard from a run with another adapter", formats=FOLDERS, made="another", shard=1),
     Fault("Q2_K named Q4_K_M", formats=("gguf",), quants=("Q4_K_M",), quant="Q2_K"),
     Fault("Q2_K that says it is Q4_K_M", call_it_q4, ("gguf",), ("Q4_K_M",), quant="Q2_K"),
     Fault("zero points of a matrix one more", partial(shift_zeros, by=1), ("gptq",)),

@@ -1,7 +1,8 @@
 """Break artifacts on purpose and see that verification says so, and that it passes sound ones.
 
     python scripts/sabotage.py --base DIR --adapter DIR --work DIR [--formats gguf …] [--types Q4_K_M …]
-        [--only "adapter left" …] [--all-types] [--fast] [--calibration-tokens N] [--json FILE] [--report DIR]
+        [--only "adapter left" …] [--serve] [--all-types] [--fast] [--calibration-tokens N] [--json FILE]
+        [--report DIR]
     python scripts/sabotage.py --show FILE …     # the tables of results that --json wrote; of a case, the last
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
@@ -9,7 +10,7 @@ what stands between a faulty exporter and its user, and not the hashes. `exporte
 (exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only the faults
 that this passes and the sound artifacts of the inputs that were given. Prints two tables, of faults and of sound
 artifacts; exit status 1 if a fault is missed or a sound artifact fails. `--report` keeps each report.
-GPTQ is scored by transformers, which needs `make gptqmodel`.
+Folders are scored by transformers, which needs `make gptqmodel` for GPTQ; with `--serve` by vLLM (`make serve-env`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from quality import outputs_of
 from report import write_json
 
 from exporter.artifact.manifest import MANIFEST_NAME
+from exporter.runtimes.vllm import ENVIRONMENT
 
 TYPES = {"gguf": ("Q8_0", "Q4_K_M"), "safetensors": ("bf16",), "gptq": ("gptq-int4-g128",)}
 # What `exporter` prints before the thing that is wrong.
@@ -96,10 +98,9 @@ class Verdict:
 
 
 def exporter(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line, without vLLM."""
+    """Run the command line."""
     command = [sys.executable, "-m", "exporter", *map(str, arguments)]
-    environment = os.environ | {"EXPORTER_SERVE_ENV": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def reasons_of(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
@@ -183,10 +184,8 @@ def _options(format_: str, quant: str, inputs: Inputs) -> dict[str, Any]:
     """As exports are made that are verified; and folders in four files."""
     if format_ == "gguf":
         return {"options": {"imatrix": "auto"}} if "K" in quant else {}
-    if format_ == "safetensors":
-        size = sum(file.stat().st_size for file in inputs.base.glob("*.safetensors"))
-        return {"options": {"max_shard_size": size // 4}}
-    return {}
+    size = sum(file.stat().st_size for file in inputs.base.glob("*.safetensors"))
+    return {"options": {"max_shard_size": size // 4}}
 
 
 def export(
@@ -379,6 +378,7 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--types", nargs="+", help="types to make faults in; by default one or two of each format")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults whose names contain one of these")
+    parser.add_argument("--serve", action="store_true", help="score folders in vLLM, where that serves them")
     parser.add_argument("--all-types", action="store_true", help="export and verify every type of the formats, too")
     parser.add_argument("--fast", action="store_true", help="compare files first, and score what that passes")
     parser.add_argument("--calibration-tokens", type=int, help="for types that are calibrated; faults need few")
@@ -397,6 +397,8 @@ def main() -> int:
         for quant in TYPES[format_]
         if not arguments.types or quant in arguments.types
     ]
+    if not arguments.serve:
+        os.environ[ENVIRONMENT] = ""
     reports = arguments.report.absolute() if arguments.report else None
     if reports is not None:
         reports.mkdir(parents=True, exist_ok=True)
