@@ -213,11 +213,18 @@ class StoredHead(Head):
     def __init__(self, tensor: StoredTensor, reader: TensorReader, device: str) -> None:
         self._tensor, self._reader, self._device = tensor, reader, device
         self.shape, self.dtype = (tensor.shape[0], tensor.shape[1]), DTYPES[tensor.dtype]
+        # One buffer for all blocks: memory that is new to each would be zeroed and faulted in, which takes longer than
+        # reading it.
+        self._raw = torch.empty(0, dtype=torch.uint8)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """See `Head`."""
-        raw = self._reader.rows(self._tensor, first, count)
-        return torch.frombuffer(raw, dtype=self.dtype).view(count, -1).to(self._device)
+        width = self._tensor.row_bytes
+        if len(self._raw) < count * width:
+            self._raw = torch.empty(count * width, dtype=torch.uint8)
+        raw = self._raw[: count * width]
+        self._reader.read_into(raw.numpy().data, self._tensor, first * width)
+        return raw.view(self.dtype).view(count, -1).to(self._device)
 
 
 @contextmanager

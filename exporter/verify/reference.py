@@ -37,7 +37,7 @@ class Head(ABC):
 
     @abstractmethod
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows `first` to `first + count`, in `dtype`, on the device that computes."""
+        """Rows `first` to `first + count`, in `dtype`, on the device that computes; valid until the next call."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in float32: (positions, hidden) to (positions, vocabulary)."""
