@@ -28,6 +28,8 @@ VLLM = $(if $(shell nvidia-smi --list-gpus 2>/dev/null | grep ^GPU),vllm,vllm-cp
 DEMO := .cache/demo
 # What the real-model benchmarks run on: a base and an adapter of your own.
 BENCH_WORK ?= .cache/bench
+# Ordinary tests keep one core busy. The others measure memory or start servers, and run one after another.
+ABREAST ?= -n 2 --dist worksteal
 
 ifeq ($(BASE),)
   # Without a base, the demo: made once, exported to a folder that every run replaces.
@@ -110,10 +112,11 @@ browser:  ## Install Chromium, which the tests of the report open it in (Debian 
 	else echo "There is no apt-get: install chromium by other means, or the tests in a browser are skipped."; fi
 
 test: $(READY) $(DEMO)/demo.json  ## Run the ordinary tests (a few minutes).
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(ABREAST) $(ARGS)
 
 test-all: $(READY) $(DEMO)/demo.json  ## Run every test but those that need a GPU.
-	@$(BIN)/pytest -m "not gpu" $(ARGS)
+	@$(BIN)/pytest $(ABREAST) $(ARGS)
+	@$(BIN)/pytest -m "(slow or serve) and not gpu" $(ARGS)
 
 check: format lint types  ## Formatting, lint and strict types.
 

@@ -180,6 +180,7 @@ def test_the_seed_decides_which_windows_are_taken(files: TokenizerFiles) -> None
     assert one == sets(files, None)
 
 
+@pytest.mark.slow
 def test_evaluation_alone_is_the_same_as_with_calibration(files: TokenizerFiles) -> None:
     """Of the embedded text only the beginning is read then."""
     evaluation, calibration = Evaluation(tokens=8000, n_ctx=100), Calibration()
@@ -340,6 +341,7 @@ def test_no_token_that_was_calibrated_on_is_scored_however_many_are_asked_for(
     assert len(known.ids) == max(1, now // n_ctx) or not more
 
 
+@pytest.mark.slow
 def test_a_text_that_is_read_in_part_is_cut_as_it_was(files: TokenizerFiles, tmp_path: Path) -> None:
     """Of the embedded text and of a dataset no more is read than is needed, and that decides what is taken."""
     calibration = Calibration(tokens=256, window=64)

@@ -502,6 +502,7 @@ app(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["export", "reference"])
 def test_killed_run_leaves_nothing_that_looks_finished(
     inputs: tuple[Path, Path], pack: Path, tmp_path: Path, command: str

@@ -91,6 +91,11 @@ def _label(shape: Shape) -> str:
     return f"{shape.architecture}-{shape.layers}-gqa{shape.gqa}-{head}-{shape.hidden}x{shape.inner}"
 
 
+def _by_length(shape: Shape) -> Any:
+    """A parameter; many layers are many dry runs."""
+    return pytest.param(shape, id=_label(shape), marks=[pytest.mark.slow] if shape.layers >= 40 else [])
+
+
 def _write_header_only(file: Path, shape: Shape) -> None:
     """A float32 GGUF file with all the tensors and, in the place of their data, a hole."""
     writer = gguf.GGUFWriter(file, shape.architecture)
@@ -178,7 +183,7 @@ def _check(shape: Shape, file: Path, dry_run: DryRun) -> None:
         assert ours == theirs, (shape, name, imatrix)
 
 
-@pytest.mark.parametrize("shape", FEW, ids=_label)
+@pytest.mark.parametrize("shape", [_by_length(shape) for shape in FEW])
 def test_types_are_those_that_llama_cpp_chooses(shape: Shape, tmp_path: Path, dry_run: DryRun) -> None:
     _check(shape, tmp_path / "model.gguf", dry_run)
 
