@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-DELETED = object()
+
+class _Deleted:
+    """With a name that is the same in every process, as those of tests must be."""
+
+    def __repr__(self) -> str:
+        return "deleted"
+
+
+DELETED = _Deleted()
 
 
 def copy(folder: Path, target: Path) -> Path:
