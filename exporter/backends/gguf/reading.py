@@ -39,6 +39,8 @@ GAUSSIAN_ERRORS: Mapping[str, float] = {
     "IQ3_S": 0.1662, "IQ3_XXS": 0.2133, "IQ2_S": 0.2648, "IQ2_XS": 0.2996, "IQ2_XXS": 0.3438, "IQ1_M": 0.5826,
     "IQ1_S": 0.4861,
 }  # fmt: skip
+# Columns of a block that is one group, with a scale in 16 bits.
+_OWN_SCALE = 32
 # Columns that share a scale; 32 for all others.
 _SMALL_GROUPS = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 
@@ -242,8 +244,12 @@ def tolerance(kind: str, block: int, *, imatrix: bool) -> Tolerance:
         imatrix: whether errors were weighed by an importance matrix, which lets some columns err more.
     """
     # Measured: a tensor is up to 2.1 times as far off as Gaussian weights, a group 3.8 times and its scale 1.3 times;
-    # with importances as uneven as exp(2 * normal), a group 10.3 times and its scale 9.4 times.
-    error, wide = GAUSSIAN_ERRORS[kind], 2.5 if imatrix else 1.0
+    # with importances as uneven as exp(2 * normal), a group 10.3 times and its scale 9.4 times. Where each group has a
+    # scale of its own that would leave a third of it unseen. Importances of two windows of a real 0.5B, which are more
+    # uneven than those of 16, let such a group err 3.8 times as much, and its scale 3.1 times.
+    error, wide = GAUSSIAN_ERRORS[kind], 1.0
+    if imatrix:
+        wide = 1.3 if block == _OWN_SCALE else 2.5
     # A float16 scale of 256 columns is multiplied by up to 2^12 (Q6_K: 127 · 32), of 32 by 2^7.
     resolution = 2.0**-25 * (4096 if block == 256 else 128)
     return Tolerance(min(0.85, 3 * error), 6 * wide * error, 4 * wide * error, resolution)
