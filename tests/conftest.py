@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# As the command line does, and before torch is imported: threads that spin make a shared machine ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As the command line does, and before torch is imported: threads that spin for long make a shared machine slow.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 
