@@ -413,9 +413,10 @@ def _guarded(console: Console, run: Callable[[], int], stop: Callable[[], None] 
 def main() -> None:
     """Entry point of the console script."""
     # Threads that wait for each other spin for a moment and then give up their core. By default they spin so long that
-    # beside another job they keep the core from the thread that is waited for; where they give it up at once, waking
-    # takes longer than most waits. A layer of GPTQ of a 0.5B on two cores takes 14 s with either of the first two and
-    # 24 s with the last; beside two busy processes 40 s, 88 s and 37 s. Read when libgomp is loaded, which is with torch.
+    # beside another job they keep the core from the thread that is waited for; if they give it up at once, waking takes
+    # longer than most waits. Three layers of a 0.5B's GPTQ on two cores: 43 s like this, 42 s by default, 71 s with
+    # OMP_WAIT_POLICY=passive; one layer beside two busy processes: 40 s, 88 s and 37 s. Read when libgomp is loaded,
+    # which is with torch.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(app())
 
