@@ -274,9 +274,7 @@ CUTS = {
 }
 
 
-@given(
-    **CUTS,
-)
+@given(**CUTS)
 def test_more_windows_follow_and_share_no_token_with_either_set(
     length: int, tokens: int, size: int, count: int, seed: int
 ) -> None:

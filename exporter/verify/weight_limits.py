@@ -79,16 +79,16 @@ def held_figures(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
         reason = f"{name}: row {shift.row} is shifted by {shift.value:.2%} of its size, the limit is {limit:.2%}"
         yield Held("row_mean", shift.value, limit, reason, shift.row)
     if is_judged(weight, sums):
-        yield held_survival(sums, f"{name}: of the adapter's change {{}} is stored")
+        yield held_survival(sums, f"{name}: of the adapter's change")
 
 
-def held_survival(sums: Sums, reason: str) -> Held:
-    """Survival of a weight, or of several together, that have a delta; `reason` has a place for its share."""
+def held_survival(sums: Sums, of_what: str) -> Held:
+    """Survival of a weight, or of several together, that have a delta; `of_what` begins its reason."""
     survival, limit = sums.survival, sums.survival_limit
     if survival is None:
         raise ValueError("without a delta there is no survival")
-    share = f"{survival:z.0%} (limit 100% ± {limit:.0%})"
-    return Held("survival", abs(survival - 1), limit, reason.format(share))
+    reason = f"{of_what} {survival:z.0%} (limit 100% ± {limit:.0%}) is stored"
+    return Held("survival", abs(survival - 1), limit, reason)
 
 
 def is_judged(weight: StoredWeight, sums: Sums) -> bool:

@@ -70,7 +70,7 @@ class WeightsResult:
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
         if self.judged.delta:
-            whole = held_survival(self.judged, "of the adapter's whole change {} is stored")
+            whole = held_survival(self.judged, "of the adapter's whole change")
             reasons += [] if whole.kept else [whole.reason]
         return (*self.faults, *reasons)
 

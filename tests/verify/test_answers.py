@@ -44,7 +44,13 @@ def gguf(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("answers") / "folder"
+    return exported(base, tmp_path_factory.mktemp("answers") / "folder", "safetensors")
+
+
+def exported(base: Path, out: Path, format_: str) -> Path:
+    """What a runtime loads of a base in that format, nothing of it rounded."""
+    if format_ == "gguf":
+        return export_gguf(base, out)
     export_to(out, base, quant="fp32")
     return out
 
@@ -105,18 +111,13 @@ def test_a_sound_gguf_answers_as_the_model_does(model: MergedModel, gguf: Path) 
         assert followed.shortfall.max() < 1e-2
 
 
-@pytest.mark.parametrize("runtime", ["llamacpp", "transformers"])
+@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
 def test_the_long_prompt_has_2000_tokens_where_the_model_has_the_positions(
-    base: Path, tmp_path: Path, runtime: str
+    base: Path, tmp_path: Path, format_: str
 ) -> None:
     roomy = copy(base, tmp_path / "roomy")
     edit_json(roomy / "config.json", max_position_embeddings=4096)
-    if runtime == "llamacpp":
-        entry = export_gguf(roomy, tmp_path / "out")
-    else:
-        entry = tmp_path / "out"
-        export_to(entry, roomy, quant="fp32")
-    found = answers(merged_model(roomy), entry)
+    found = answers(merged_model(roomy), exported(roomy, tmp_path / "out", format_))
     assert found.faults == ()
     (long,) = (prompt for prompt in found.question.prompts if prompt.name == "long")
     assert len(long.ids) == LONG == 2000
@@ -190,12 +191,7 @@ def test_a_model_that_repeats_one_token(make_base: Callable[..., Path], tmp_path
         head[5, 0], head[6, 0] = 50.0, -50.0
 
     edit_tensors(stuck / "model.safetensors", repeat)
-    if format_ == "gguf":
-        entry = export_gguf(stuck, tmp_path / "out")
-    else:
-        entry = tmp_path / "out"
-        export_to(entry, stuck, quant="fp32")
-    found = answers(merged_model(sound), entry)
+    found = answers(merged_model(sound), exported(stuck, tmp_path / "out", format_))
     assert any("over and over, where the reference would not" in fault for fault in found.faults)
 
 
