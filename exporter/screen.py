@@ -179,7 +179,7 @@ class Screen(Reporter):
     def touring(self, plan: ExportPlan, device: str, *, resumed: bool) -> None:
         """See `Reporter`."""
         how = "going on with an earlier run" if resumed else f"merging on {device}"
-        self._layers, self._input, self._by_layer = 0, plan.input_bytes, plan.walks
+        self._input, self._by_layer = plan.input_bytes, plan.walks
         if plan.walks:
             self._begin(f"{how}, layer by layer", 0, MofNCompleteColumn(), TextColumn("layers"))
         else:
@@ -199,7 +199,6 @@ class Screen(Reporter):
     def walking(self, windows: Windows) -> None:
         """See `Reporter`."""
         self._begin(f"walking reference, {len(windows.ids)} windows", 0, MofNCompleteColumn(), TextColumn("layers"))
-        self._layers = 0
 
     def layer(self, done: int, layers: int) -> None:
         """See `Reporter`."""
@@ -209,16 +208,10 @@ class Screen(Reporter):
 
     def scoring(self, what: str, windows: Windows) -> None:
         """See `Reporter`."""
-        if self._what:
-            self._end(self._outcome())
-        self._layers = 0
         self._begin(f"scoring {what}", len(windows.ids), MofNCompleteColumn(), TextColumn("windows"))
 
     def doing(self, what: str) -> None:
         """See `Reporter`."""
-        if self._what:
-            self._end(self._outcome())
-        self._layers = 0
         self._begin(what, 0)
 
     def window(self, count: int) -> None:
@@ -241,8 +234,10 @@ class Screen(Reporter):
         return seconds
 
     def _begin(self, what: str, total: int, *figures: ProgressColumn) -> None:
-        """Start a bar; `figures` stand between it and the time left."""
-        self._started, self._total, self._what = time.monotonic(), total, what
+        """End what came before, and start a bar; `figures` stand between it and the time left."""
+        if self._what:
+            self._end(self._outcome())
+        self._started, self._total, self._what, self._layers = time.monotonic(), total, what, 0
         if self._live:
             columns = (TextColumn("{task.description}"), BarColumn(), *figures, TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from exporter.calibration import Windows
 from exporter.runtimes.base import TokenScores
-from exporter.screen import PLAIN_WIDTH, show_table
+from exporter.screen import PLAIN_WIDTH, Screen, show_table
 from exporter.verify.gate import judge
 from exporter.verify.limits import DEFAULT_GATES
 from exporter.verify.metrics import Divergences, compare
@@ -47,3 +48,25 @@ def test_a_row_shows_the_divergence_that_there_is(divergences: Divergences | Non
 
 def test_one_window_shows_no_interval() -> None:
     assert " … " not in table(1, None)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_begins_ends_what_came_before(live: bool) -> None:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=PLAIN_WIDTH, force_terminal=live))
+    windows = Windows(((0,) * 9,) * 3, 9, "made", "0" * 64)
+    screen.doing("weights of it")
+    screen.walking(windows)
+    screen.layer(2, 2)
+    screen.scoring("it", windows)
+    screen.walking(windows)
+    screen.stop()
+    steps = ("weights of it", "walking reference, 3 windows", "scoring it")
+    if live:
+        # Of two bars at once, rich would draw the one that was left behind for ever.
+        assert [out.getvalue().count("\x1b[?25h")] == [4]
+    else:
+        lines = out.getvalue().splitlines()
+        assert [line.partition(":")[0] for line in lines] == list(steps)
+        assert "2 layers in" in lines[1]
+        assert "3 windows in" in lines[2]

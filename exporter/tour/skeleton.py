@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -135,6 +136,19 @@ class Skeleton:
         with torch.inference_mode():
             result: torch.Tensor = self._norm(hidden)
         return result
+
+
+def import_code(model: MergedModel) -> None:
+    """Import all that a skeleton of the model needs, which takes seconds.
+
+    Raises:
+        ImportError: a library is missing, or transformers does not know the kind of model.
+    """
+    import_transformers()
+    if model.adapters:
+        import_module("peft")
+    kind = str(model.config.get("model_type"))
+    import_module(f"transformers.models.{kind}.modeling_{kind}")
 
 
 class _Recorder(nn.Module):

@@ -25,7 +25,7 @@ from exporter.verify.gate import Verification, judge
 from exporter.verify.limits import Gate, gate_for
 from exporter.verify.metrics import Comparison, Divergences, compare
 from exporter.verify.standalone import walk_reference
-from exporter.verify.weights import read_weights
+from exporter.verify.weights import WeightsResult, read_weights
 
 if TYPE_CHECKING:
     from exporter.verify.reference import Reference
@@ -177,23 +177,40 @@ def _joined(left: TokenScores, right: TokenScores) -> TokenScores:
     )
 
 
-def judge_candidates(
-    candidates: Sequence[Candidate],
-    model: MergedModel | None,
-    reference: Reference,
-    more: MoreTokens,
-    reporter: Reporter,
-    threads: int,
-) -> list[Verification]:
-    """Read back the weights of every artifact, score it and judge it, on more tokens where that is undecided.
+def read_all_weights(
+    candidates: Sequence[Candidate], model: MergedModel, reporter: Reporter, threads: int
+) -> list[WeightsResult | None]:
+    """Read back the weights of every artifact; None of those that nothing here can read.
 
     Args:
         candidates: the artifacts.
-        model: the merged model; None if weights are not to be read.
+        model: the merged model.
+        reporter: told about every artifact.
+        threads: threads that compute.
+    """
+    found: list[WeightsResult | None] = []
+    for one in candidates:
+        if one.backend is not None:
+            reporter.doing(f"weights of {one.label}")
+        found.append(read_weights(one.backend, model, one.quant, one.entry, threads) if one.backend else None)
+    return found
+
+
+def judge_candidates(
+    candidates: Sequence[Candidate],
+    weights: Sequence[WeightsResult | None],
+    reference: Reference,
+    more: MoreTokens,
+    reporter: Reporter,
+) -> list[Verification]:
+    """Score every artifact and judge it, on more tokens where that is undecided.
+
+    Args:
+        candidates: the artifacts.
+        weights: what was found in the weights of each; None where they were not read.
         reference: the trained model on the first windows.
         more: where further ones come from.
         reporter: told about every window.
-        threads: threads that read weights.
 
     Returns:
         The verdicts, in the order of the candidates.
@@ -202,13 +219,9 @@ def judge_candidates(
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
     scored, verdicts = [], []
-    for one in candidates:
-        weights = None
-        if model is not None and one.backend is not None:
-            reporter.doing(f"weights of {one.label}")
-            weights = read_weights(one.backend, model, one.quant, one.entry, threads)
+    for one, found in zip(candidates, weights, strict=True):
         scored.append(score_in(one.runtime, one.entry, one.label, reference, reporter))
-        verdicts.append(judge(one.runtime.version(), scored[-1].compare(), one.gate, weights))
+        verdicts.append(judge(one.runtime.version(), scored[-1].compare(), one.gate, found))
     known = len(reference.windows.ids)
     while undecided := [number for number, one in enumerate(verdicts) if one.verdict == "undecided"]:
         further = more.draw(known)
@@ -217,10 +230,9 @@ def judge_candidates(
         known += len(further.windows.ids)
         for number in undecided:
             one, before = candidates[number], verdicts[number]
-            found = scored[number].plus(score_in(one.runtime, one.entry, one.label, further, reporter))
-            comparison = found.compare()
+            scored[number] = scored[number].plus(score_in(one.runtime, one.entry, one.label, further, reporter))
+            comparison = scored[number].compare()
             looks = (*before.looks, comparison.tokens_scored)
-            scored[number] = found
             verdicts[number] = judge(before.runtime, comparison, one.gate, before.weights, looks)
     reporter.scored()
     return verdicts
@@ -284,7 +296,8 @@ def verify_artifacts(
         compute_dtype=plan.recipe.compute_dtype,
         keep=plan.pack is not None,
     )
-    found = iter(judge_candidates(candidates, plan.model, reference, more, reporter, plan.threads))
+    weights = read_all_weights(candidates, plan.model, reporter, plan.threads)
+    found = iter(judge_candidates(candidates, weights, reference, more, reporter))
     verdicts = [{artifact.label: next(found) for artifact in folder.artifacts} for folder, _ in staged]
     return Verified(verdicts, more.drawn, more.reference())
 

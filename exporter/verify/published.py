@@ -13,6 +13,7 @@ from exporter.artifact.manifest import evaluation_json, verification_json
 from exporter.backends.registry import backend_names, load_backend
 from exporter.calibration import check_drawable, make_windows
 from exporter.checkpoint import Checkpoint
+from exporter.importing import walk_imported
 from exporter.model import MergedModel, plan_merge
 from exporter.positions import check_windows
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
@@ -20,7 +21,7 @@ from exporter.reporter import Reporter
 from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
-from exporter.verify.check import Candidate, DrawnTokens, MoreTokens, NoMoreTokens, judge_candidates
+from exporter.verify.check import Candidate, DrawnTokens, NoMoreTokens, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification
 from exporter.verify.limits import check_types, gate_for
 from exporter.verify.pack import check_belongs, read_description
@@ -30,8 +31,6 @@ from exporter.verify.weights_json import weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from exporter.verify.reference import Reference
 
 
 SCORES_ALONE = (
@@ -133,23 +132,18 @@ def verify_published(
     cut, notes = manifest.held_against(text, model.tokenizer)
     windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     check_drawable(text, evaluation, model.tokenizer, windows, cut=cut)
+    candidates = _candidates(folder, manifest, serving, evaluation.gate, model.parameters, device, endpoint)
+    with walk_imported(model):
+        weights = read_all_weights(candidates, model, reporter, threads)
     reference = walk_reference(model, windows, device, reporter, threads=threads)
     more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
-    verdicts = _judge(
-        folder,
-        manifest,
-        serving,
-        reference,
-        evaluation.gate,
-        device,
-        endpoint,
-        reporter,
-        more,
-        trained=model,
-        answers=evaluation.answers,
-    )
-    scored = evaluation_json(windows, more.drawn)
-    return PublishedResult(folder, manifest.sizes, verdicts, scored, tuple(notes))
+    verdicts = judge_candidates(candidates, weights, reference, more, reporter)
+    if evaluation.answers:
+        served = [Served(one.label, one.entry, one.runtime) for one in candidates]
+        answered = answers_of(model, served, device, reporter, threads=threads)
+        verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
+    scored, by_label = evaluation_json(windows, more.drawn), _by_label(candidates, verdicts)
+    return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes))
 
 
 def verify_with_pack(
@@ -187,12 +181,14 @@ def verify_with_pack(
     check_files(folder, manifest.files)
     from exporter.verify.packing import opened_reference
 
+    # The pack was found to be of the same inputs, so the manifest's count of parameters is its model's.
+    candidates = _candidates(folder, manifest, serving, gate, manifest.merge.parameters, device, endpoint)
     with opened_reference(pack, description, device, Execution().workers) as reference:
-        verdicts = _judge(folder, manifest, serving, reference, gate, device, endpoint, reporter, NoMoreTokens())
+        verdicts = judge_candidates(candidates, [None] * len(candidates), reference, NoMoreTokens(), reporter)
         windows = reference.windows
         notes = manifest.held_against_pack(windows.source, windows.tokens)
-        scored = evaluation_json(windows, None)
-        return PublishedResult(folder, manifest.sizes, verdicts, scored, tuple(notes), scores_alone=True)
+        scored, by_label = evaluation_json(windows, None), _by_label(candidates, verdicts)
+        return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), scores_alone=True)
 
 
 def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:
@@ -222,25 +218,17 @@ def _open(
     return manifest, serving
 
 
-def _judge(
+def _candidates(
     folder: Path,
     manifest: PublishedManifest,
     serving: Sequence[str],
-    reference: Reference,
     limits: Mapping[str, float | Limits],
+    parameters: int,
     device: str,
     endpoint: str | None,
-    reporter: Reporter,
-    more: MoreTokens,
-    *,
-    trained: MergedModel | None = None,
-    answers: bool = False,
-) -> dict[str, Verification]:
-    """Score and judge every artifact; with the trained model at hand, read its weights and ask for answers as well."""
-    here, threads = backend_names(), Execution().workers
-    # A reference pack was found to be of the same inputs, so the manifest's count is the pack's model's.
-    parameters = trained.parameters if trained else manifest.merge.parameters
-    candidates = [
+) -> list[Candidate]:
+    here = backend_names()
+    return [
         Candidate(
             artifact.label,
             artifact.quant,
@@ -252,9 +240,7 @@ def _judge(
         )
         for artifact, name in zip(manifest.artifacts, serving, strict=True)
     ]
-    verdicts = judge_candidates(candidates, trained, reference, more, reporter, threads)
-    if trained is not None and answers:
-        served = [Served(one.label, one.entry, one.runtime) for one in candidates]
-        answered = answers_of(trained, served, device, reporter, threads=threads)
-        verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
+
+
+def _by_label(candidates: Sequence[Candidate], verdicts: Sequence[Verification]) -> dict[str, Verification]:
     return {one.label: verdict for one, verdict in zip(candidates, verdicts, strict=True)}

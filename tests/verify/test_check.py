@@ -235,7 +235,7 @@ class Supply:
 def judged(gate: Gate, first: tuple[int, ...], supply: Supply) -> tuple[Verification, Seeded]:
     runtime = Seeded()
     candidate = Candidate("made", "made", Path("model"), runtime, gate, None)
-    (found,) = judge_candidates([candidate], None, windows_starting(*first), supply, Reporter(), 1)
+    (found,) = judge_candidates([candidate], [None], windows_starting(*first), supply, Reporter())
     return found, runtime
 
 
