@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import Checkpoint, StoredTensor, TensorReader, read_header, read_json
+from exporter.checkpoint import Checkpoint, StoredTensor, read_header, read_json
 from exporter.errors import (
     AdapterError,
     AdapterRankError,
@@ -24,11 +24,8 @@ from exporter.errors import (
     AdapterTargetError,
     ArchitectureMismatchError,
     MissingFileError,
-    NonFiniteTensorError,
     UnsupportedAdapterError,
-    ZeroDeltaError,
 )
-from exporter.numeric import as_float32
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -133,11 +130,11 @@ class Adapter:
 def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse by name every setting that would change what the adapter computes and is not handled."""
     if config.get("peft_type") != "LORA":
-        raise _unsupported(f"{CONFIG_NAME}: peft_type", repr(config.get("peft_type")), "'LORA'")
+        raise unsupported(f"{CONFIG_NAME}: peft_type", repr(config.get("peft_type")), "'LORA'")
     if config.get("bias", "none") != "none":
-        raise _unsupported(f"{CONFIG_NAME}: bias", repr(config["bias"]), "'none'")
+        raise unsupported(f"{CONFIG_NAME}: bias", repr(config["bias"]), "'none'")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise _unsupported(f"{CONFIG_NAME}: task_type", repr(config["task_type"]), "'CAUSAL_LM'")
+        raise unsupported(f"{CONFIG_NAME}: task_type", repr(config["task_type"]), "'CAUSAL_LM'")
     initialization = config.get("init_lora_weights", True)
     if isinstance(initialization, str) and initialization.lower().startswith(BASE_CHANGING_INITIALIZATIONS):
         raise UnsupportedAdapterError(
@@ -148,10 +145,11 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
         )
     for name, value in config.items():
         if value and name not in HANDLED_SETTINGS and name not in NEUTRAL_SETTINGS:
-            raise _unsupported(f"{folder.name}/{CONFIG_NAME}: {name}", str(value)[:80], "it unset: not supported yet")
+            raise unsupported(f"{folder.name}/{CONFIG_NAME}: {name}", str(value)[:80], "it unset: not supported yet")
 
 
-def _unsupported(thing: str, found: str, expected: str) -> UnsupportedAdapterError:
+def unsupported(thing: str, found: str, expected: str) -> UnsupportedAdapterError:
+    """What is part of the adapter and is not merged here."""
     return UnsupportedAdapterError(
         thing, found=found, expected=expected, remedy="Merge it with peft and export the merged model as --base."
     )
@@ -172,9 +170,9 @@ def _sort_tensors(
                 )
             pairs.setdefault(match["module"], {})[key] = tensor
         elif "lora_magnitude_vector" in name:
-            raise _unsupported(name, "a DoRA magnitude", "plain LoRA tensors")
+            raise unsupported(name, "a DoRA magnitude", "plain LoRA tensors")
         elif "modules_to_save" in name:
-            raise _unsupported(name, "a wholly trained module", "plain LoRA tensors")
+            raise unsupported(name, "a wholly trained module", "plain LoRA tensors")
         elif match := _COPY_KEY.match(name):
             copies[match["module"]] = tensor
         else:
@@ -201,7 +199,7 @@ def _update(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str,
     a, b = parts[names[0]], parts[names[1]]
     for tensor in (a, b):
         if tensor.dtype not in {"F32", "F16", "BF16"} or len(tensor.shape) != 2:
-            raise _unsupported(tensor.name, f"{tensor.dtype} {list(tensor.shape)}", "a matrix of F32, F16 or BF16")
+            raise unsupported(tensor.name, f"{tensor.dtype} {list(tensor.shape)}", "a matrix of F32, F16 or BF16")
     rank = _setting(config, "r", "rank_pattern", module)
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise AdapterRankError(
@@ -339,69 +337,3 @@ def _called_for(config: Mapping[str, Any], module: str) -> bool:
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
             return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
-
-
-def check_values(adapter: Adapter) -> None:
-    """Read every A and B once and refuse NaN, infinity, and updates that are zero everywhere.
-
-    Raises:
-        NonFiniteTensorError: a tensor holds NaN or infinity.
-        ZeroDeltaError: A, B or the scale is zero, so the merge would leave the target as it was.
-    """
-    with TensorReader() as reader:
-        for module, update in adapter.updates.items():
-            peaks = [_peak(reader, tensor) for tensor in (update.a, update.b)]
-            if 0.0 in peaks or update.scale == 0.0:
-                what = (
-                    update.a.name if peaks[0] == 0.0 else update.b.name if peaks[1] == 0.0 else f"{module}: the scale"
-                )
-                raise ZeroDeltaError(
-                    what,
-                    found="zeros only, so the merge would leave this target as it was",
-                    expected="a trained update",
-                    remedy="Check that the adapter was saved after training.",
-                )
-
-
-def _peak(reader: TensorReader, tensor: StoredTensor) -> float:
-    """Largest magnitude in a tensor; raises `NonFiniteTensorError` on NaN or infinity."""
-    values = as_float32(reader.rows(tensor, 0, tensor.rows), tensor.dtype)
-    peak = float(max(-values.min(), values.max())) if values.size else 0.0
-    if not math.isfinite(peak):
-        raise NonFiniteTensorError(
-            tensor.name,
-            found="NaN or infinity",
-            expected="finite numbers",
-            remedy="Training diverged or the file is damaged.",
-        )
-    return peak
-
-
-def check_copies(adapter: Adapter, base: Checkpoint) -> None:
-    """Whole weights saved beside the updates must be the base's own, or they are trained and not supported yet.
-
-    peft saves the embedding layers along when they are targeted (`save_embedding_layers="auto"`); then they are copies.
-
-    Raises:
-        UnsupportedAdapterError: a copy differs from the base in shape or in any value.
-    """
-    embedding = base.tensors.get("model.embed_tokens.weight")
-    for module, copy in adapter.copies.items():
-        original = base.tensors.get(f"{module}.weight")
-        if original is None and module == "lm_head" and base.config.get("tie_word_embeddings"):
-            original = embedding
-        if original is None or original.shape != copy.shape or not equal_values(copy, original):
-            found = "no such base tensor" if original is None else f"{list(copy.shape)} with values of its own"
-            raise _unsupported(copy.name, found, "a copy of the base's tensor: trained or resized embeddings are not")
-
-
-def equal_values(one: StoredTensor, other: StoredTensor, block_bytes: int = 1 << 22) -> bool:
-    """Whether two float tensors of one shape hold the same values. Reads both, block by block."""
-    rows = max(1, block_bytes // max(one.row_bytes, other.row_bytes))
-    with TensorReader() as reader:
-        for first in range(0, one.rows, rows):
-            count = min(rows, one.rows - first)
-            mine = as_float32(reader.rows(one, first, count), one.dtype)
-            if not (mine == as_float32(reader.rows(other, first, count), other.dtype)).all():
-                return False
-    return True

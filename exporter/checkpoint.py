@@ -9,7 +9,6 @@ and data offsets that cover the rest of the file without holes or overlaps.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import (
-    CheckpointError,
     InvalidHeaderError,
     MissingFileError,
     MissingShardError,
@@ -103,7 +101,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size < 8 + min(length, MAX_HEADER_BYTES):
-            raise _truncated(file, size, 8 + length)
+            raise truncated(file, size, 8 + length)
         if length > MAX_HEADER_BYTES:
             raise _invalid(file, f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES}")
         raw = stream.read(length)
@@ -167,7 +165,7 @@ def _check_coverage(file: Path, tensors: list[StoredTensor], data_start: int, si
             raise _invalid(f"{file.name}: {tensor.name}", f"data that {kind}", f"data at byte {position}")
         position += tensor.nbytes
     if position > size:
-        raise _truncated(file, size, position)
+        raise truncated(file, size, position)
     if position < size:
         raise _invalid(file.name, f"{size - position} bytes after the last tensor", "the file to end there")
 
@@ -178,7 +176,8 @@ def _invalid(thing: Path | str, found: str, expected: str) -> InvalidHeaderError
     )
 
 
-def _truncated(file: Path, size: int, expected: int) -> TruncatedFileError:
+def truncated(file: Path, size: int, expected: int) -> TruncatedFileError:
+    """A file that ends after `size` bytes."""
     return TruncatedFileError(
         str(file),
         found=f"{size} bytes",
@@ -325,72 +324,3 @@ def _shard_file(folder: Path, shard: str) -> Path:
             remedy="Fetch the shard that is missing.",
         )
     return folder / shard
-
-
-class TensorReader:
-    """Reads rows of stored tensors with bounded reads. Safe to use from several threads.
-
-    Files are opened read-only on first use and closed by `close`.
-    """
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def rows(self, tensor: StoredTensor, first: int, count: int) -> bytearray:
-        """Read `count` rows from row `first` on.
-
-        Returns:
-            The raw bytes, `count * tensor.row_bytes` of them, in the tensor's dtype.
-
-        Raises:
-            TruncatedFileError: the file ended early.
-        """
-        return self.slice(tensor, first * tensor.row_bytes, count * tensor.row_bytes)
-
-    def slice(self, tensor: StoredTensor, offset: int, nbytes: int) -> bytearray:
-        """Read `nbytes` bytes from byte `offset` of the tensor's data on."""
-        buffer = bytearray(nbytes)
-        self.read_into(memoryview(buffer), tensor, offset)
-        return buffer
-
-    def read_into(self, target: memoryview, tensor: StoredTensor, offset: int) -> None:
-        """Fill `target`, a view of bytes, from byte `offset` of the tensor's data on.
-
-        Raises:
-            TruncatedFileError: the file ended early.
-        """
-        nbytes = len(target)
-        if offset < 0 or offset + nbytes > tensor.nbytes:
-            raise CheckpointError(
-                tensor.name,
-                found=f"a read of bytes {offset}..{offset + nbytes}",
-                expected=f"at most {tensor.nbytes}",
-                remedy="This is a defect of the caller.",
-            )
-        done, descriptor = 0, self._descriptor(tensor.file)
-        while done < nbytes:
-            got = os.preadv(descriptor, [target[done:]], tensor.start + offset + done)
-            if got == 0:
-                raise _truncated(tensor.file, tensor.start + offset + done, tensor.start + tensor.nbytes)
-            done += got
-
-    def _descriptor(self, file: Path) -> int:
-        descriptor = self._descriptors.get(file)
-        if descriptor is None:
-            opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            # Two threads may race here: the first to store its descriptor wins, the other closes its own.
-            descriptor = self._descriptors.setdefault(file, opened)
-            if descriptor != opened:
-                os.close(opened)
-        return descriptor

@@ -185,7 +185,8 @@ def plan_command(
     arguments = arguments_of(locals())
 
     def run() -> int:
-        from exporter.plan import describe, make_plan
+        from exporter.plan import make_plan
+        from exporter.plan_json import describe
         from exporter.screen import show_plan, stdout_console
 
         plan = make_plan(recipe_from(**arguments), execution_from(device, threads, runtime, endpoint))

@@ -110,7 +110,7 @@ class Comparison:
         from rich.markup import escape
         from rich.table import Table
 
-        from exporter.screen import size
+        from exporter.units import size
 
         speeds = [artifact.speed for artifact in self.artifacts if artifact.speed]
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))

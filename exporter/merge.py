@@ -17,9 +17,10 @@ from typing import Protocol
 import torch
 
 from exporter.adapter import LowRankUpdate
-from exporter.checkpoint import StoredTensor, TensorReader
+from exporter.checkpoint import StoredTensor
 from exporter.errors import DeviceUnavailableError, NonFiniteTensorError
 from exporter.model import MergedTensor
+from exporter.tensor_reader import TensorReader
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-from exporter.checkpoint import TensorReader
 from exporter.merge import DTYPES, TILE_ROWS, CpuMerger, RowBlock, add_update
 from exporter.model import MergedTensor
+from exporter.tensor_reader import TensorReader
 
 
 class CudaMerger:

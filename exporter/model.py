@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from exporter.adapter import Adapter, LowRankUpdate, bind, check_copies, check_values, equal_values
+from exporter.adapter import Adapter, LowRankUpdate, bind
+from exporter.adapter_values import check_copies, check_values, equal_values
 from exporter.checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor
 from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedModelError
 from exporter.families import find_family

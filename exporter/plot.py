@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from exporter.compare import Compared, Comparison
-from exporter.screen import size
+from exporter.units import size
 
 _WIDTH, _HEIGHT = 760, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 24, 44, 54

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,17 +22,14 @@ from rich.table import Table
 
 from exporter.errors import ExporterError
 from exporter.reporter import Reporter
+from exporter.units import duration, size
+from exporter.verdict_table import show_verdicts
 
 if TYPE_CHECKING:
     from exporter.calibration import Windows
     from exporter.pipeline import ExportResult
     from exporter.plan import ExportPlan
-    from exporter.verify.gate import Verification
-    from exporter.verify.metrics import Comparison
-    from exporter.verify.weights import WeightsResult
 
-
-_VERDICTS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "undecided": "[yellow]undecided[/]"}
 # Columns of a terminal that is none: wide enough that no table is cut.
 PLAIN_WIDTH = 140
 
@@ -49,22 +44,6 @@ def stdout_console() -> Console:
     """The console for what was asked for."""
     console = Console()
     return console if console.is_terminal else Console(width=PLAIN_WIDTH)
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_error(console: Console, error: ExporterError) -> None:
@@ -124,7 +103,7 @@ def _tokens(plan: ExportPlan) -> str:
 
 
 def _files_table(plan: ExportPlan) -> Table:
-    from exporter.plan import type_shares
+    from exporter.plan_json import type_shares
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for column in ("file", "size", "types by bytes", "verified by"):
@@ -261,120 +240,3 @@ class Screen(Reporter):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def show_verdicts(console: Console, result: ExportResult) -> None:
-    """The verdict table, and where everything is."""
-    for folder, outcome in zip(result.plan.folders, result.folders, strict=True):
-        if outcome.verdicts:
-            show_table(console, outcome.verdicts, {artifact.label: artifact.nbytes for artifact in folder.artifacts})
-        if outcome.published:
-            unverified = "" if outcome.verdicts else ", not verified"
-            console.print(
-                f"[bold green]published[/] {escape(str(outcome.path))}{unverified}", highlight=False, soft_wrap=True
-            )
-        else:
-            kept = f"nothing at {escape(str(folder.out))}; the files are kept in {escape(str(outcome.path))}"
-            console.print(f"[bold red]rejected[/]  {kept}", highlight=False, soft_wrap=True)
-    if result.reference is not None:
-        console.print(f"[bold]reference[/] {escape(str(result.reference))}", highlight=False, soft_wrap=True)
-
-
-def _interval(figures: Comparison) -> str:
-    """Of the change; one window gives none."""
-    return "-" if figures.delta_interval is None else " … ".join(f"{end:+.2%}" for end in figures.delta_interval)
-
-
-def _divergence(figures: Comparison) -> str:
-    """The mean in nats. The top-k form says what it is: a lower bound, not to be compared with the full one."""
-    if coarse := figures.top_k_divergence:
-        return f"top {coarse.k}: ≥ {coarse.mean:.5f}"
-    return f"{figures.divergence.mean:.5f}" if figures.divergence else "-"
-
-
-def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
-    """The limit on the first of these figures that there is."""
-    for check in verdict.checks:
-        if check.name in names:
-            if not math.isfinite(check.limit):
-                return "-"
-            return {"within": f"±{check.limit:.1%}", "at_most": f"{check.limit:g}", "at_least": f"{check.limit:.0%}"}[
-                check.kind
-            ]
-    return "-"
-
-
-def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
-    """A row an artifact: its figures and their limits; then what it answered, and why it did not pass."""
-    scored = [verdict.comparison for verdict in verdicts.values()]
-    trained = ", ".join(
-        f"{perplexity:.4f} over {tokens:,} predictions"
-        for perplexity, tokens in dict.fromkeys((one.reference_perplexity, one.tokens_scored) for one in scored)
-    )
-    console.print(f"the trained model's perplexity is {trained}", highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))
-    columns = (
-        "artifact",
-        "size",
-        "perplexity",
-        "change",
-        "95 % interval",
-        "limit",
-        "KL",
-        "limit",
-        "same top",
-        "limit",
-        "verdict",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=True)
-    for label, verdict in verdicts.items():
-        figures = verdict.comparison
-        table.add_row(
-            label,
-            size(sizes[label]),
-            f"{figures.perplexity:.4f}",
-            f"{figures.delta:+.3%}",
-            _interval(figures),
-            _limit(verdict, ("perplexity",)),
-            _divergence(figures),
-            _limit(verdict, ("kl_divergence", "top_k_divergence")),
-            f"{figures.same_top:.1%}",
-            _limit(verdict, ("same_top",)),
-            _VERDICTS[verdict.verdict],
-        )
-    console.print(table)
-    for label, verdict in verdicts.items():
-        if verdict.answers is not None:
-            console.print(f"  {escape(label)}: {verdict.answers.summary()}", highlight=False, soft_wrap=True)
-        if verdict.weights is not None:
-            console.print(f"  {escape(label)}: {_weights_line(verdict.weights)}", highlight=False, soft_wrap=True)
-        for reason in verdict.broken:
-            console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
-
-
-def show_notes(console: Console, notes: Sequence[str]) -> None:
-    """A line a note."""
-    for note in notes:
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
-
-
-def show_weights(
-    console: Console, weights: Mapping[str, WeightsResult | None], broken: Mapping[str, Sequence[str]]
-) -> None:
-    """A line an artifact whose files were compared and not scored, and what is wrong with it."""
-    for label, found in weights.items():
-        verdict = _VERDICTS["failed" if broken[label] else "passed"]
-        line = "" if found is None else f", {_weights_line(found)}"
-        console.print(f"{escape(label)}: {verdict}{line}", highlight=False, soft_wrap=True)
-        for reason in broken[label]:
-            console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
-    console.print("files were held against base and adapter; nothing was scored", highlight=False, soft_wrap=True)
-
-
-def _weights_line(weights: WeightsResult) -> str:
-    """What is in the stored weights."""
-    line, updated = f"weights {weights.total.relative_error:.3%} from the merge", weights.updated
-    if updated.survival is not None:
-        line += f", {updated.survival:.2%} of the adapter's change (± {updated.survival_stderr:.2%})"
-    return line

@@ -22,11 +22,12 @@ from report import table
 
 from exporter.adapter import Adapter
 from exporter.calibration import TokenSets, Windows
-from exporter.checkpoint import Checkpoint, TensorReader
+from exporter.checkpoint import Checkpoint
 from exporter.estimate import PlannedWalk
 from exporter.merge import make_merger, resolve_device
 from exporter.model import EMBEDDING, plan_merge
 from exporter.recipe import Execution
+from exporter.tensor_reader import TensorReader
 from exporter.tour.passengers import Passengers, Settings
 from exporter.tour.stream import Progress, Stream
 from exporter.tour.walk import Walk

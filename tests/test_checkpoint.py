@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorReader, read_header
+from exporter.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header
 from exporter.errors import (
     CheckpointError,
     InvalidHeaderError,
@@ -25,6 +25,7 @@ from exporter.errors import (
     TruncatedFileError,
     UnsafePathError,
 )
+from exporter.tensor_reader import TensorReader
 from tests.folders import copy, model_tensors, pack, raw_bytes
 
 MakeBase = Callable[..., Path]

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from exporter.checkpoint import TensorReader, read_header
+from exporter.checkpoint import read_header
 from exporter.errors import InvalidHeaderError, MissingFileError, RefusalError, TruncatedFileError
+from exporter.tensor_reader import TensorReader
 from tests.folders import pack, raw_bytes, unpack
 
 

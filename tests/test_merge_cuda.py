@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.checkpoint import Checkpoint, TensorReader
+from exporter.checkpoint import Checkpoint
 from exporter.merge import CpuMerger, RowBlock, make_merger, resolve_device, row_blocks
 from exporter.model import MergedModel, plan_merge
+from exporter.tensor_reader import TensorReader
 from tests.exports import export_to
 
 pytestmark = [

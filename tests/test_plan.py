@@ -24,7 +24,7 @@ from exporter.errors import (
     RecipeError,
     RefusalError,
 )
-from exporter.plan import describe
+from exporter.plan_json import describe
 from exporter.positions import positions_of
 from exporter.recipe import Execution
 from exporter.room import check_memory

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from exporter.calibration import Windows
 from exporter.runtimes.base import TokenScores
-from exporter.screen import PLAIN_WIDTH, Screen, show_table
+from exporter.screen import PLAIN_WIDTH, Screen
+from exporter.verdict_table import show_table
 from exporter.verify.gate import judge
 from exporter.verify.limits import DEFAULT_GATES
 from exporter.verify.metrics import Divergences, compare

@@ -14,7 +14,8 @@ from exporter.artifact.inputs import describe_inputs, model_files
 from exporter.artifact.reading import MANIFEST_NAME as MANIFEST_NAME
 from exporter.backends.base import Finding, OutputPlan
 from exporter.calibration import CalibrationWindows, Windows
-from exporter.plan import ExportPlan, FolderPlan, type_shares
+from exporter.plan import ExportPlan, FolderPlan
+from exporter.plan_json import type_shares
 from exporter.verify.gate import Verification
 from exporter.verify.metrics import Profile, Spread
 from exporter.verify.weights_json import tensor_figures, weights_json

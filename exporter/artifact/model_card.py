@@ -25,7 +25,7 @@ from exporter.artifact.reading import (
 )
 from exporter.artifact.serving import serving_commands
 from exporter.backends.gptq.names import parse_quant
-from exporter.screen import size
+from exporter.units import size
 
 if TYPE_CHECKING:
     from exporter.plan import ExportPlan

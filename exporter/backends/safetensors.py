@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import (
     DEFAULT_MAX_SHARD_BYTES,
     Entry,
@@ -17,6 +17,7 @@ from exporter.backends.folder import (
     lay_out,
     parse_size,
 )
+from exporter.backends.reading import WeightReader
 from exporter.checkpoint import DTYPE_BYTES
 from exporter.errors import RecipeError, UnknownQuantizationError
 from exporter.model import MergedModel

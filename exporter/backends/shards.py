@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from exporter.backends.base import StoredWeight, Tolerance
 from exporter.backends.documents import document_faults
+from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel
 

@@ -17,7 +17,7 @@ from exporter.report import plots
 from exporter.report.figures import Figure, figures
 from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, shown
 from exporter.report.plots import Point
-from exporter.screen import size
+from exporter.units import size
 
 REPORT_NAME = "report.html"
 # From the worst on: what was broken decides, and a folder is as good as its worst artifact.

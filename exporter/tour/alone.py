@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from exporter.checkpoint import TensorReader
 from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger
 from exporter.model import MergedModel
+from exporter.tensor_reader import TensorReader
 from exporter.tour.passengers import Passengers, Settings
 from exporter.tour.states import Group
 from exporter.tour.stream import Progress, Stream

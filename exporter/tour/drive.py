@@ -23,12 +23,12 @@ from exporter.backends.base import (
     SolvingWriter,
     Writer,
 )
-from exporter.checkpoint import TensorReader
 from exporter.errors import BackendError
 from exporter.hashing import InputHasher
 from exporter.merge import make_merger, resolve_device
 from exporter.plan import ExportPlan
 from exporter.reporter import Reporter
+from exporter.tensor_reader import TensorReader
 from exporter.tour.passengers import Passengers, Settings, Solver
 from exporter.tour.progress import forget_progress
 from exporter.tour.states import Group

@@ -21,11 +21,12 @@ from exporter.artifact.inputs import describe_inputs, model_files
 from exporter.artifact.manifest import dump
 from exporter.artifact.staging import Staging, write_durably
 from exporter.calibration import Windows
-from exporter.checkpoint import StoredTensor, TensorReader
+from exporter.checkpoint import StoredTensor
 from exporter.errors import ReferencePackError, RuntimeScoreError, WriteError
 from exporter.hashing import hash_all
 from exporter.merge import DTYPES
 from exporter.runtimes.base import TokenScores, score_logits
+from exporter.tensor_reader import TensorReader
 from exporter.torch_threads import use_threads
 from exporter.tour.sizes import HEAD_ROWS
 from exporter.verify.pack import (

@@ -83,7 +83,7 @@ class PublishedResult:
 
     def show(self, console: Console) -> None:
         """Print the verdict table."""
-        from exporter.screen import show_notes, show_table
+        from exporter.verdict_table import show_notes, show_table
 
         show_notes(console, self.notes)
         show_table(console, self.verdicts, self.sizes)

@@ -58,7 +58,7 @@ class FilesResult:
 
     def show(self, console: Console) -> None:
         """Print a line an artifact, and what is wrong with it."""
-        from exporter.screen import show_weights
+        from exporter.verdict_table import show_weights
 
         show_weights(console, self.weights, self.broken)
 

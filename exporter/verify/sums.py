@@ -22,7 +22,7 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends.base import StoredWeight
+from exporter.backends.reading import StoredWeight
 
 # Standard errors within which survival must be 1; of hundreds of tensors, not one is as far off by chance.
 SURVIVAL_ERRORS = 6.0

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from exporter.backends.base import StoredWeight
+from exporter.backends.reading import StoredWeight
 from exporter.verify.sums import Sums, Worst
 
 # Of a tensor's relative error, how far the mean of a row may move. Rounding moves it by its error over the root of the

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.backends.base import Backend, ReadingBackend, StoredWeight, WeightReader
+from exporter.backends.base import Backend
+from exporter.backends.reading import ReadingBackend, StoredWeight, WeightReader
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
 from exporter.verify.sums import Sums, block_sums, total
@@ -113,8 +114,8 @@ def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> Wei
         reader: the artifact's weights.
         threads: threads that compute.
     """
-    from exporter.checkpoint import TensorReader
     from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger, row_blocks
+    from exporter.tensor_reader import TensorReader
     from exporter.torch_threads import torch_threads_kept
 
     found: dict[str, Sums] = {}

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from exporter.backends.base import StoredWeight
+from exporter.backends.reading import StoredWeight
 from exporter.verify.sums import Sums, total
 from exporter.verify.weight_limits import Held, is_judged
 from exporter.verify.weights import NAMED, WeightsResult

@@ -12,7 +12,7 @@ import pytest
 
 from exporter import Execution, make_plan
 from exporter.errors import RecipeError
-from exporter.plan import describe
+from exporter.plan_json import describe
 from exporter.runtimes import gptqmodel, vllm
 from exporter.runtimes.base import check_endpoint, choose_runtime, load_runtime
 from exporter.runtimes.vllm import ENVIRONMENT, Vllm

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from exporter.backends.gguf.imatrix import read_imatrix
-from exporter.checkpoint import TensorReader
 from exporter.merge import CpuMerger, RowBlock, make_merger
+from exporter.tensor_reader import TensorReader
 from exporter.tour.stream import Progress, Stream, Target
 from exporter.verify.reference import score_reference
 from tests.exports import export_to

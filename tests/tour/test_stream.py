@@ -12,9 +12,9 @@ import torch
 
 from exporter.artifact.staging import Staging
 from exporter.backends.base import TensorPlan
-from exporter.checkpoint import TensorReader
 from exporter.merge import CpuMerger, RowBlock
 from exporter.model import MergedModel, MergedTensor
+from exporter.tensor_reader import TensorReader
 from exporter.tour.stream import Progress, Rider, Stream, Target
 from tests.merged import load_peft, merged_model
 

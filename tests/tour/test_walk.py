@@ -17,10 +17,10 @@ from exporter.artifact.staging import Staging
 from exporter.backends.base import Finding, Solution, TensorPlan
 from exporter.backends.gptq.hessian import Moments
 from exporter.calibration import CalibrationWindows, TokenSets
-from exporter.checkpoint import TensorReader
 from exporter.estimate import PlannedWalk
 from exporter.merge import make_merger
 from exporter.model import MergedModel
+from exporter.tensor_reader import TensorReader
 from exporter.tour.passengers import Passengers, Settings, Solver
 from exporter.tour.states import Group, States
 from exporter.tour.stream import Progress, Rider, Stream

@@ -19,10 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.backends.base import StoredWeight, Tolerance
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, library, quantize_rows
 from exporter.backends.gguf.reading import GAUSSIAN_ERRORS, read_header, tolerance
 from exporter.backends.gguf.types import BLOCK_SIZES
+from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.backends.registry import load_backend
 from exporter.model import MergedModel
 from exporter.verify.sums import Sums, block_sums

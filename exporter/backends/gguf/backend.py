@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import FilePlan, Needs, OutputPlan, TensorPlan, WeightReader, Writer
+from exporter.backends.base import FilePlan, Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, quantize_rows
 from exporter.backends.gguf.header import TensorInfo, Value, pack_header, pad
 from exporter.backends.gguf.imatrix import Floats, Imatrix
@@ -22,6 +22,7 @@ from exporter.backends.gguf.imatrix_plan import (
 )
 from exporter.backends.gguf.modelfile import MODELFILE, modelfile
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, FileType, ModelShape, row_bytes, tensor_type
+from exporter.backends.reading import WeightReader
 from exporter.errors import (
     BackendError,
     MissingTensorError,

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends.base import StoredWeight, Tolerance
 from exporter.backends.gguf.stated import header_faults
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, ModelShape, tensor_type
+from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.backends.shards import contradiction, float_weight
 from exporter.errors import ArtifactError
 from exporter.families import Family

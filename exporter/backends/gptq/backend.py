@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import GptqOptions, Scheme
@@ -24,6 +24,7 @@ from exporter.backends.gptq.serving import (
     served_together,
     vllm_refusals,
 )
+from exporter.backends.reading import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.model import MergedModel, MergedTensor
 from exporter.version import __version__

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends.base import StoredWeight, Tolerance
 from exporter.backends.documents import document_faults
 from exporter.backends.gptq.names import WORD_BITS, parse_quant, quant_name
 from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
+from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, float_rows, float_weight
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor

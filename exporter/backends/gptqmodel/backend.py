@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, WeightReader, Writer
+from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
 from exporter.backends.gptq.names import QUANTS, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
 from exporter.backends.gptq.serving import check_servable, notes_of, packs_experts, runtimes_of, vllm_refusals
+from exporter.backends.reading import WeightReader
 from exporter.backends.safetensors import SafetensorsBackend
 from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
 from exporter.errors import RecipeError, UnsupportedModelError

@@ -9,18 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.backends.gptq import solver
+from exporter.backends.gptq.factor import FIRST_RETRY_DAMP, FactorizationError, Ordering, SolverError, factorize
 from exporter.backends.gptq.grid import Grid, search_scales
-from exporter.backends.gptq.solver import (
-    FactorizationError,
-    Ordering,
-    Quantized,
-    SolverError,
-    dequantize,
-    factorize,
-    round_to_nearest,
-    solve,
-)
+from exporter.backends.gptq.solver import Quantized, dequantize, round_to_nearest, solve
 from exporter.errors import NonFiniteTensorError
 
 ORDERINGS: tuple[Ordering, ...] = ("none", "groups", "desc_act")
@@ -200,7 +191,7 @@ def test_a_failed_factorization_is_damped_more_and_reported() -> None:
     deficient = correlated(64, tokens=20)
     factor = factorize(deficient, 32, damp=0)
     assert factor.attempts == 2
-    assert factor.damp_used == solver.FIRST_RETRY_DAMP
+    assert factor.damp_used == FIRST_RETRY_DAMP
     again = factorize(deficient, 32, damp=0.07)
     assert (again.attempts, again.damp_used) == (1, 0.07)
     weight, grid = weights(8, 64), Grid(4, 32)
@@ -214,7 +205,7 @@ def test_damping_doubles_until_it_is_enough() -> None:
     indefinite.diagonal().clamp_(min=1e-3)
     factor = factorize(indefinite, 32, damp=0)
     assert factor.attempts > 3
-    assert factor.damp_used == solver.FIRST_RETRY_DAMP * 2 ** (factor.attempts - 2)
+    assert factor.damp_used == FIRST_RETRY_DAMP * 2 ** (factor.attempts - 2)
 
 
 def test_a_matrix_that_no_damping_saves() -> None:

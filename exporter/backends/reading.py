@@ -1,0 +1,94 @@
+"""Protocols of backends that read back what they wrote, and what they say of a stored weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.model import MergedModel
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far values of a type may be from the merge; measured, docs/quality.md has the runs.
+
+    Attributes:
+        error: largest relative error of a tensor: |stored - merged| / |merged|, Frobenius norms.
+        group: the same of one group.
+        gain: largest |<stored - merged, merged>| / |merged|^2 of a group: by how much its scale is off. Of `clipped`
+            types half of that counts where the group is smaller than merged and its error does not go along with it.
+        resolution: root mean square of an error that a group may have whatever its values are, because its scale has
+            a smallest step.
+        clipped: whether sound groups may lose their largest values because these hardly meet an input.
+    """
+
+    error: float
+    group: float
+    gain: float
+    resolution: float
+    clipped: bool = False
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One tensor of the model as it is found in the files.
+
+    Attributes:
+        name: its name in the files; of several that make up a weight, the one with the codes.
+        source: name of the merged tensor.
+        type: the type it is stored in, in the format's own words.
+        shape: its dimensions as a weight, outermost first.
+        group: columns that share a scale; 1 if none is shared and every element is rounded by itself.
+        block: columns whose scales share a scale; `group` if there is none above it.
+        tolerance: what the type allows.
+    """
+
+    name: str
+    source: str
+    type: str
+    shape: tuple[int, ...]
+    group: int
+    block: int
+    tolerance: Tolerance
+
+
+class WeightReader(Protocol):
+    """Reads stored weights back from the files of an artifact, by nothing but what is in them."""
+
+    @property
+    def weights(self) -> Mapping[str, StoredWeight]:
+        """What can be read, by the merged tensor's name."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong with the files, in words: a tensor that is missing, cut off, or not of the type that the
+        artifact's name promises."""
+
+    def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
+        """Values that a runtime computes with: float32, shape (count, columns). Called from several threads.
+
+        Raises:
+            ArtifactError: they contradict the format.
+        """
+
+    def close(self) -> None:
+        """Close every file."""
+
+
+@runtime_checkable
+class ReadingBackend(Protocol):
+    """A backend whose artifacts can be read back."""
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """Open an artifact's weights.
+
+        Args:
+            model: the merged model that it was made from.
+            quant: its type, resolved.
+            entry: what a runtime loads: a file, or the folder.
+        """
