@@ -87,5 +87,7 @@ class Loader:
                 slot[tensor.name] = buffers[key]
         for key in buffers.keys() - {name.removeprefix(prefix) for name in slot}:
             del buffers[key]
-        self._offer(load.tensors, load.riders, {name: Target(values, load.merged) for name, values in slot.items()})
+        beside = load.skeleton.merged
+        targets = {name: Target(values, load.merged or name in beside) for name, values in slot.items()}
+        self._offer(load.tensors, load.riders, targets)
         return slot

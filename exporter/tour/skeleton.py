@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -30,6 +30,10 @@ Arguments = Mapping[str, Any]
 class Skeleton:
     """A causal language model whose parameters have no data.
 
+    Attributes:
+        merged: the tensors that an adapter changes and that it cannot be beside, as they are not those of linear layers
+            (a router); their layers take the merged values.
+
     Args:
         model: the merged model; its configuration and, with `adapters`, its adapters are used.
         device: where the layers compute.
@@ -44,14 +48,18 @@ class Skeleton:
         self.device, self.dtype = device, dtype
         whole = _without_weights(model, dtype)
         unfuse(whole, model.base.tensors)
+        self._decoder: Any = whole.get_decoder()
+        self._prefix = next(name for name, module in whole.named_modules() if module is self._decoder.layers)
+        self.merged = frozenset[str]()
         if adapters and model.adapters:
-            whole = _with_adapters(whole, model.adapters, device, dtype)
+            linear = {f"{self._prefix}.{path}" for path in _linear_layers(self._decoder.layers)}
+            _attach(whole, model.adapters, linear, device, dtype)
+            updated = {module for adapter in model.adapters for module in adapter.updates}
+            self.merged = frozenset(f"{module}.weight" for module in updated - linear)
         whole.eval().requires_grad_(False)
         self._whole = whole
-        self._decoder: Any = whole.get_decoder()
         _buffers_to(whole, device)
         self._layers: list[nn.Module] = list(self._decoder.layers)
-        self._prefix = next(name for name, module in whole.named_modules() if module is self._decoder.layers)
         self._norm = self._decoder.norm
         self.norm_name = f"{next(name for name, module in whole.named_modules() if module is self._norm)}.weight"
 
@@ -186,30 +194,60 @@ def _without_weights(model: MergedModel, dtype: torch.dtype) -> Any:
         ) from None
 
 
-def _with_adapters(whole: Any, adapters: tuple[Adapter, ...], device: str, dtype: torch.dtype) -> Any:
-    """Attach every adapter with peft, active and unmerged."""
-    from peft import PeftModel
+def _linear_layers(layers: nn.Module) -> list[str]:
+    return [path for path, module in layers.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _attach(
+    whole: nn.Module, adapters: Sequence[Adapter], linear: Collection[str], device: str, dtype: torch.dtype
+) -> None:
+    """Put every adapter beside the linear layers that it changes, with peft: active and unmerged.
+
+    Args:
+        whole: the model.
+        adapters: the adapters.
+        linear: names of the layers that they may be beside.
+        device: where their weights go.
+        dtype: what those are turned into.
+
+    Raises:
+        RuntimeScoreError: peft cannot do it, or did something else.
+    """
+    from peft import PeftConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = [f"adapter_{index}" for index in range(len(adapters))]
-    options: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": device}
-    try:
-        with warnings.catch_warnings(), _without_quantizers():
-            # peft warns about tied embeddings; here the adapter is never merged into them.
-            warnings.simplefilter("ignore")
-            wrapped: Any = PeftModel.from_pretrained(whole, adapters[0].folder, adapter_name=names[0], **options)
-            for name, adapter in zip(names[1:], adapters[1:], strict=True):
-                wrapped.load_adapter(str(adapter.folder), adapter_name=name, **options)
-            wrapped.base_model.set_adapter(names)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RuntimeScoreError(
-            "reference", found=str(error)[:300], expected="an adapter that peft loads", remedy="Check the adapter."
-        ) from None
     for name, adapter in zip(names, adapters, strict=True):
-        _load_adapter(wrapped, name, adapter, device, dtype)
+        wanted = {module for module in adapter.updates if module in linear}
+        if not wanted:
+            continue
+        # peft takes the layers from keys, and of the values nothing.
+        keys: dict[str, Any] = {f"{module}.lora_A.weight": None for module in wanted}
+        try:
+            with warnings.catch_warnings(), _without_quantizers(), _without_conversion():
+                # peft warns where its configuration names more layers, which the plan has refused or which are merged.
+                warnings.simplefilter("ignore")
+                config = PeftConfig.from_pretrained(str(adapter.folder))
+                inject_adapter_in_model(config, whole, name, low_cpu_mem_usage=True, state_dict=keys)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise _unloadable(str(error)[:300]) from None
+        attached = {path for path, module in whole.named_modules() if name in getattr(module, "lora_A", ())}
+        if attached != wanted:
+            some = sorted(attached ^ wanted)
+            raise _unloadable(f"{len(attached)} layers with an adapter, not {len(wanted)}; {some[0]} is one of them")
+        _load_adapter(whole, name, adapter, device, dtype)
     if dtype == torch.float32:
         # In fewer bits it would round elsewhere than the model's own code does.
-        _add_in_products(wrapped)
-    return wrapped.get_base_model()
+        _add_in_products(whole)
+    for module in whole.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(names)
+
+
+def _unloadable(found: str) -> RuntimeScoreError:
+    return RuntimeScoreError(
+        "reference", found=found, expected="an adapter that peft loads", remedy="Check the adapter."
+    )
 
 
 def _add_in_products(wrapped: nn.Module) -> None:
@@ -253,17 +291,31 @@ def _without_quantizers() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _load_adapter(wrapped: Any, name: str, adapter: Adapter, device: str, dtype: torch.dtype) -> None:
-    """Give an adapter its weights: peft moves them to the device of the base's weights, which have none."""
+@contextmanager
+def _without_conversion() -> Iterator[None]:
+    """Let peft leave its configuration as it is. For transformers' fused experts it would turn the projections into
+    parameters of those, and no longer find them in dense layers either; here experts have a layer a matrix."""
+    from peft.utils import transformers_weight_conversion as module
+
+    before = module.convert_peft_config_for_transformers
+    module.convert_peft_config_for_transformers = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        module.convert_peft_config_for_transformers = before
+
+
+def _load_adapter(whole: nn.Module, name: str, adapter: Adapter, device: str, dtype: torch.dtype) -> None:
+    """Give an adapter its weights, on the device and in the dtype of what it is beside."""
     from peft.utils import load_peft_weights
 
     stored = load_peft_weights(str(adapter.folder), device="cpu")
-    for path, module in wrapped.named_modules():
+    for path, module in whole.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             place = f"{path}.{leaf}"
             if f".{name}" not in place:
                 continue
-            value = stored.get(place.replace(f".{name}", ""))
+            value = stored.get(f"base_model.model.{place.replace(f'.{name}', '')}")
             if value is None or value.shape != parameter.shape:
                 raise RuntimeScoreError(
                     place, found="no value of its shape", expected="an adapter that peft loads",
