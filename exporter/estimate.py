@@ -22,6 +22,8 @@ _MARGIN = 1.15
 # Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
 _BLOCK_FACTOR = 5
 
+FEWER_TOKENS = "fewer tokens"
+
 _STARTUP_SECONDS = 4.0
 # Until vLLM answers, and until it has ended.
 _SERVER_SECONDS = 45.0
@@ -88,6 +90,11 @@ class PlannedWalk:
             return 0
         return 3 * sum(self._states) - self._kept
 
+    @property
+    def spills(self) -> bool:
+        """Whether hidden states go to the disk because they do not stay in memory."""
+        return self._kept < sum(self._states)
+
     def lighter(self) -> dict[str, int]:
         """What would take less memory, in words that follow "with", and the estimate of each."""
         evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
@@ -98,7 +105,7 @@ class PlannedWalk:
         others = [artifact for artifact in self.artifacts if artifact.needs != "hessians"]
         found = {
             "--compute-dtype bfloat16": replace(self, compute_dtype="bfloat16"),
-            "fewer tokens": replace(self, tokens=few),
+            FEWER_TOKENS: replace(self, tokens=few),
         }
         if self.artifacts and evaluation:
             found["--no-verify"] = replace(self, tokens=replace(self.tokens, evaluation=None), held_bytes=0)

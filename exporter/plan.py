@@ -11,7 +11,7 @@ from typing import Any
 from exporter.adapter import Adapter
 from exporter.backends.base import Backend, OutputPlan, SharingBackend
 from exporter.backends.registry import load_backend
-from exporter.calibration import TokenSets, check_drawable, make_token_sets, most_windows
+from exporter.calibration import CalibrationWindows, TokenSets, check_drawable, make_token_sets, most_windows
 from exporter.checkpoint import Checkpoint
 from exporter.errors import (
     OutputExistsError,
@@ -148,6 +148,8 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     tokens = make_token_sets(
         recipe.calibration, recipe.evaluation, model.tokenizer, evaluate=recipe.verify, calibrate=calibrate
     )
+    if tokens.calibration:
+        _check_calibration(artifacts, tokens.calibration)
     if tokens.evaluation:
         cut = recipe.evaluation if tokens.calibration else None
         check_drawable(recipe.calibration, recipe.evaluation, model.tokenizer, tokens.evaluation, cut=cut)
@@ -278,6 +280,16 @@ def _scored_by(artifact: OutputPlan, execution: Execution) -> str:
             expected=error.expected,
             remedy=f"{error.remedy} Or export {artifact.label} with --no-verify.",
         ) from None
+
+
+def _check_calibration(artifacts: Sequence[OutputPlan], calibration: CalibrationWindows) -> None:
+    """What is calibrated on too few tokens is not calibrated at all."""
+    for artifact in artifacts:
+        if calibration.tokens < artifact.fewest_tokens:
+            raise RecipeError(
+                "--calibration-tokens", found=f"{calibration.tokens} tokens: {artifact.label} would only round",
+                expected=f"at least {artifact.fewest_tokens}", remedy="Raise it: 16384 and more are usual.",
+            )  # fmt: skip
 
 
 def _check_resources(plan: ExportPlan) -> None:

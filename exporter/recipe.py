@@ -269,14 +269,21 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     anchored["adapters"] = [source(value) for value in adapters] if isinstance(adapters, list | tuple) else adapters
     if isinstance(values.get("outputs"), list):
         anchored["outputs"] = [
-            entry | {"out": str(folder / entry["out"])}
-            if isinstance(entry, dict) and isinstance(entry.get("out"), str)
-            else entry
-            for entry in values["outputs"]
+            _anchored_output(entry, folder) if isinstance(entry, dict) else entry for entry in values["outputs"]
         ]
     calibration = values.get("calibration")
     if isinstance(calibration, dict) and isinstance(calibration.get("text"), str):
         anchored["calibration"] = calibration | {"text": text(calibration["text"])}
+    return anchored
+
+
+def _anchored_output(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    anchored, options = dict(entry), entry.get("options")
+    if isinstance(entry.get("out"), str):
+        anchored["out"] = str(folder / entry["out"])
+    if isinstance(options, dict) and isinstance(options.get("imatrix"), str):
+        words = options["imatrix"] in ("auto", "none")
+        anchored["options"] = options | ({} if words else {"imatrix": str(folder / options["imatrix"])})
     return anchored
 
 

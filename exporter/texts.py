@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,22 @@ def _read_file(file: Path, tokenizer: TokenizerFiles) -> str:
         raise RecipeError(str(file), found=str(error), expected="UTF-8 text", remedy="Convert the file.") from None
     if file.suffix not in (".jsonl", ".json"):
         return text
-    return "\n".join(_lines(file, text, tokenizer))
+    return _joined(_lines(file, text, tokenizer))
 
 
-def _lines(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
+# A record's text, and whether it is a conversation.
+_Record = tuple[str, bool]
+
+
+def _joined(records: Iterable[_Record]) -> str:
+    """All as one text: a line end after each but conversations, whose template says how they end, and the last."""
+    texts: list[str] = []
+    for text, is_conversation in records:
+        texts += [text, "" if is_conversation else "\n"]
+    return "".join(texts[:-1])
+
+
+def _lines(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[_Record]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -73,15 +85,16 @@ def _lines(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[str]:
 
 def _read_dataset(dataset: str, tokenizer: TokenizerFiles, characters: int) -> Iterator[str]:
     """The first records that have so many characters together, then twice as many, and so on; at last all."""
-    texts, length = [], 0
+    records: list[_Record] = []
+    length = 0
     column = dataset.partition("#")[2] or None
     for number, record in enumerate(_dataset_records(dataset), 1):
-        texts.append(_record_text(record, tokenizer, f"{dataset}, record {number}", column))
-        length += len(texts[-1])
+        records.append(_record_text(record, tokenizer, f"{dataset}, record {number}", column))
+        length += len(records[-1][0])
         if length >= characters:
-            yield "\n".join(texts)
+            yield _joined(records)
             characters = 2 * length
-    yield "\n".join(texts)
+    yield _joined(records)
 
 
 def _dataset_records(dataset: str) -> Iterator[Any]:
@@ -116,13 +129,14 @@ def _dataset_records(dataset: str) -> Iterator[Any]:
         ) from None
 
 
-def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str | None = None) -> str:
+def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str | None = None) -> _Record:
     """A record's text, or its conversation as the chat template renders it."""
     text: Any = None
+    is_conversation = False
     if isinstance(record, Mapping):
         text = record.get(column or "text")
         if not isinstance(text, str) and isinstance(messages := record.get(column or "messages"), list):
-            text = _render(messages, record.get("tools"), tokenizer, where)
+            text, is_conversation = _render(messages, record.get("tools"), tokenizer, where), True
     if not isinstance(text, str):
         raise RecipeError(
             where,
@@ -137,7 +151,7 @@ def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str
             where, found=f"half a surrogate pair, {_printable(text[error.start])}, as character {error.start + 1}",
             expected="text that UTF-8 can hold", remedy="Correct it: whatever wrote it cut a character in two.",
         ) from None  # fmt: skip
-    return text
+    return text, is_conversation
 
 
 def _printable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +26,7 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
     for folder, outcome in zip(result.plan.folders, result.folders, strict=True):
         if outcome.verdicts:
             show_table(console, outcome.verdicts, {artifact.label: artifact.nbytes for artifact in folder.artifacts})
+        show_notes(console, _solved_notes(outcome.manifest))
         if outcome.published:
             unverified = "" if outcome.verdicts else ", not verified"
             console.print(
@@ -36,6 +37,19 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
             console.print(f"[bold red]rejected[/]  {kept}", highlight=False, soft_wrap=True)
     if result.reference is not None:
         console.print(f"[bold]reference[/] {escape(str(result.reference))}", highlight=False, soft_wrap=True)
+
+
+def _solved_notes(manifest: Mapping[str, Any]) -> list[str]:
+    """Of each artifact, how many of the matrices that were to be solved for were not, or only with more damping."""
+    notes = []
+    for artifact in manifest["artifacts"]:
+        if solved := artifact["quantization"]:
+            label, count = f"{artifact['format']} {artifact['quant']}", solved["matrices"]
+            if rounded := len(solved["rounded"]):
+                notes.append(f"{label}: {rounded} of {count} matrices saw too few calibration tokens and were rounded")
+            if damped := len(solved["damped_more"]):
+                notes.append(f"{label}: {damped} of {count} matrices had to be damped more than was asked for")
+    return notes
 
 
 def _interval(figures: Comparison) -> str:

@@ -137,7 +137,9 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (folder / name).mkdir(parents=True)
     (folder / "recipe.yaml").write_text(
         "base: base\nadapters: [lora, org/hub-lora@v1]\n"
-        f"outputs: [{{format: gguf, out: ../served}}, {{format: safetensors, out: {tmp_path}/absolute}}]\n"
+        "outputs: [{format: gguf, out: ../served, options: {imatrix: im.gguf}},"
+        " {format: gguf, out: other, options: {imatrix: auto}},"
+        f" {{format: safetensors, out: {tmp_path}/absolute}}]\n"
         "calibration: {text: text.txt}\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -145,7 +147,10 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(recipe.base).resolve() == folder / "base"
     assert Path(recipe.adapters[0]).resolve() == folder / "lora"
     assert recipe.adapters[1] == "org/hub-lora@v1"
-    assert [output.out.resolve() for output in recipe.outputs] == [tmp_path / "served", tmp_path / "absolute"]
+    outs = [output.out.resolve() for output in recipe.outputs]
+    assert outs == [tmp_path / "served", folder / "other", tmp_path / "absolute"]
+    matrices = [output.options.get("imatrix") for output in recipe.outputs]
+    assert [Path(str(matrices[0])).resolve(), *matrices[1:]] == [folder / "im.gguf", "auto", None]
     assert recipe.calibration.file is not None
     assert recipe.calibration.file.resolve() == folder / "text.txt"
 

@@ -104,6 +104,7 @@ class OutputPlan:
         sequential: solve for the matrices of a layer one input after the other, each with those before it solved.
         made: files that are made at the end, once every tensor is written: name to bytes, which may be an estimate.
         temporary_bytes: what writing it takes on the disk for a while, beyond its files.
+        fewest_tokens: calibration tokens without which nothing in it would be calibrated.
     """
 
     format: str
@@ -122,6 +123,7 @@ class OutputPlan:
     sequential: bool = False
     made: Mapping[str, int] = field(default_factory=dict)
     temporary_bytes: int = 0
+    fewest_tokens: int = 0
 
     @property
     def label(self) -> str:

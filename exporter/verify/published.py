@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from exporter.adapter import Adapter
 from exporter.artifact.files import check_files
 from exporter.artifact.manifest import evaluation_json, verification_json
 from exporter.backends.registry import backend_names, load_backend
-from exporter.calibration import check_drawable, make_windows
+from exporter.calibration import TokenSets, check_drawable, make_windows
 from exporter.checkpoint import Checkpoint
+from exporter.estimate import FEWER_TOKENS, PlannedWalk
 from exporter.importing import walk_imported
 from exporter.model import MergedModel, plan_merge
 from exporter.positions import check_windows
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
+from exporter.room import check_disk, check_memory, states_budget
 from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
@@ -121,7 +125,7 @@ def verify_published(
         RecipeError: the runtime is unknown or not here, the endpoint is of no use, a limit is of no artifact's type, or
             the export's text is not here.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
-        RefusalError: base or adapters cannot be read, or do not fit.
+        RefusalError: base or adapters cannot be read, or do not fit; or there is too little memory.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
     manifest, serving = _open(folder, evaluation.gate, runtime, endpoint)
@@ -132,10 +136,15 @@ def verify_published(
     cut, notes = manifest.held_against(text, model.tokenizer)
     windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     check_drawable(text, evaluation, model.tokenizer, windows, cut=cut)
+    walk = PlannedWalk(model, (), TokenSets(windows, None), "float32", states_budget())
+    check_memory(walk.memory, lambda: {name: one for name, one in walk.lighter().items() if name == FEWER_TOKENS})
     candidates = _candidates(folder, manifest, serving, evaluation.gate, model.parameters, device, endpoint)
     with walk_imported(model):
         weights = read_all_weights(candidates, model, reporter, threads)
-    reference = walk_reference(model, windows, device, reporter, threads=threads)
+    with _scratch(walk) as scratch:
+        reference = walk_reference(
+            model, windows, device, reporter, threads=threads, scratch=scratch, keep_bytes=walk.keep_bytes
+        )
     more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
     verdicts = judge_candidates(candidates, weights, reference, more, reporter)
     if evaluation.answers:
@@ -189,6 +198,21 @@ def verify_with_pack(
         notes = manifest.held_against_pack(windows.source, windows.tokens)
         scored, by_label = evaluation_json(windows, None), _by_label(candidates, verdicts)
         return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), scores_alone=True)
+
+
+@contextmanager
+def _scratch(walk: PlannedWalk) -> Iterator[Path | None]:
+    """A folder for hidden states that do not stay in memory, until the walk has ended; None where all do.
+
+    Raises:
+        NotEnoughDiskError: there is no room for them where temporary files go.
+    """
+    if not walk.spills:
+        yield None
+        return
+    with TemporaryDirectory(prefix="exporter-") as folder:
+        check_disk([(Path(folder) / "states", walk.scratch_bytes)])
+        yield Path(folder)
 
 
 def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:

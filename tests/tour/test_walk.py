@@ -300,6 +300,40 @@ def make_experts(folder: Path, hidden: int = 64) -> Path:
     return folder
 
 
+def make_family(folder: Path, kind: str) -> Path:
+    """Small models of other families with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    experts = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    config: Any = getattr(transformers, f"{kind}Config")(
+        vocab_size=make_tokenizer(folder) + 16, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+        tie_word_embeddings=kind == "Qwen3Moe", **experts,
+        **({"shared_expert_intermediate_size": 48} if kind != "Qwen3Moe" else {}),
+        **({} if kind == "Qwen2Moe" else {"head_dim": 16}),
+        **({"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16} if kind == "Qwen3Next" else {}),
+    )  # fmt: skip
+    model: Any = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim == 2 else 1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "Qwen2Moe", "Qwen3Next"])
+def test_other_families(tmp_path: Path, kind: str) -> None:
+    """A tied mixture of experts, one with shared experts, and one whose layers are of linear and of full attention."""
+    base = make_family(tmp_path / "base", kind)
+    config = merged_model(base).config
+    assert bool(config.get("tie_word_embeddings")) == (kind == "Qwen3Moe")
+    assert (len(set(config.get("layer_types") or ())) == 2) == (kind == "Qwen3Next")
+    same_as_whole_model(base)
+
+
 def test_mixture_of_experts(tmp_path: Path) -> None:
     base = make_experts(tmp_path / "base")
     assert "model.layers.0.mlp.experts.7.down_proj.weight" in {tensor.name for tensor in merged_model(base).tensors}

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from exporter.errors import ArtifactError, ExporterError, RecipeError, RuntimeScoreError
+from exporter.errors import ArtifactError, ExporterError, NotEnoughMemoryError, RecipeError, RuntimeScoreError
 from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
+from exporter.verify import published
 from exporter.verify.published import PublishedResult, verify_published
+from exporter.verify.standalone import walk_reference
 from exporter.verify.stored import UNREADABLE, FilesResult, verify_files
 from tests.commands import invoke
 from tests.exports import export_to
@@ -48,6 +53,40 @@ def verify(
 ) -> PublishedResult:
     names = tuple(map(str, adapters))
     return verify_published(folder, str(base), names, TEXT, evaluation, runtime, "cpu", Reporter())
+
+
+def test_states_that_do_not_stay_in_memory_are_on_the_disk_for_a_while(
+    good: dict[str, Path], inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(published, "states_budget", lambda: 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    walk = walk_reference
+
+    def walking(*args: Any, **options: Any) -> Any:
+        found = walk(*args, **options)
+        made.append(options["scratch"])
+        assert any(options["scratch"].iterdir())
+        return found
+
+    monkeypatch.setattr(published, "walk_reference", walking)
+    result = verify(good["gguf"], *inputs)
+    assert result.passed
+    assert [folder.parent for folder in made] == [tmp_path]
+    assert not any(tmp_path.iterdir())
+    manifest = json.loads((good["gguf"] / "export.json").read_text())
+    before = {f"gguf {one['quant']}": one["verification"]["perplexity"] for one in manifest["artifacts"]}
+    assert {label: found.comparison.perplexity for label, found in result.verdicts.items()} == before
+
+
+def test_too_little_memory_for_the_walk_is_refused(
+    good: dict[str, Path], inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        verify(good["gguf"], *inputs)
+    # It has no such option.
+    assert "--compute-dtype" not in caught.value.remedy
 
 
 @pytest.mark.parametrize("format_", ["gguf", "safetensors"])

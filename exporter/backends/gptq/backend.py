@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
 from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
-from exporter.backends.gptq.options import GptqOptions, Scheme
+from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
 from exporter.backends.gptq.serving import (
     MARLIN_IN,
     MARLIN_OUT,
@@ -30,6 +30,8 @@ from exporter.model import MergedModel, MergedTensor
 from exporter.version import __version__
 
 _LINEAR = re.compile(r"^.+\.layers\.\d+\..*_proj\.weight$")
+# Layers that predict further tokens, beside the decoder's (Qwen3-Next, Qwen3.5): no walk comes through them.
+_BESIDE = "mtp."
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class GptqBackend:
             needs="hessians",
             calibrated=frozenset(schemes),
             sequential=settings.true_sequential,
+            fewest_tokens=FEWEST_TOKENS,
             schemes=schemes,
             checkpoint_format=settings.checkpoint_format,
         )
@@ -123,7 +126,8 @@ class GptqBackend:
 
 def is_quantized(tensor: MergedTensor) -> bool:
     """Whether a tensor is a matrix of a decoder layer, and neither a norm nor a router."""
-    return len(tensor.shape) == 2 and _LINEAR.match(tensor.name) is not None
+    in_decoder = _LINEAR.match(tensor.name) is not None and not tensor.name.startswith(_BESIDE)
+    return len(tensor.shape) == 2 and in_decoder
 
 
 def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:

@@ -14,13 +14,9 @@ from exporter.backends.gptq.backend import GptqPlan, planned_parts
 from exporter.backends.gptq.factor import Factor, Ordering, factorize
 from exporter.backends.gptq.grid import Grid
 from exporter.backends.gptq.hessian import Moments
-from exporter.backends.gptq.options import Scheme
+from exporter.backends.gptq.options import FEWEST_TOKENS, Scheme
 from exporter.backends.gptq.packing import CheckpointFormat, pack
 from exporter.backends.gptq.solver import Quantized, dequantize, round_to_nearest, solve
-
-# Inputs below which a matrix is rounded. Fewer than the columns of a group say nothing about how its errors add up;
-# only an expert that the router hardly chose sees so few.
-FEWEST_TOKENS = 128
 
 
 class GptqWriter(OffsetWriter):

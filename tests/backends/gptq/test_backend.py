@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from exporter import Execution, export, make_plan
 from exporter.backends.base import Solution
@@ -22,8 +25,9 @@ from exporter.checkpoint import INDEX_NAME
 from exporter.errors import BackendError, RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
 from exporter.model import MergedModel
 from exporter.reporter import Reporter
+from exporter.verdict_table import show_verdicts
 from tests.exports import export_to, merge_with_us, recipe, refused
-from tests.folders import hashes, model_tensors
+from tests.folders import edit_tensors, hashes, model_tensors
 from tests.merged import merged_model
 from tests.tour.test_walk import make_experts
 
@@ -419,3 +423,42 @@ def test_too_little_text_is_refused_with_the_number_that_is_needed(base: Path, t
     values: dict[str, Any] = {"format": "gptq", "calibration": {"text": text, "tokens": 4096, "window": 64}}
     caught = refused(RecipeError, tmp_path / "work" / "out", base, **values)
     assert str(4096 + 4096) in caught.expected
+
+
+def test_fewer_calibration_tokens_than_are_solved_for_are_refused(base: Path, tmp_path: Path) -> None:
+    """All matrices would be rounded, which nobody asks for by this format."""
+    (tmp_path / "work").mkdir()
+    values: dict[str, Any] = {"format": "gptq", "calibration": {"tokens": 112, "window": 16}}
+    caught = refused(RecipeError, tmp_path / "work" / "out", base, **values)
+    assert caught.thing == "--calibration-tokens"
+    assert caught.expected == "at least 128"
+    make_plan(recipe(base, [], tmp_path / "out", format="gptq", calibration={"tokens": 128, "window": 16}), Execution())
+
+
+def test_what_had_to_be_damped_more_is_named(base: Path, tmp_path: Path) -> None:
+    """Without damping, 128 inputs give no positive definite Hessian of 256 columns."""
+    few: dict[str, Any] = {"calibration": {"tokens": 128, "window": 64}, "options": {"damp": 0}}
+    result = export_to(tmp_path / "out", base, format="gptq", **few)
+    figures = result.folders[0].manifest["artifacts"][0]["quantization"]
+    assert "model.layers.0.self_attn.q_proj.weight" in figures["damped_more"]
+    assert set(figures["damped_more"].values()) <= {0.01 * 2**count for count in range(12)}
+    out = io.StringIO()
+    show_verdicts(Console(file=out, width=200), result)
+    assert f"{len(figures['damped_more'])} of 14 matrices had to be damped more" in out.getvalue()
+    assert "were rounded" not in out.getvalue()
+
+
+def test_layers_beside_the_decoder_s_stay_in_16_bits(base: Path, tmp_path: Path) -> None:
+    """Those that predict further tokens: the model's own code does not walk through them."""
+    extended = tmp_path / "base"
+    shutil.copytree(base, extended)
+    name = "mtp.layers.0.self_attn.q_proj.weight"
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors["model.layers.0.self_attn.q_proj.weight"].clone()
+
+    edit_tensors(extended / "model.safetensors", add)
+    export_to(tmp_path / "out", extended, format="gptq", **SMALL)
+    stored = model_tensors(tmp_path / "out")
+    assert torch.equal(stored[name], model_tensors(extended)[name])
+    assert sum(key.endswith(".qweight") for key in stored) == 14
