@@ -201,7 +201,9 @@ def plan_command(
 
 @app.command("verify")
 def verify_command(
-    artifact: Annotated[Path, typer.Argument(help="A published output folder.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="A published output folder; with --reference also a GGUF file or model folder.")
+    ],
     base: Base = None,
     adapter: Adapters = None,
     reference: ReferencePack = None,

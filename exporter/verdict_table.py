@@ -76,8 +76,17 @@ def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
     return "-"
 
 
-def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int]) -> None:
-    """A row an artifact: its figures and their limits; then what it answered, and why it did not pass."""
+def show_table(
+    console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int], *, scores_alone: bool = False
+) -> None:
+    """A row an artifact: its figures and their limits; then what it answered, and why it did not pass.
+
+    Args:
+        console: where to.
+        verdicts: by artifact label.
+        sizes: bytes of each artifact, likewise.
+        scores_alone: nothing else was looked at, which the verdict says.
+    """
     scored = [verdict.comparison for verdict in verdicts.values()]
     trained = ", ".join(
         f"{perplexity:.4f} over {tokens:,} predictions"
@@ -113,7 +122,7 @@ def show_table(console: Console, verdicts: Mapping[str, Verification], sizes: Ma
             _limit(verdict, ("kl_divergence", "top_k_divergence")),
             f"{figures.same_top:.1%}",
             _limit(verdict, ("same_top",)),
-            _VERDICTS[verdict.verdict],
+            _VERDICTS[verdict.verdict] + (" by scores" if scores_alone else ""),
         )
     console.print(table)
     for label, verdict in verdicts.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from exporter.artifact.manifest import MANIFEST_NAME, verification_json
-from exporter.errors import ArtifactError, OutputExistsError
+from exporter.errors import ArtifactError, OutputExistsError, RecipeError
 from exporter.report.html import report_html
+from exporter.verify.bare import is_bare
 from exporter.verify.gate import Verification
 from exporter.verify.record import read_manifest
 from exporter.verify.weights import WeightsResult
@@ -27,8 +28,14 @@ def check_report(file: Path, folder: Path, *, force: bool) -> None:
 
     Raises:
         ArtifactError: the folder has no manifest.
+        RecipeError: it is an artifact by itself.
         OutputExistsError: the file exists, is one of the folder's own, or is in no folder.
     """
+    if is_bare(folder):
+        raise RecipeError(
+            "--report", found=f"{folder.name} without an export.json, which the page is made from",
+            expected="a published folder", remedy="Leave --report out; --json has the figures.",
+        )  # fmt: skip
     own = {(folder / name).resolve() for name in (MANIFEST_NAME, *read_manifest(folder).files)}
     found = None
     if file.resolve() in own:

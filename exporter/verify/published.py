@@ -25,6 +25,8 @@ from exporter.room import check_disk, check_memory, states_budget
 from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
+from exporter.verify.bare import NOTE as BARE_NOTE
+from exporter.verify.bare import bare_manifest, is_bare
 from exporter.verify.check import Candidate, DrawnTokens, NoMoreTokens, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification
 from exporter.verify.limits import check_types, gate_for
@@ -75,7 +77,7 @@ class PublishedResult:
             label: verification_json(verdict)
             | {"weights": weights_json(verdict.weights)}
             | {"answers": verdict.answers.as_json() if verdict.answers else None}
-            | {"evaluation": self.evaluation, "notes": list(self.notes)}
+            | {"evaluation": self.evaluation, "notes": list(self.notes), "scores_alone": self.scores_alone}
             for label, verdict in self.verdicts.items()
         }
 
@@ -90,7 +92,7 @@ class PublishedResult:
         from exporter.verdict_table import show_notes, show_table
 
         show_notes(console, self.notes)
-        show_table(console, self.verdicts, self.sizes)
+        show_table(console, self.verdicts, self.sizes, scores_alone=self.scores_alone)
         if self.scores_alone:
             console.print(SCORES_ALONE, highlight=False, soft_wrap=True)
 
@@ -128,7 +130,8 @@ def verify_published(
         RefusalError: base or adapters cannot be read, or do not fit; or there is too little memory.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    manifest, serving = _open(folder, evaluation.gate, runtime, endpoint)
+    manifest = read_manifest(folder)
+    serving = _serving(folder, manifest, evaluation.gate, runtime, endpoint)
     check_files(folder, manifest.files)
     model, threads = open_trained(base, adapters, manifest.name), Execution().workers
     text, evaluation = manifest.as_exported(calibration, evaluation)
@@ -156,7 +159,7 @@ def verify_published(
 
 
 def verify_with_pack(
-    folder: Path,
+    artifact: Path,
     pack: Path,
     gate: Mapping[str, float | Limits],
     runtime: str | None,
@@ -167,10 +170,11 @@ def verify_with_pack(
     """Check hashes, then score every artifact against a reference pack, on the pack's windows.
 
     Its weights are not read, and it is not asked for answers: a pack holds neither the merged weights nor what the
-    trained model would have said along the answers.
+    trained model would have said along the answers. An artifact without a manifest is taken at its own word, and
+    whether the pack is of its base is not known then.
 
     Args:
-        folder: what was published.
+        artifact: a folder that was published; or a GGUF file or a model folder by itself.
         pack: the folder of a reference pack that was made from the same base and adapters.
         gate: limits in place of the built-in ones, as in `Evaluation`.
         runtime: as in `verify_published`.
@@ -180,22 +184,25 @@ def verify_with_pack(
 
     Raises:
         RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
-        ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
-        ReferencePackError: the same of the pack; or it was made from another base or other adapters.
+        ArtifactError: there is nothing that says what it is, or a file is missing or is not the one that was published.
+        ReferencePackError: the same of the pack; or it is of another vocabulary, another base or other adapters.
         RuntimeScoreError: a runtime cannot load or run an artifact.
     """
-    manifest, serving = _open(folder, gate, runtime, endpoint)
-    description = read_description(pack)
-    check_belongs(description, folder.resolve().name, manifest.inputs)
-    check_files(folder, manifest.files)
+    description, bare = read_description(pack), is_bare(artifact)
+    folder = artifact.parent if artifact.is_file() else artifact
+    manifest = bare_manifest(artifact, description.vocabulary) if bare else read_manifest(artifact)
+    serving = _serving(folder, manifest, gate, runtime, endpoint)
+    if not bare:
+        check_belongs(description, folder.resolve().name, manifest.inputs)
+        check_files(folder, manifest.files)
     from exporter.verify.packing import opened_reference
 
-    # The pack was found to be of the same inputs, so the manifest's count of parameters is its model's.
+    # The pack is of the same inputs, so the artifact's count of parameters is its model's.
     candidates = _candidates(folder, manifest, serving, gate, manifest.merge.parameters, device, endpoint)
     with opened_reference(pack, description, device, Execution().workers) as reference:
         verdicts = judge_candidates(candidates, [None] * len(candidates), reference, NoMoreTokens(), reporter)
         windows = reference.windows
-        notes = manifest.held_against_pack(windows.source, windows.tokens)
+        notes = [BARE_NOTE] if bare else manifest.held_against_pack(windows.source, windows.tokens)
         scored, by_label = evaluation_json(windows, None), _by_label(candidates, verdicts)
         return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), scores_alone=True)
 
@@ -231,15 +238,18 @@ def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel
     return plan_merge(checkpoint, opened, name)
 
 
-def _open(
-    folder: Path, gate: Mapping[str, float | Limits], runtime: str | None, endpoint: str | None
-) -> tuple[PublishedManifest, list[str]]:
-    """The manifest, and the runtime that will score each artifact. A folder may be older than one that serves it."""
-    manifest = read_manifest(folder)
+def _serving(
+    folder: Path,
+    manifest: PublishedManifest,
+    gate: Mapping[str, float | Limits],
+    runtime: str | None,
+    endpoint: str | None,
+) -> list[str]:
+    """The runtime that will score each artifact. A folder may be older than one that serves it."""
     check_types(gate, [artifact.quant for artifact in manifest.artifacts])
     serving = [artifact.runtime(folder, endpoint, runtime) for artifact in manifest.artifacts]
     check_endpoint(endpoint, serving)
-    return manifest, serving
+    return serving
 
 
 def _candidates(

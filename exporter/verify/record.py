@@ -73,7 +73,9 @@ class _Recipe(BaseModel):
     evaluation: _Evaluation
 
 
-class _Merge(BaseModel):
+class MergeRecord(BaseModel):
+    """What was merged: how many parameters."""
+
     parameters: int
 
 
@@ -86,7 +88,7 @@ class PublishedManifest(BaseModel):
     """The part of `export.json` that this needs; docs/export.schema.json has the whole."""
 
     name: str
-    merge: _Merge
+    merge: MergeRecord
     artifacts: list[PublishedArtifact] = Field(min_length=1)
     files: dict[str, FileRecord]
     inputs: list[InputRecord] = []
@@ -187,6 +189,11 @@ def read_manifest(folder: Path) -> PublishedManifest:
         ArtifactError: there is none, or it is not a manifest.
     """
     file = folder / MANIFEST_NAME
+    if folder.is_file():
+        raise ArtifactError(
+            str(folder), found="a file by itself", expected="the folder that it was published in",
+            remedy="Give the folder, or judge the file by a reference pack alone: --reference.",
+        )  # fmt: skip
     try:
         return PublishedManifest.model_validate_json(file.read_bytes())
     except (OSError, ValueError) as error:

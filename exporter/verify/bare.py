@@ -1,0 +1,116 @@
+"""An artifact that came without a manifest: what it says of itself, in as much of one as scoring it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from exporter.artifact.manifest import MANIFEST_NAME
+from exporter.backends.gguf.reading import read_header as read_gguf_header
+from exporter.backends.gguf.types import FILE_TYPES
+from exporter.backends.gptq.names import WORD_BITS, quant_name
+from exporter.backends.safetensors import DTYPES
+from exporter.checkpoint import StoredTensor, read_header
+from exporter.errors import ArtifactError, ReferencePackError
+from exporter.verify.record import MergeRecord, PublishedArtifact, PublishedManifest
+
+NOTE = "there is no export.json beside it: whether the pack is of its base and adapters is not known"
+
+
+def is_bare(artifact: Path) -> bool:
+    """Whether a path is an artifact by itself: a file, or a model folder without a manifest."""
+    return artifact.is_file() or ((artifact / "config.json").is_file() and not (artifact / MANIFEST_NAME).exists())
+
+
+def bare_manifest(artifact: Path, vocabulary: int) -> PublishedManifest:
+    """What is known of it: format, type and number of parameters. Its files have no hashes to be checked by.
+
+    Args:
+        artifact: a GGUF file, or a model folder.
+        vocabulary: rows of the head that it is to be scored with.
+
+    Raises:
+        ArtifactError: it is neither, or does not say what it is.
+        ReferencePackError: it has fewer tokens, so the head is of another model.
+    """
+    return _gguf(artifact, vocabulary) if artifact.is_file() else _folder(artifact, vocabulary)
+
+
+def _gguf(file: Path, vocabulary: int) -> PublishedManifest:
+    header = read_gguf_header(file)
+    quant = next((name for name, one in FILE_TYPES.items() if one.number == header.file_type), None)
+    if quant is None:
+        raise ArtifactError(
+            file.name, found=f"file type {header.file_type}", expected=f"one of {', '.join(FILE_TYPES)}",
+            remedy="Limits are by type: only these have any.",
+        )  # fmt: skip
+    _check_vocabulary(file, len(header.metadata.get("tokenizer.ggml.tokens") or ()), vocabulary)
+    parameters = sum(prod(tensor.shape) for tensor in header.tensors.values())
+    return _manifest(file, "gguf", quant, file.name, ["llamacpp"], parameters)
+
+
+def _folder(folder: Path, vocabulary: int) -> PublishedManifest:
+    config = _config(folder)
+    _check_vocabulary(folder, int(config.get("vocab_size") or 0), vocabulary)
+    tensors = {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in read_header(file).items()}
+    if not tensors:
+        raise ArtifactError(
+            str(folder), found="no safetensors file", expected="the model's weights", remedy="Check the path."
+        )
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        kinds = {name: sum(t.nbytes for t in tensors.values() if t.dtype == dtype) for name, dtype in DTYPES.items()}
+        form, quant = "safetensors", max(kinds, key=lambda name: kinds[name])
+    elif isinstance(quantization, dict) and quantization.get("quant_method") == "gptq":
+        form, quant = "gptq", quant_name(int(quantization["bits"]), int(quantization["group_size"]))
+    else:
+        raise ArtifactError(
+            "config.json: quantization_config", found=json.dumps(quantization)[:100], expected="GPTQ, or none",
+            remedy="Only what this program writes has limits.",
+        )  # fmt: skip
+    parameters = sum(_parameters(name, one, quantization or {}) for name, one in tensors.items())
+    return _manifest(folder, form, quant, ".", ["vllm", "transformers"], parameters)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            str(folder / "config.json"), found=str(error)[:100], expected="the model's configuration",
+            remedy="Fetch it again.",
+        ) from None  # fmt: skip
+    return found if isinstance(found, dict) else {}
+
+
+def _parameters(name: str, tensor: StoredTensor, quantization: Mapping[str, Any]) -> int:
+    """Weights that a stored tensor stands for."""
+    if name.endswith(".qweight"):
+        return prod(tensor.shape) * WORD_BITS // int(quantization["bits"])
+    return 0 if name.endswith((".qzeros", ".scales", ".g_idx")) else prod(tensor.shape)
+
+
+def _check_vocabulary(artifact: Path, tokens: int, vocabulary: int) -> None:
+    """A file may hold more or fewer rows than the head, which may be padded; but not so many fewer."""
+    if abs(tokens - vocabulary) > vocabulary // 100:
+        raise ReferencePackError(
+            artifact.name, found=f"{tokens:,} tokens", expected=f"{vocabulary:,}, as many as the pack's head has rows",
+            remedy="Give the pack of the model that it was made from.",
+        )  # fmt: skip
+
+
+def _manifest(
+    artifact: Path, form: str, quant: str, entry: str, runtimes: list[str], parameters: int
+) -> PublishedManifest:
+    files = [artifact] if artifact.is_file() else list(artifact.glob("*.safetensors"))
+    nbytes = sum(file.stat().st_size for file in files)
+    # Not validated: its entry is not among files with hashes, as there are none.
+    return PublishedManifest.model_construct(
+        name=artifact.stem,
+        merge=MergeRecord(parameters=parameters),
+        artifacts=[PublishedArtifact(format=form, quant=quant, entry=entry, runtimes=runtimes, bytes=nbytes)],
+        files={},
+    )
