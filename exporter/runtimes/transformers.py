@@ -38,9 +38,9 @@ class Transformers:
         self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
     ) -> TokenScores:
         """See `Runtime`."""
-        model = load_model(artifact, "auto", self._device)
         if gptqmodel.is_gptq(artifact):
             self._packages = ("transformers", "torch", *gptqmodel.PACKAGES)
+        model = load_model(artifact, "auto", self._device)
         try:
             return score_model(model, windows, on_window, on_logits)
         except (RuntimeError, IndexError) as error:
@@ -70,6 +70,7 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
 
     Raises:
         RuntimeScoreError: transformers cannot load it, or loads it only in part.
+        RuntimeUnavailableError: it has GPTQ weights, and what transformers loads those with is not installed.
     """
     import torch
     from safetensors import SafetensorError
