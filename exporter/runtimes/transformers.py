@@ -73,15 +73,12 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
         RuntimeUnavailableError: it has GPTQ weights, and what transformers loads those with is not installed.
     """
     import torch
-    from safetensors import SafetensorError
 
     transformers = import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     arguments = gptqmodel.loading_arguments(folder)
-    # What gptqmodel raises for a configuration that it cannot take is of many kinds.
-    errors = (Exception,) if arguments else (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
     try:
         with warnings.catch_warnings():
             # It says at length that the folder's own quantization counts.
@@ -89,7 +86,8 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, **arguments
             )
-    except errors as error:
+    except Exception as error:
+        # What it and gptqmodel raise for a configuration that they cannot take is of many kinds.
         raise RuntimeScoreError(
             folder.name, found=str(error)[:300], expected="a folder that transformers loads", remedy="Check the model."
         ) from None
