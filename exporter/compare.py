@@ -271,7 +271,7 @@ def _warnings(artifacts: Sequence[Compared]) -> list[str]:
         )
     for artifact in artifacts:
         if reason := artifact.scores.get("not_scored"):
-            warnings.append(f"not scored: {artifact.folder}, {reason}")
+            warnings.append(f"{artifact.label}: {reason}")
     if skipped := [artifact.label for artifact in artifacts if artifact.verdict == "skipped"]:
         warnings.append(f"not verified: {', '.join(skipped)}")
     return warnings

@@ -227,7 +227,7 @@ def _judged(
     except RuntimeScoreError as error:
         if is_of_the_run(error) or not one.served:
             raise
-        reason = unscored_reason(error, one.label, one.runtime.name, one.entry)
+        reason = unscored_reason(error, "not scored", one.runtime.name, one.entry)
         return None, not_scored(one.runtime.version(), reason, one.gate, weights)
     scores = scores if before is None else before.plus(scores)
     comparison = scores.compare()

@@ -19,16 +19,16 @@ def is_of_the_run(error: RuntimeScoreError) -> bool:
     return isinstance(error, RuntimeUnavailableError) or out_of_memory(error) is not None
 
 
-def unscored_reason(error: RuntimeScoreError, label: str, runtime: str, entry: Path) -> str:
-    """Why an artifact was not scored, in the runtime's words, and without what a manifest must not hold.
+def unscored_reason(error: RuntimeScoreError, what: str, runtime: str, entry: Path) -> str:
+    """Why a runtime could not do something with an artifact, in its words, and without what a manifest must not hold.
 
     Args:
         error: what the runtime raised.
-        label: the artifact's name.
-        runtime: the runtime's.
+        what: what it could not do: `not scored`, or `no answers`.
+        runtime: its name.
         entry: what it was to load; of its path, the name alone is left. An endpoint's address is not said either.
     """
     found, expected = error.found, error.expected
     for path in dict.fromkeys(map(str, (entry.resolve(), entry.absolute(), entry))):
         found, expected = (text.replace(path, entry.name) for text in (found, expected))
-    return f"{label} in {runtime}: found {' '.join(found.split())}; expected {expected}"
+    return f"{what} in {runtime}: found {' '.join(found.split())}; expected {expected}"

@@ -192,7 +192,7 @@ def _not_scored(found: Manifest) -> None:
     """One that its runtime cannot load, whose weights are cut off."""
     one = found["artifacts"][1]
     one["weights"]["broken"] = ["blk.1.ffn_up.weight is cut off: 32 bytes are missing in model-Q8_0.gguf"]
-    reason = "gguf Q8_0 in llamacpp: found llama.cpp could not load it: no; expected a file that llama.cpp serves"
+    reason = "not scored in llamacpp: found llama.cpp could not load it: no; expected a file that llama.cpp serves"
     kept = {key: one["verification"][key] for key in ("runtime", "gate")}
     one["verification"] = kept | {
         "verdict": "failed", "not_scored": reason, "broken": [*one["weights"]["broken"], reason]

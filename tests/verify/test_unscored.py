@@ -76,7 +76,7 @@ def test_a_truncated_gguf_has_failed_and_the_other_is_scored(
     cut, sound = found["gguf F32"], found["gguf F16"]
     assert (cut["verdict"], sound["verdict"]) == ("failed", "passed")
     assert any("is cut off" in reason for reason in cut["weights"]["broken"])
-    assert cut["not_scored"].startswith("gguf F32 in llamacpp: found llama.cpp could not load it: ")
+    assert cut["not_scored"].startswith("not scored in llamacpp: found llama.cpp could not load it: ")
     assert "not within the file bounds" in cut["not_scored"]
     assert cut["broken"] == [*cut["weights"]["broken"], cut["not_scored"]]
     assert cut["answers"] is None
@@ -106,7 +106,7 @@ def test_a_folder_whose_weights_cannot_be_read_has_failed(
     assert result.exit_code == 3
     found = json.loads(result.stdout)["safetensors bf16"]
     assert found["weights"]["broken"]
-    assert found["not_scored"].startswith("safetensors bf16 in transformers: found ")
+    assert found["not_scored"].startswith("not scored in transformers: found ")
     assert found["runtime"].startswith("transformers ")
     assert found["broken"] == [*found["weights"]["broken"], found["not_scored"]]
     assert str(tmp_path) not in result.stdout
@@ -193,7 +193,7 @@ def test_one_output_that_cannot_be_loaded_does_not_keep_the_other(
         jsonschema.Draft202012Validator(schema).validate(manifest)
         assert str(tmp_path) not in json.dumps(manifest)
     (artifact,) = rejected["artifacts"]
-    reason = "safetensors bf16 in transformers: found nothing to load in files/model.safetensors; expected weights"
+    reason = "not scored in transformers: found nothing to load in files/model.safetensors; expected weights"
     assert artifact["verification"]["verdict"] == "failed"
     assert artifact["verification"]["not_scored"] == reason
     assert artifact["verification"]["broken"] == [reason]
@@ -209,8 +209,8 @@ def test_one_output_that_cannot_be_loaded_does_not_keep_the_other(
     assert f"**bf16, failed:** {reason}." in card
     assert "not scored, for it could not be loaded or run." in card
     compared = compare_folders([tmp_path / "folder.rejected", tmp_path / "gguf"])
-    assert compared.warnings == (f"not scored: folder.rejected, {reason}",)
-    assert "safetensors bf16 in transformers: found nothing" in result.stderr
+    assert compared.warnings == (f"folder.rejected bf16: {reason}",)
+    assert "safetensors bf16: not scored in transformers: found nothing" in result.stderr
 
 
 def test_a_runtime_that_is_not_there_leaves_everything_staged(
@@ -238,7 +238,7 @@ def test_what_scores_and_does_not_answer_has_failed(
     assert result.exit_code == 3
     rejected, published = json.loads(result.stdout)
     (artifact,) = rejected["artifacts"]
-    reason = "safetensors bf16 in transformers: found nothing; expected a token"
+    reason = "no answers in transformers: found nothing; expected a token"
     assert artifact["answers"] is None
     assert artifact["verification"]["broken"] == [artifact["verification"]["not_answered"]] == [reason]
     assert published["artifacts"][0]["answers"]["broken"] == []
@@ -281,7 +281,7 @@ def test_scores_that_are_no_numbers_have_failed(value: float) -> None:
     spoilt, sound = judged(Scoring(value), Scoring())
     assert (spoilt.verdict, sound.verdict) == ("failed", "passed")
     assert spoilt.comparison is None
-    assert spoilt.broken == ("made in scoring: found log-probabilities that are not finite; expected numbers",)
+    assert spoilt.broken == ("not scored in scoring: found log-probabilities that are not finite; expected numbers",)
     assert not spoilt.passed
 
 
@@ -326,6 +326,6 @@ def test_a_reason_holds_neither_paths_nor_addresses(tmp_path: Path, monkeypatch:
         error = RuntimeScoreError(
             "a.gguf at http://host:8000", found=f"no {tmp_path / 'out' / 'a.gguf'}\n nor b", expected="one", remedy="."
         )
-        assert unscored_reason(error, "gguf F32", "llamacpp", entry) == (
-            "gguf F32 in llamacpp: found no a.gguf nor b; expected one"
+        assert unscored_reason(error, "not scored", "llamacpp", entry) == (
+            "not scored in llamacpp: found no a.gguf nor b; expected one"
         )

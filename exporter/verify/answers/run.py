@@ -60,6 +60,8 @@ def answers_of(
         TokenizerError: an eos id is not one of the vocabulary's.
         RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
     """
+    if not any(served):
+        return [None] * len(served)
     tokenizers = Tokenizers(model.tokenizer)
     question = make_question(model, tokenizers)
     asked = [None if one is None else _asked(one, question, tokenizers, reporter) for one in served]
@@ -111,7 +113,7 @@ def _asked(one: Served, question: Question, tokenizers: Tokenizers, reporter: Re
     except RuntimeScoreError as error:
         if is_of_the_run(error):
             raise
-        return unscored_reason(error, one.label, one.runtime.name, one.entry)
+        return unscored_reason(error, "no answers", one.runtime.name, one.entry)
 
 
 def answer_artifacts(
