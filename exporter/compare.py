@@ -197,6 +197,7 @@ class _TopK(_Spread):
 class _Scores(BaseModel, strict=True, allow_inf_nan=False):
     """The part of `verification` that is compared; docs/export.schema.json has the whole."""
 
+    not_scored: str | None = None
     perplexity: float | None = None
     reference_perplexity: float | None = None
     tokens_scored: int | None = None
@@ -268,6 +269,9 @@ def _warnings(artifacts: Sequence[Compared]) -> list[str]:
         warnings.append(
             f"the KL of {', '.join(coarse)} is in the top-k form, a lower bound: never compare it with the full form"
         )
+    for artifact in artifacts:
+        if reason := artifact.scores.get("not_scored"):
+            warnings.append(f"{artifact.label}: {reason}")
     if skipped := [artifact.label for artifact in artifacts if artifact.verdict == "skipped"]:
         warnings.append(f"not verified: {', '.join(skipped)}")
     return warnings

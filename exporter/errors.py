@@ -186,7 +186,11 @@ class BackendError(ExporterError):
 
 
 class RuntimeScoreError(ExporterError):
-    """The serving runtime could not load or score the artifact."""
+    """The serving runtime could not load or score the artifact: its verdict, where artifacts are verified."""
+
+
+class RuntimeUnavailableError(RuntimeScoreError):
+    """The runtime is not here, does not answer, or has no memory left: nothing that tells of an artifact."""
 
 
 class ArtifactError(RefusalError):

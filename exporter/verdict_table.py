@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from exporter.verify.metrics import Comparison
     from exporter.verify.weights import WeightsResult
 
+_NOTHING = "-"
 _VERDICTS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "undecided": "[yellow]undecided[/]"}
 
 
@@ -54,14 +55,14 @@ def _solved_notes(manifest: Mapping[str, Any]) -> list[str]:
 
 def _interval(figures: Comparison) -> str:
     """Of the change; one window gives none."""
-    return "-" if figures.delta_interval is None else " … ".join(f"{end:+.2%}" for end in figures.delta_interval)
+    return _NOTHING if figures.delta_interval is None else " … ".join(f"{end:+.2%}" for end in figures.delta_interval)
 
 
 def _divergence(figures: Comparison) -> str:
     """The mean in nats. The top-k form says what it is: a lower bound, not to be compared with the full one."""
     if coarse := figures.top_k_divergence:
         return f"top {coarse.k}: ≥ {coarse.mean:.5f}"
-    return f"{figures.divergence.mean:.5f}" if figures.divergence else "-"
+    return f"{figures.divergence.mean:.5f}" if figures.divergence else _NOTHING
 
 
 def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
@@ -69,11 +70,11 @@ def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
     for check in verdict.checks:
         if check.name in names:
             if not math.isfinite(check.limit):
-                return "-"
+                return _NOTHING
             return {"within": f"±{check.limit:.1%}", "at_most": f"{check.limit:g}", "at_least": f"{check.limit:.0%}"}[
                 check.kind
             ]
-    return "-"
+    return _NOTHING
 
 
 def show_table(
@@ -87,12 +88,13 @@ def show_table(
         sizes: bytes of each artifact, likewise.
         scores_alone: nothing else was looked at, which the verdict says.
     """
-    scored = [verdict.comparison for verdict in verdicts.values()]
+    scored = [verdict.comparison for verdict in verdicts.values() if verdict.comparison]
     trained = ", ".join(
         f"{perplexity:.4f} over {tokens:,} predictions"
         for perplexity, tokens in dict.fromkeys((one.reference_perplexity, one.tokens_scored) for one in scored)
     )
-    console.print(f"the trained model's perplexity is {trained}", highlight=False, soft_wrap=True)
+    if scored:
+        console.print(f"the trained model's perplexity is {trained}", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 1))
     columns = (
         "artifact",
@@ -110,20 +112,8 @@ def show_table(
     for column in columns:
         table.add_column(column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=True)
     for label, verdict in verdicts.items():
-        figures = verdict.comparison
-        table.add_row(
-            label,
-            size(sizes[label]),
-            f"{figures.perplexity:.4f}",
-            f"{figures.delta:+.3%}",
-            _interval(figures),
-            _limit(verdict, ("perplexity",)),
-            _divergence(figures),
-            _limit(verdict, ("kl_divergence", "top_k_divergence")),
-            f"{figures.same_top:.1%}",
-            _limit(verdict, ("same_top",)),
-            _VERDICTS[verdict.verdict] + (" by scores" if scores_alone else ""),
-        )
+        said = _VERDICTS[verdict.verdict] + (" by scores" if scores_alone else "")
+        table.add_row(label, size(sizes[label]), *_figures(verdict), said)
     console.print(table)
     for label, verdict in verdicts.items():
         if verdict.answers is not None:
@@ -132,6 +122,23 @@ def show_table(
             console.print(f"  {escape(label)}: {_weights_line(verdict.weights)}", highlight=False, soft_wrap=True)
         for reason in verdict.broken:
             console.print(f"  [red]{escape(label)}[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def _figures(verdict: Verification) -> tuple[str, ...]:
+    """The cells between size and verdict."""
+    figures = verdict.comparison
+    if figures is None:
+        return ("not scored", *[_NOTHING] * 7)
+    return (
+        f"{figures.perplexity:.4f}",
+        f"{figures.delta:+.3%}",
+        _interval(figures),
+        _limit(verdict, ("perplexity",)),
+        _divergence(figures),
+        _limit(verdict, ("kl_divergence", "top_k_divergence")),
+        f"{figures.same_top:.1%}",
+        _limit(verdict, ("same_top",)),
+    )
 
 
 def show_notes(console: Console, notes: Sequence[str]) -> None:

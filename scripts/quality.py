@@ -117,6 +117,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for artifact in artifacts:
         figures = artifact["verification"]
+        if reason := figures.get("not_scored"):
+            print(f"| {artifact['format']} {artifact['quant']} | not scored: {reason} |")
+            continue
         print(
             f"| {artifact['format']} {artifact['quant']} | {artifact['bytes'] / 1e6:,.1f} MB "
             f"| {figures['perplexity']:.4f} | {figures['reference_perplexity']:.4f} "

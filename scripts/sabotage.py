@@ -6,10 +6,11 @@
     python scripts/sabotage.py --show FILE …     # the tables of results that --json wrote; of a case, the last
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
-what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must refuse it, with a reason
-(exit status 1 or 2), or fail it (3). With `--fast` it compares files first (`--files-only`), and scores only the faults
-that this passes and the sound artifacts of the inputs that were given. Prints two tables, of faults and of sound
-artifacts; exit status 1 if a fault is missed or a sound artifact fails. `--report` keeps each report.
+what stands between a faulty exporter and its user, and not the hashes. `exporter verify` must fail it (status 3) or
+refuse it (2), with a reason; a run that ends in an error (1) has judged nothing. With `--fast` it compares files first
+(`--files-only`), and scores only the faults that this passes and the sound artifacts of the inputs that were given.
+Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is missed or a sound artifact fails.
+`--report` keeps each report.
 Folders are scored by transformers, which needs `make gptqmodel` for GPTQ; with `--serve` by vLLM (`make serve-env`).
 """
 
@@ -65,7 +66,7 @@ class Verdict:
     @property
     def caught(self) -> bool:
         """Whether it was failed or refused with a reason."""
-        return self.status in (1, 2, 3) and bool(self.reasons)
+        return self.status in (2, 3) and bool(self.reasons)
 
     @property
     def right(self) -> bool:

@@ -12,7 +12,7 @@ from exporter.calibration import Windows
 from exporter.runtimes.base import TokenScores
 from exporter.screen import PLAIN_WIDTH, Screen
 from exporter.verdict_table import show_table
-from exporter.verify.gate import judge
+from exporter.verify.gate import judge, not_scored
 from exporter.verify.limits import DEFAULT_GATES
 from exporter.verify.metrics import Divergences, compare
 
@@ -49,6 +49,17 @@ def test_a_row_shows_the_divergence_that_there_is(divergences: Divergences | Non
 
 def test_one_window_shows_no_interval() -> None:
     assert " … " not in table(1, None)
+
+
+def test_what_could_not_be_scored_has_a_row_and_a_reason() -> None:
+    out = io.StringIO()
+    reason = "it in vllm: found no end of [brackets]; expected one"
+    verdict = not_scored("vllm 1", reason, DEFAULT_GATES[LABEL])
+    show_table(Console(file=out, width=PLAIN_WIDTH), {LABEL: verdict}, {LABEL: 12_345_678_901})
+    header, row, told = out.getvalue().splitlines()
+    assert header.split()[:3] == ["artifact", "size", "perplexity"]
+    assert row.split() == [*LABEL.split(), "12.35", "GB", "not", "scored", *"-------", "failed"]
+    assert told.strip() == f"{LABEL}: {reason}"
 
 
 @pytest.mark.parametrize("live", [False, True])

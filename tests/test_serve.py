@@ -22,6 +22,7 @@ def test_safetensors_are_scored_by_vllm(demo: Path, tmp_path: Path) -> None:
     assert result.passed
     verdict = result.folders[0].verdicts["safetensors bf16"]
     assert verdict.runtime.startswith("vllm")
+    assert verdict.comparison is not None
     assert abs(verdict.comparison.delta) < 0.01
 
 
@@ -39,4 +40,5 @@ def test_gptq_is_scored_by_vllm(
     )  # fmt: skip
     verdict = result.folders[0].verdicts[f"gptq gptq-int{bits}-g128"]
     assert verdict.runtime.startswith("vllm")
+    assert verdict.comparison is not None
     assert abs(verdict.comparison.delta) < largest

@@ -17,6 +17,7 @@ from exporter.calibration import CalibrationWindows, Windows
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.plan_json import type_shares
 from exporter.verify.gate import Verification
+from exporter.verify.limits import Gate
 from exporter.verify.metrics import Profile, Spread
 from exporter.verify.weights_json import tensor_figures, weights_json
 from exporter.version import __version__
@@ -195,6 +196,14 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
     if verdict is None:
         return {"verdict": "skipped"}
     figures = verdict.comparison
+    if figures is None:
+        return {
+            "verdict": verdict.verdict,
+            "runtime": verdict.runtime,
+            "not_scored": verdict.not_scored,
+            "gate": _gate(verdict.gate),
+            "broken": list(verdict.broken),
+        }
     return {
         "verdict": verdict.verdict,
         "runtime": verdict.runtime,
@@ -217,13 +226,7 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
         "jensen_shannon": _spread(figures.jensen_shannon),
         "top_k_divergence": _spread(figures.top_k_divergence),
         "profile": _profile(figures.profile),
-        "gate": {
-            "size_class": verdict.gate.size_class,
-            "max_delta": verdict.gate.max_delta,
-            "max_divergence": _limit(verdict.gate.max_divergence),
-            "max_top_k_divergence": _limit(verdict.gate.max_top_k_divergence),
-            "min_same_top": verdict.gate.min_same_top,
-        },
+        "gate": _gate(verdict.gate),
         "checks": [
             {
                 "name": check.name,
@@ -235,7 +238,18 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
             }
             for check in verdict.checks
         ],
+        **({"not_answered": verdict.not_answered} if verdict.not_answered is not None else {}),
         "broken": list(verdict.broken),
+    }
+
+
+def _gate(gate: Gate) -> dict[str, Any]:
+    return {
+        "size_class": gate.size_class,
+        "max_delta": gate.max_delta,
+        "max_divergence": _limit(gate.max_divergence),
+        "max_top_k_divergence": _limit(gate.max_top_k_divergence),
+        "min_same_top": gate.min_same_top,
     }
 
 

@@ -231,8 +231,11 @@ def _recipe(manifest: Mapping[str, Any]) -> str:
 def _verified(manifest: Mapping[str, Any]) -> str:
     evaluation = manifest["evaluation"]
     scored = [artifact for artifact in manifest["artifacts"] if "perplexity" in artifact["verification"]]
-    if evaluation is None or not scored:
+    failed = [artifact for artifact in manifest["artifacts"] if artifact["verification"].get("not_scored")]
+    if evaluation is None or not (scored or failed):
         return "It was not."
+    if not scored:
+        return "\n".join(_not_scored(artifact) for artifact in failed)
     one, *others = dict.fromkeys(
         (artifact["verification"]["tokens_scored"], artifact["verification"]["reference_perplexity"])
         for artifact in scored
@@ -246,10 +249,17 @@ def _verified(manifest: Mapping[str, Any]) -> str:
         f"Against base + adapter, unmerged, in float32{trained}, on {on}.",
         "",
         *(_figures(artifact, with_reference=bool(others)) for artifact in scored),
+        *map(_not_scored, failed),
         "",
         "[`export.json`](export.json) has every figure, and the hash of every file that went in and came out.",
     ]
     return "\n".join(lines)
+
+
+def _not_scored(artifact: Mapping[str, Any]) -> str:
+    """That a runtime failed on it; the reservations say why."""
+    scores = artifact["verification"]
+    return f"- {artifact['quant']} in {scores['runtime']}: not scored, for it could not be loaded or run."
 
 
 def _figures(artifact: Mapping[str, Any], *, with_reference: bool) -> str:

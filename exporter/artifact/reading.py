@@ -25,7 +25,9 @@ def reasons_of(artifact: Mapping[str, Any]) -> list[str]:
 
 
 def change_text(verification: Mapping[str, Any]) -> str:
-    """The change of perplexity with its 95 % interval, `-` where nothing was scored."""
+    """The change of perplexity with its 95 % interval; `not scored` where that failed, `-` where it was not tried."""
+    if verification.get("not_scored"):
+        return "not scored"
     if (delta := verification.get("delta")) is None:
         return "-"
     interval = verification.get("delta_interval")

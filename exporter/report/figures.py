@@ -103,7 +103,8 @@ def _scores(verification: Node, evaluation: Node) -> Iterator[Figure]:
         about = "mean over predictions, in bits"
         yield judged("", Figure("Jensen-Shannon divergence", about, shannon["mean"], NATS, error=shannon["stderr"]))
     same = Figure("Same top token", "share of predictions", verification["same_top"], PERCENT, kind="at_least", ideal=1)
-    yield judged("same_top", replace(same, error=verification["same_top_stderr"]))
+    ends, error = verification["same_top_interval"], verification["same_top_stderr"]
+    yield judged("same_top", replace(same, interval=ends, error=error))
     rms = verification["probability_rms"]
     yield judged("", Figure("RMS Δp", "of the right token's probability", rms["value"], PERCENT, error=rms["stderr"]))
 

@@ -130,6 +130,11 @@ def _template() -> Template:
 def _summary(sections: list[Section], *, again: bool) -> str:
     """The verdict on the folder in a sentence."""
     names = {verdict: [one.label for one in sections if one.verdict == verdict] for verdict in _VERDICTS}
+    if unscored := [one.label for one in sections if one.node["verification"]["not_scored"]]:
+        rest = [label for label in names["failed"] if label not in unscored]
+        beside = f", and {_listed(rest)} {'fails' if len(rest) == 1 else 'fail'}" if rest else ""
+        end = f"do not serve {'them' if rest or len(unscored) > 1 else 'it'}" if again else "nothing was published"
+        return f"{_listed(unscored)} could not be scored by what serves it{beside}: {end}."
     if broken := names["failed"]:
         of_all = f" ({len(broken)} of {len(sections)} artifacts)" if len(sections) > 1 else ""
         if again:
@@ -159,7 +164,7 @@ def _section(root: Node, artifact: Node) -> Section:
         artifact,
         f"{artifact['format'].value} {artifact['quant'].value}",
         verdict,
-        _diagnosis(artifact["weights"], {reason.area for reason in reasons}) if verdict == "failed" else "",
+        _diagnosis(artifact, {reason.area for reason in reasons}) if verdict == "failed" else "",
         reasons,
         found,
         list(_plots(artifact)),
@@ -169,8 +174,9 @@ def _section(root: Node, artifact: Node) -> Section:
     )
 
 
-def _diagnosis(weights: Node, areas: set[str]) -> str:
+def _diagnosis(artifact: Node, areas: set[str]) -> str:
     """What the reasons come to: the first of them may be one of many that a single fault has."""
+    weights = artifact["weights"]
     survival, limit = weights["survival"].value, weights["survival_limit"].value
     if survival is not None and limit is not None and abs(survival - 1) > limit:
         if abs(survival) <= limit:
@@ -180,6 +186,8 @@ def _diagnosis(weights: Node, areas: set[str]) -> str:
         return "The weights do not hold the adapter's change as it was trained."
     if "weights" in areas:
         return "The files are not what base and adapter make."
+    if artifact["verification"]["not_scored"]:
+        return "What serves it cannot load it, or gives no numbers."
     if "scores" in areas:
         stored = "The weights are what their type leaves, but the" if weights else "The"
         return f"{stored} predictions are farther from the trained model's than the limits allow."
@@ -188,12 +196,15 @@ def _diagnosis(weights: Node, areas: set[str]) -> str:
 
 def _reasons(artifact: Node, verdict: str) -> Iterator[Reason]:
     """What is broken or not decided, by what it is about; then what could decide it."""
+    verification = artifact["verification"]
     areas = {area: artifact[area]["broken"].value or [] for area in ("weights", "answers")}
-    for text in artifact["verification"]["broken"].value or []:
-        other = "files" if artifact["verification"]["delta"].value is None else "scores"
+    areas["answers"] = [*areas["answers"], verification["not_answered"].value]
+    unscored = verification["delta"].value is None and verification["not_scored"].value is None
+    for text in verification["broken"].value or []:
+        other = "files" if unscored else "scores"
         yield Reason(next((area for area, broken in areas.items() if text in broken), other), text)
     if verdict == "undecided":
-        looks = " and ".join(map(count, artifact["verification"]["looks"].value))
+        looks = " and ".join(map(count, verification["looks"].value))
         yield Reason("tokens", f"looked at after {looks} predictions; more may decide (--max-eval-tokens)")
 
 

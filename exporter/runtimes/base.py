@@ -80,6 +80,7 @@ class Runtime(Protocol):
 
         Raises:
             RuntimeScoreError: the runtime cannot load or run it.
+            RuntimeUnavailableError: of those, what the runtime can tell to be no fault of the artifact's.
         """
 
     def version(self) -> str:
@@ -152,7 +153,7 @@ class Answering(Protocol):
         """Load an artifact for prompts and continuations of `n_ctx` tokens together.
 
         Raises:
-            RuntimeScoreError: the runtime cannot load it.
+            RuntimeScoreError: the runtime cannot load it; see `Runtime.score`.
         """
 
 

@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import RuntimeScoreError
+from exporter.errors import RuntimeUnavailableError
 from exporter.quiet import quietly
 
 # What transformers needs to load a GPTQ folder (transformers/quantizers/quantizer_gptq.py).
@@ -70,12 +70,12 @@ def loading_arguments(folder: Path) -> dict[str, Any]:
     """What `from_pretrained` must be told to load a folder: nothing, unless the folder is a GPTQ folder.
 
     Raises:
-        RuntimeScoreError: it is, and what that needs is not installed.
+        RuntimeUnavailableError: it is, and what that needs is not installed.
     """
     if not is_gptq(folder):
         return {}
     if missing := missing_packages():
-        raise RuntimeScoreError(
+        raise RuntimeUnavailableError(
             folder.name,
             found=f"GPTQ weights, and no {' and no '.join(missing)}",
             expected="optimum and gptqmodel, with which transformers loads them",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import psutil
 
 from exporter.calibration import Windows
-from exporter.errors import RuntimeScoreError
+from exporter.errors import RuntimeScoreError, RuntimeUnavailableError
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, check_vocabulary, score_logits
 from exporter.runtimes.llamacpp_session import LlamaCppSession
 
@@ -161,11 +162,28 @@ def _restore_log(llama_cpp: Any) -> None:
     llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
+# What it says where an allocation fails: ggml/src/ggml.c, ggml-alloc.c and ggml-backend.cpp, src/llama-model.cpp.
+# A header that claims too much ends in other words (ggml/src/gguf.cpp).
+_NO_MEMORY = re.compile(
+    r"insufficient memory|(failed|unable) to allocate|(cannot allocate|out of) memory|std::bad_alloc", re.IGNORECASE
+)
+
+
 def _failed(artifact: Path, action: str, errors: list[str]) -> RuntimeScoreError:
-    reason = " / ".join("".join(errors).strip().splitlines()[:4])
+    """The error that a file cannot be used, in llama.cpp's words; those tell memory that ran out from all else."""
+    said = "".join(errors).strip()
+    reason = " / ".join(said.splitlines()[:4])
+    found = f"llama.cpp could not {action} it: {reason or 'it gave no reason'}"
+    if _NO_MEMORY.search(said):
+        return RuntimeUnavailableError(
+            artifact.name,
+            found=found,
+            expected="memory for the file and its context",
+            remedy="End what else takes memory, or use a machine with more of it.",
+        )
     return RuntimeScoreError(
         artifact.name,
-        found=f"llama.cpp could not {action} it: {reason or 'it gave no reason'}",
+        found=found,
         expected="a file that llama.cpp serves",
-        remedy="The artifact is kept in the staging folder; run again, or report it with the lines above.",
+        remedy="If nothing else is wrong with the file, report it with llama.cpp's words.",
     )

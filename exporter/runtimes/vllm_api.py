@@ -32,6 +32,10 @@ class RequestError(Exception):
     """A request failed, or its answer is not what the API promises; the text says how."""
 
 
+class NoAnswerError(RequestError):
+    """Nobody answered: the server cannot be reached, or is gone."""
+
+
 class Api:
     """JSON requests to one server, without proxies.
 
@@ -104,7 +108,7 @@ class Api:
                 self._open.discard(connection)
                 connection.close()
         except (OSError, HTTPException, ValueError) as error:
-            raise RequestError(f"{path}: {type(error).__name__}: {error}") from None
+            raise NoAnswerError(f"{path}: {type(error).__name__}: {error}") from None
         if status != HTTPStatus.OK:
             raise RequestError(f"{path}: status {status}, {_message(content)}")
         return content

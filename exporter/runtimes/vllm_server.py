@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from exporter.errors import RuntimeScoreError
+from exporter.errors import RuntimeScoreError, RuntimeUnavailableError
 from exporter.runtimes.vllm_api import IN_FLIGHT
 
 # Prompts are worked off in pieces of at most so many tokens: logits of a piece are tokens x vocabulary in float32.
@@ -113,11 +113,34 @@ def server_environment(config: ModelConfig, n_ctx: int) -> dict[str, str]:
     return environment
 
 
-def not_served(thing: str, found: str, said: Sequence[str]) -> RuntimeScoreError:
-    """The error that a model is not served, with what the server said about it."""
+# What it says where memory runs out: torch's words (see `exporter.room`), Python's, and those of vLLM's engine
+# (v1/worker/utils.py and cpu_worker.py; v1/core/kv_cache_utils.py).
+_NO_MEMORY = re.compile(
+    r"out of memory|Cannot allocate|can't allocate memory|MemoryError|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|No available memory|less than desired \w+ memory utilization"
+)
+
+
+def not_served(thing: str, found: str, said: Sequence[str], *, unavailable: bool = False) -> RuntimeScoreError:
+    """The error that a model is not served, with what the server said about it.
+
+    Args:
+        thing: the model, and where it was to be served if that was not here.
+        found: what went wrong.
+        said: the server's own words.
+        unavailable: whether it is known to be no fault of the model's; it is none either where the words are of memory.
+    """
+    found = f"{found}: {' / '.join(said)}" if said else found
+    if unavailable or _NO_MEMORY.search(found):
+        return RuntimeUnavailableError(
+            thing,
+            found=found,
+            expected="a vLLM server that runs and answers",
+            remedy="Check the server and its memory, or score with --runtime transformers.",
+        )
     return RuntimeScoreError(
         thing,
-        found=f"{found}: {' / '.join(said)}" if said else found,
+        found=found,
         expected="a folder that vLLM serves",
         remedy="Check the model against vLLM's words, or score it with --runtime transformers.",
     )

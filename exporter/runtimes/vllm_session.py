@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from exporter.errors import RuntimeScoreError
 from exporter.runtimes.base import Continuation
-from exporter.runtimes.vllm_api import Api, RequestError
+from exporter.runtimes.vllm_api import Api, NoAnswerError, RequestError
 from exporter.runtimes.vllm_server import not_served
 
 
@@ -20,12 +20,13 @@ class VllmSession:
         artifact: the model folder.
         api: the server.
         model: the name that it serves the model by.
+        at_endpoint: whether it runs whatever becomes of the artifact, so that no answer is the server's fault.
     """
 
     stop_evidence: Literal["generation", "vocabulary"] = "generation"
 
-    def __init__(self, artifact: Path, api: Api, model: str) -> None:
-        self._artifact, self._api, self._model = artifact, api, model
+    def __init__(self, artifact: Path, api: Api, model: str, *, at_endpoint: bool = False) -> None:
+        self._artifact, self._api, self._model, self._at_endpoint = artifact, api, model, at_endpoint
 
     def tokenize(self, text: str, *, special: bool) -> list[int] | None:
         """See `Session`. The server takes a special token's text for the token in any case."""
@@ -75,7 +76,8 @@ class VllmSession:
         try:
             return self._api.post(path, {"model": self._model, **body})[key]
         except RequestError as error:
-            raise self._failed(str(error)) from None
+            gone = self._at_endpoint and isinstance(error, NoAnswerError)
+            raise not_served(self._artifact.name, str(error), (), unavailable=gone) from None
         except (KeyError, TypeError):
             raise self._failed(f"{path}: an answer without {key}") from None
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from exporter.backends.base import Backend
 from exporter.calibration import Windows, more_windows, windows_of
 from exporter.errors import RuntimeScoreError
@@ -20,11 +18,12 @@ from exporter.model import MergedModel
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
-from exporter.runtimes.base import Runtime, TokenScores, load_runtime
-from exporter.verify.gate import Verification, judge
+from exporter.runtimes.base import Runtime, load_runtime
+from exporter.verify.gate import Verification, judge, not_scored
 from exporter.verify.limits import Gate, gate_for
-from exporter.verify.metrics import Comparison, Divergences, compare
+from exporter.verify.scored import Scored, score_in
 from exporter.verify.standalone import walk_reference
+from exporter.verify.unscored import is_of_the_run, unscored_reason
 from exporter.verify.weights import WeightsResult, read_weights
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ class Candidate:
         runtime: what serves it.
         gate: its limits.
         backend: what wrote it and can read its weights back; None if that is not here, or not to be done.
+        served: whether it is made for that runtime; of another, it is no fault that it cannot load it.
     """
 
     label: str
@@ -50,6 +50,7 @@ class Candidate:
     runtime: Runtime
     gate: Gate
     backend: Backend | None
+    served: bool = True
 
 
 class MoreTokens(Protocol):
@@ -143,40 +144,6 @@ class DrawnTokens:
         return found
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What is known of an artifact's predictions so far.
-
-    Attributes:
-        scores: the artifact's.
-        reference: the trained model's on the same windows.
-        divergences: by position.
-    """
-
-    scores: TokenScores
-    reference: TokenScores
-    divergences: Divergences
-
-    def plus(self, other: Scored) -> Scored:
-        """Both, one after the other."""
-        return Scored(
-            _joined(self.scores, other.scores),
-            _joined(self.reference, other.reference),
-            self.divergences.plus(other.divergences),
-        )
-
-    def compare(self) -> Comparison:
-        """Both over all windows."""
-        return compare(self.scores, self.reference, self.divergences)
-
-
-def _joined(left: TokenScores, right: TokenScores) -> TokenScores:
-    return TokenScores(
-        np.concatenate([left.log_probabilities, right.log_probabilities]),
-        np.concatenate([left.top_tokens, right.top_tokens]),
-    )
-
-
 def read_all_weights(
     candidates: Sequence[Candidate], model: MergedModel, reporter: Reporter, threads: int
 ) -> list[WeightsResult | None]:
@@ -205,6 +172,9 @@ def judge_candidates(
 ) -> list[Verification]:
     """Score every artifact and judge it, on more tokens where that is undecided.
 
+    One that its runtime cannot load or run, or whose scores are no numbers, has failed, and the others are scored; see
+    `exporter.verify.unscored`.
+
     Args:
         candidates: the artifacts.
         weights: what was found in the weights of each; None where they were not read.
@@ -216,12 +186,14 @@ def judge_candidates(
         The verdicts, in the order of the candidates.
 
     Raises:
-        RuntimeScoreError: a runtime cannot load or run an artifact.
+        RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
     """
-    scored, verdicts = [], []
+    scored: list[Scored | None] = []
+    verdicts: list[Verification] = []
     for one, found in zip(candidates, weights, strict=True):
-        scored.append(score_in(one.runtime, one.entry, one.label, reference, reporter))
-        verdicts.append(judge(one.runtime.version(), scored[-1].compare(), one.gate, found))
+        scores, verdict = _judged(one, None, reference, (), found, reporter)
+        scored.append(scores)
+        verdicts.append(verdict)
     known = len(reference.windows.ids)
     while undecided := [number for number, one in enumerate(verdicts) if one.verdict == "undecided"]:
         further = more.draw(known)
@@ -230,12 +202,37 @@ def judge_candidates(
         known += len(further.windows.ids)
         for number in undecided:
             one, before = candidates[number], verdicts[number]
-            scored[number] = scored[number].plus(score_in(one.runtime, one.entry, one.label, further, reporter))
-            comparison = scored[number].compare()
-            looks = (*before.looks, comparison.tokens_scored)
-            verdicts[number] = judge(before.runtime, comparison, one.gate, before.weights, looks)
+            scored[number], verdicts[number] = _judged(
+                one, scored[number], further, before.looks, before.weights, reporter
+            )
     reporter.scored()
     return verdicts
+
+
+def _judged(
+    one: Candidate,
+    before: Scored | None,
+    reference: Reference,
+    looks: tuple[int, ...],
+    weights: WeightsResult | None,
+    reporter: Reporter,
+) -> tuple[Scored | None, Verification]:
+    """Score an artifact on windows and judge it on these and those before; no scores are left if it cannot be.
+
+    Raises:
+        RuntimeScoreError: it could not be scored, for what is not its fault.
+    """
+    try:
+        scores = score_in(one.runtime, one.entry, one.label, reference, reporter)
+    except RuntimeScoreError as error:
+        if is_of_the_run(error) or not one.served:
+            raise
+        reason = unscored_reason(error, "not scored", one.runtime.name, one.entry)
+        return None, not_scored(one.runtime.version(), reason, one.gate, weights)
+    scores = scores if before is None else before.plus(scores)
+    comparison = scores.compare()
+    looks = (*looks, comparison.tokens_scored)
+    return scores, judge(one.runtime.version(), comparison, one.gate, weights, looks)
 
 
 @dataclass(frozen=True)
@@ -270,7 +267,7 @@ def verify_artifacts(
         reporter: told about every window and verdict.
 
     Raises:
-        RuntimeScoreError: a runtime cannot load or run an artifact.
+        RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
     """
     candidates = [
         Candidate(
@@ -300,32 +297,3 @@ def verify_artifacts(
     found = iter(judge_candidates(candidates, weights, reference, more, reporter))
     verdicts = [{artifact.label: next(found) for artifact in folder.artifacts} for folder, _ in staged]
     return Verified(verdicts, more.drawn, more.reference())
-
-
-def score_in(runtime: Runtime, entry: Path, label: str, reference: Reference, reporter: Reporter) -> Scored:
-    """Score one artifact in one runtime.
-
-    Args:
-        runtime: what serves it.
-        entry: what the runtime loads.
-        label: the artifact's name, for messages.
-        reference: the trained model.
-        reporter: told about every window.
-
-    Raises:
-        RuntimeScoreError: the runtime cannot load or run it, or its scores are not numbers.
-    """
-    # Not at the top: torch, which this needs, is imported while the first shard is hashed.
-    from exporter.verify.divergence import Divergence
-
-    divergence = Divergence(reference)
-    reporter.scoring(f"{label} in {runtime.name}", reference.windows)
-    scores = runtime.score(entry, reference.windows, reporter.window, divergence.take)
-    found = divergence.found(scores)
-    arrays = (scores.log_probabilities, found.kl, found.jensen_shannon, found.top_k)
-    if not all(np.isfinite(values).all() for values in arrays if values is not None):
-        raise RuntimeScoreError(
-            f"{label} in {runtime.name}", found="log-probabilities that are not finite",
-            expected="numbers", remedy="Choose a type with a wider range, such as bf16.",
-        )  # fmt: skip
-    return Scored(scores, reference.scores, found)

@@ -95,27 +95,41 @@ class Verification:
 
     Attributes:
         runtime: what scored it, with its version.
-        comparison: its scores against the reference's.
+        comparison: its scores against the reference's; None if it could not be scored.
         gate: the limits.
-        checks: its figures against them.
+        checks: its figures against them; none without scores.
         looks: predictions that had been scored at each look at the figures; more are drawn while they are undecided.
         answers: what it answered, None if it was not asked; faults in it are among what is broken.
         weights: what is in its stored weights; None if they cannot be read back.
+        not_scored: why it could not be scored, in words, which is a fault of its own; None if it was.
+        not_answered: why it could not answer, likewise; None if it did, or was not asked.
     """
 
     runtime: str
-    comparison: Comparison
+    comparison: Comparison | None
     gate: Gate
     checks: tuple[Check, ...]
     looks: tuple[int, ...]
     answers: Answers | None = None
     weights: WeightsResult | None = None
+    not_scored: str | None = None
+    not_answered: str | None = None
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What more tokens would not change: weights and answers that are wrong, in words."""
+        """What more tokens would not change, in words: weights and answers that are wrong, and no scores at all."""
+        return (*self._loaded, *self._answered)
+
+    @property
+    def _loaded(self) -> tuple[str, ...]:
+        """What is wrong with the weights, and that the runtime could not score them."""
         weights = self.weights.broken if self.weights else ()
-        return (*weights, *(self.answers.faults if self.answers else ()))
+        return (*weights, *((self.not_scored,) if self.not_scored is not None else ()))
+
+    @property
+    def _answered(self) -> tuple[str, ...]:
+        answers = self.answers.faults if self.answers else ()
+        return (*answers, *((self.not_answered,) if self.not_answered is not None else ()))
 
     @property
     def verdict(self) -> Verdict:
@@ -133,9 +147,8 @@ class Verification:
     @property
     def broken(self) -> tuple[str, ...]:
         """Why it did not pass, in words; empty if it did. What is undecided is no reason where something failed."""
-        weights = self.weights.broken if self.weights else ()
         figures = [check.reason() for check in self.checks if check.verdict == self.verdict != "passed"]
-        return (*weights, *figures, *(self.answers.faults if self.answers else ()))
+        return (*self._loaded, *figures, *self._answered)
 
 
 def judge(
@@ -156,6 +169,18 @@ def judge(
     """
     checks = tuple(_checks(comparison, gate))
     return Verification(runtime, comparison, gate, checks, looks or (comparison.tokens_scored,), weights=weights)
+
+
+def not_scored(runtime: str, reason: str, gate: Gate, weights: WeightsResult | None = None) -> Verification:
+    """The verdict on an artifact that could not be scored: failed, whatever is in its weights.
+
+    Args:
+        runtime: what was to score it, with its version.
+        reason: why it could not, in words.
+        gate: the limits.
+        weights: what is in its stored weights.
+    """
+    return Verification(runtime, None, gate, (), (), weights=weights, not_scored=reason)
 
 
 def _checks(found: Comparison, gate: Gate) -> list[Check]:

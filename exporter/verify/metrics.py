@@ -138,7 +138,7 @@ class Comparison:
         delta_log_interval: 95 % interval of `delta_log`; None for one window.
         same_top: share of predictions whose likeliest token is the same.
         same_top_stderr: standard error of `same_top`; None for one window.
-        same_top_interval: 95 % interval of `same_top`; None likewise.
+        same_top_interval: 95 % interval of `same_top`, as far as a share reaches: within 0 and 1; None likewise.
         probability_change: mean change of the right token's probability, artifact minus reference.
         probability_rms: root of the mean square of that change.
         divergence: KL(reference ‖ artifact) of the whole predictions in nats; None from a runtime that does not give
@@ -188,6 +188,12 @@ def _ends(mean: float, stderr: float | None, windows: int) -> tuple[float, float
     return None if stderr is None else interval(mean, stderr, windows)
 
 
+def _share_ends(mean: float, stderr: float | None, windows: int) -> tuple[float, float] | None:
+    """The interval of a share: few windows that differ reach beyond what a share can be."""
+    ends = _ends(mean, stderr, windows)
+    return None if ends is None else (max(0.0, ends[0]), min(1.0, ends[1]))
+
+
 def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergences | None = None) -> Comparison:
     """Compare two runs over the same windows.
 
@@ -226,7 +232,7 @@ def compare(artifact: TokenScores, reference: TokenScores, divergences: Divergen
         delta_log_interval=ends,
         same_top=same_top_mean,
         same_top_stderr=same_top_stderr,
-        same_top_interval=_ends(same_top_mean, same_top_stderr, len(same_top)),
+        same_top_interval=_share_ends(same_top_mean, same_top_stderr, len(same_top)),
         probability_change=Estimate(float(change.mean()), clustered_stderr(change)),
         probability_rms=_root_mean_square(change),
         divergence=None if known.kl is None else spread(known.kl),

@@ -128,7 +128,8 @@ def verify_published(
             the export's text is not here.
         ArtifactError: there is no manifest, or a file is missing or is not the one that was published.
         RefusalError: base or adapters cannot be read, or do not fit; or there is too little memory.
-        RuntimeScoreError: a runtime cannot load or run an artifact.
+        RuntimeScoreError: a runtime cannot be had or run, or one that the manifest does not list cannot load an
+            artifact; one that it lists and that cannot is a verdict.
     """
     manifest = read_manifest(folder)
     serving = _serving(folder, manifest, evaluation.gate, runtime, endpoint)
@@ -151,7 +152,10 @@ def verify_published(
     more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
     verdicts = judge_candidates(candidates, weights, reference, more, reporter)
     if evaluation.answers:
-        served = [Served(one.label, one.entry, one.runtime) for one in candidates]
+        served = [
+            Served(one.label, one.entry, one.runtime) if verdict.comparison else None
+            for one, verdict in zip(candidates, verdicts, strict=True)
+        ]
         answered = answers_of(model, served, device, reporter, threads=threads)
         verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
     scored, by_label = evaluation_json(windows, more.drawn), _by_label(candidates, verdicts)
@@ -186,7 +190,7 @@ def verify_with_pack(
         RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
         ArtifactError: there is nothing that says what it is, or a file is missing or is not the one that was published.
         ReferencePackError: the same of the pack; or it is of another vocabulary, another base or other adapters.
-        RuntimeScoreError: a runtime cannot load or run an artifact.
+        RuntimeScoreError: as in `verify_published`.
     """
     description, bare = read_description(pack), is_bare(artifact)
     folder = artifact.parent if artifact.is_file() else artifact
@@ -271,6 +275,7 @@ def _candidates(
             gate_for(artifact.label, artifact.quant, limits, parameters),
             # A folder may be of a package that is not here.
             load_backend(artifact.format) if artifact.format in here else None,
+            served=name in artifact.runtimes,
         )
         for artifact, name in zip(manifest.artifacts, serving, strict=True)
     ]

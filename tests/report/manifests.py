@@ -188,6 +188,18 @@ def _failed(found: Manifest) -> None:
     one["verification"]["broken"] += one["weights"]["broken"] + one["answers"]["broken"]
 
 
+def _not_scored(found: Manifest) -> None:
+    """One that its runtime cannot load, whose weights are cut off."""
+    one = found["artifacts"][1]
+    one["weights"]["broken"] = ["blk.1.ffn_up.weight is cut off: 32 bytes are missing in model-Q8_0.gguf"]
+    reason = "not scored in llamacpp: found llama.cpp could not load it: no; expected a file that llama.cpp serves"
+    kept = {key: one["verification"][key] for key in ("runtime", "gate")}
+    one["verification"] = kept | {
+        "verdict": "failed", "not_scored": reason, "broken": [*one["weights"]["broken"], reason]
+    }  # fmt: skip
+    one["answers"] = None
+
+
 def _no_adapter(found: Manifest) -> None:
     del found["inputs"][1]
     weights = found["artifacts"][0]["weights"]
@@ -241,6 +253,7 @@ CASES: dict[str, Callable[[Manifest], None]] = {
     "unverified": _unverified,
     "failed": _failed,
     "undecided": _undecided,
+    "not scored": _not_scored,
     "no adapter": _no_adapter,
     "gptq": _gptq,
     "a limit of zero": _limit_of_zero,

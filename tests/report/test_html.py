@@ -40,7 +40,7 @@ def test_every_number_is_the_manifests(name: str) -> None:
     for index, artifact in enumerate(manifest["artifacts"]):
         at, figures = f"/artifacts/{index}", artifact["verification"]
         expected = {f"{at}/bytes", *(f"{at}/types/{kind}/bytes" for kind in artifact["types"])}
-        if figures["verdict"] != "skipped":
+        if "perplexity" in figures:
             expected |= {f"{at}/verification/{part}" for part in ("perplexity", "probability_rms/value")}
             expected |= {
                 f"{at}/verification/profile/probability/{r}/{c}" for r in range(10) for c in range(10)
@@ -96,6 +96,7 @@ def test_the_check_of_numbers_finds_what_is_wrong(text: str, value: float, same:
         ("everything", "passed", ["passed", "passed"]),
         ("failed", "failed", ["passed", "failed"]),
         ("undecided", "undecided", ["undecided", "passed"]),
+        ("not scored", "failed", ["passed", "failed"]),
         ("unverified", "skipped", ["skipped", "skipped"]),
     ],
 )
@@ -117,6 +118,23 @@ def test_a_failed_folder_says_what_is_broken_and_about_what() -> None:
     assert page.texts("span", "area") == ["scores", "scores", "weights", "answers"]
     assert page.texts("p", "sentence") == ["gguf Q8_0 (1 of 2 artifacts) breaks a limit: nothing was published."]
     assert page.elements.index(page.all("ul", "reasons")[0]) < page.elements.index(page.all("table")[0])
+
+
+def test_what_could_not_be_scored_is_said_with_what_is_wrong_beside() -> None:
+    manifest = case("not scored")
+    page = Page.of(report_html(manifest))
+    assert page.texts("span", "reason") == manifest["artifacts"][1]["verification"]["broken"]
+    assert page.texts("span", "area") == ["weights", "scores"]
+    assert page.texts("p", "sentence") == ["gguf Q8_0 could not be scored by what serves it: nothing was published."]
+    assert page.texts("p", "diagnosis") == ["The files are not what base and adapter make."]
+    assert "not scored by llama-cpp-python 1.2" in page.texts("article", "card")[1]
+    manifest["artifacts"][1]["weights"] = None
+    manifest["artifacts"][0]["verification"] |= {"verdict": "failed", "broken": ["a limit"]}
+    page = Page.of(report_html(manifest, again=[]))
+    assert page.texts("p", "sentence") == [
+        "gguf Q8_0 could not be scored by what serves it, and gguf Q4_K_M fails: do not serve them."
+    ]
+    assert page.texts("p", "diagnosis")[1] == "What serves it cannot load it, or gives no numbers."
 
 
 def test_the_sentence_counts_what_it_names() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from exporter.backends.gptq.packing import CheckpointFormat
-from exporter.errors import RuntimeScoreError
+from exporter.errors import RuntimeScoreError, RuntimeUnavailableError
 from exporter.runtimes import gptqmodel
 from exporter.runtimes.transformers import Transformers
 from tests.commands import run
@@ -34,7 +34,7 @@ def test_without_its_packages_it_is_refused(
 ) -> None:
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: missing)
     packed, plain = make_gptq(tmp_path)
-    with pytest.raises(RuntimeScoreError) as caught:
+    with pytest.raises(RuntimeUnavailableError) as caught:
         score(packed)
     assert all(name in caught.value.found for name in missing)
     assert "make gptqmodel" in caught.value.remedy

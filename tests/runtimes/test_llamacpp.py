@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,11 +14,12 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from exporter.calibration import Windows
-from exporter.errors import RefusalError, RuntimeScoreError
+from exporter.errors import RefusalError, RuntimeScoreError, RuntimeUnavailableError
 from exporter.runtimes.base import TokenScores, load_runtime
 from exporter.runtimes.llamacpp import LlamaCpp
 from tests.merged import export_gguf, load_peft, peft_log_probabilities, random_windows
@@ -194,9 +196,24 @@ def test_a_damaged_file_fails_in_llama_cpp_s_own_words(
     file.write_bytes(damage(small_gguf.read_bytes()))
     with pytest.raises(RuntimeScoreError, match=words) as caught:
         score(file, random_windows(1, 16, TOKENS))
+    assert type(caught.value) is RuntimeScoreError
     assert caught.value.thing == "damaged.gguf"
     assert caught.value.exit_status == 1
     assert str(tmp_path) not in caught.value.thing
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_file(small_gguf: Path) -> None:
+    score(small_gguf, random_windows(1, 16, TOKENS))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (32 << 20), hard))
+    try:
+        with (
+            pytest.raises(RuntimeUnavailableError, match="could not make a context"),
+            LlamaCpp().session(small_gguf, 1 << 24),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["missing.gguf", ""])

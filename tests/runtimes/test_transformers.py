@@ -86,8 +86,23 @@ def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
         lambda folder: (folder / "config.json").unlink(),
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: edit_json(folder / "config.json", model_type="no such type"),
+        lambda folder: edit_json(folder / "config.json", num_hidden_layers="two"),
+        lambda folder: edit_json(folder / "config.json", num_attention_heads=0),
+        lambda folder: edit_json(folder / "config.json", dtype="x"),
+        lambda folder: edit_json(folder / "config.json", pad_token_id=10**9),
     ],
-    ids=["truncated", "noise", "no-weights", "no-config", "config-not-json", "model-type"],
+    ids=[
+        "truncated",
+        "noise",
+        "no-weights",
+        "no-config",
+        "config-not-json",
+        "model-type",
+        "layers",
+        "heads",
+        "dtype",
+        "padding",
+    ],
 )
 def test_a_folder_that_transformers_cannot_load_is_refused(folder: Path, damage: Callable[[Path], None]) -> None:
     damage(folder)

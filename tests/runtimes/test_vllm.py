@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from exporter.calibration import Windows, make_windows
-from exporter.errors import RecipeError, RuntimeScoreError
+from exporter.errors import RecipeError, RuntimeScoreError, RuntimeUnavailableError
 from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes import vllm
 from exporter.runtimes.base import TopKScores
@@ -25,7 +26,7 @@ from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.transformers import Transformers
 from exporter.runtimes.vllm import ENVIRONMENT, Vllm, available, serve_python
 from exporter.runtimes.vllm_api import Api
-from exporter.runtimes.vllm_server import last_words
+from exporter.runtimes.vllm_server import last_words, not_served
 from exporter.runtimes.vllm_session import VllmSession
 from exporter.tokenizer import TokenizerFiles
 from exporter.verify.answers.texts import CONVERSATIONS
@@ -100,8 +101,19 @@ def score(model: Path, endpoint: str | None = None, windows: Windows = WINDOWS, 
 
 
 def failure(model: Path, endpoint: str | None = None, **options: Any) -> RuntimeScoreError:
+    """What the model is blamed for."""
+    return fails(RuntimeScoreError, model, endpoint, **options)
+
+
+def unavailable(model: Path, endpoint: str | None = None, **options: Any) -> RuntimeScoreError:
+    """What is no fault of the model's."""
+    return fails(RuntimeUnavailableError, model, endpoint, **options)
+
+
+def fails(kind: type[RuntimeScoreError], model: Path, endpoint: str | None = None, **options: Any) -> RuntimeScoreError:
     with pytest.raises(RuntimeScoreError) as caught:
         score(model, endpoint, **options)
+    assert type(caught.value) is kind
     assert caught.value.exit_status == 1
     return caught.value
 
@@ -260,20 +272,42 @@ def test_a_server_that_fails_is_quoted(model: Path, environment: Callable[..., P
 
 def test_a_server_that_is_never_ready_is_given_up(model: Path, environment: Callable[..., Path]) -> None:
     folder = environment("unhealthy")
-    error = failure(model, start_seconds=6)
+    error = unavailable(model, start_seconds=6)
     assert error.found.startswith("vLLM did not start (no answer within 6 s): Resolved architecture")
     assert all_ended(record(folder), 0)
 
 
 def test_a_server_that_ends_on_the_way_is_quoted(model: Path, environment: Callable[..., Path]) -> None:
     folder = environment("dies")
-    assert "MemoryError: Cannot allocate 9 GiB" in failure(model).found
+    assert "MemoryError: Cannot allocate 9 GiB" in unavailable(model).found
     assert all_ended(record(folder), 0)
 
 
 def test_an_interpreter_that_cannot_be_run_fails(model: Path, environment: Callable[..., Path]) -> None:
     (environment() / "bin" / "python").write_text("#!/no/such/interpreter\n")
-    assert "exit status 127" in failure(model).found
+    assert "exit status 127" in unavailable(model).found
+
+
+def test_a_server_that_was_killed_says_nothing_of_the_model(model: Path, environment: Callable[..., Path]) -> None:
+    """As the kernel ends one when memory runs out."""
+    python = environment() / "bin" / "python"
+    python.unlink()
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    assert "exit status 137" in unavailable(model).found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory",
+        "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+        "ValueError: Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization",
+    ],
+)
+def test_a_server_that_is_out_of_memory_says_nothing_of_the_model(words: str) -> None:
+    assert type(not_served("model", "vLLM did not start (exit status 1)", [words])) is RuntimeUnavailableError
 
 
 ANSWERS = {
@@ -289,11 +323,9 @@ ANSWERS = {
 def test_an_answer_that_is_not_what_was_asked_for_fails(
     model: Path, endpoint: Callable[..., str], environment: Callable[..., Path], fault: str, words: str
 ) -> None:
-    with pytest.raises(RuntimeScoreError, match=words):
-        score(model, endpoint(fault=fault))
+    assert re.search(words, failure(model, endpoint(fault=fault)).found)
     folder = environment(fault)
-    with pytest.raises(RuntimeScoreError, match=words):
-        score(model)
+    assert re.search(words, failure(model).found)
     assert all_ended(record(folder), 0)
 
 
@@ -409,7 +441,7 @@ def test_what_will_not_end_is_killed(model: Path, environment: Callable[..., Pat
 
 
 def test_a_server_for_shorter_prompts_is_refused(model: Path, endpoint: Callable[..., str]) -> None:
-    assert "for 16 tokens, where a window and the next token are 17" in failure(
+    assert "for 16 tokens, where a window and the next token are 17" in unavailable(
         model, endpoint(max_model_len=16)
     ).found  # fmt: skip
 
@@ -418,7 +450,7 @@ def test_a_server_for_shorter_prompts_is_refused(model: Path, endpoint: Callable
 def test_a_server_of_another_vocabulary_is_refused(
     model: Path, endpoint: Callable[..., str], size: int, words: str
 ) -> None:
-    error = failure(model, endpoint(vocabulary=size))
+    error = unavailable(model, endpoint(vocabulary=size))
     assert words in error.found
     assert error.thing.startswith("model at http://")
 
@@ -427,11 +459,11 @@ def test_a_server_of_several_models_is_refused(
     model: Path, endpoint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StandIn, "models", lambda self: [{"id": "one"}, {"id": "two"}])
-    assert "2 models (one, two)" in failure(model, endpoint()).found
+    assert "2 models (one, two)" in unavailable(model, endpoint()).found
 
 
 def test_what_is_no_server_is_refused(model: Path) -> None:
-    assert "Connection refused" in failure(model, f"http://127.0.0.1:{free_port()}").found
+    assert "Connection refused" in unavailable(model, f"http://127.0.0.1:{free_port()}").found
 
 
 @pytest.mark.parametrize("address", ["", "localhost:8000", "ftp://host", "http://"])
@@ -443,7 +475,7 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 def test_a_key_is_shown_to_it(model: Path, endpoint: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     address = endpoint(key="secret")
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    error = failure(model, address)
+    error = unavailable(model, address)
     assert "status 401" in error.found
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     check_scores(score(model, address))
@@ -463,7 +495,7 @@ def test_no_environment_names_the_remedy(
         monkeypatch.setenv(ENVIRONMENT, named)
     # One that was asked for and is not there must not be passed over in silence.
     assert available() == bool(named)
-    error = failure(model)
+    error = unavailable(model)
     assert error.thing == "runtime vllm"
     assert "make serve-env" in error.remedy
 
@@ -545,7 +577,7 @@ def test_a_running_vllm_scores_alike_and_another_model_is_told_apart(demo: Path,
         found = Vllm(address).score(folder, windows, lambda _: None)
         assert Vllm(address).version() == "vllm 0.32.0 at an endpoint"
         edit_json(folder / "config.json", vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"] + 1)
-        assert "is out of vocabulary" in failure(folder, address, windows=windows).found
+        assert "is out of vocabulary" in unavailable(folder, address, windows=windows).found
     expected = Transformers().score(demo / "base", windows, lambda _: None)
     assert np.abs(found.log_probabilities - expected.log_probabilities).mean() < 0.015
 
@@ -606,3 +638,13 @@ def test_an_answer_that_is_none_has_a_name(model: Path, endpoint: Callable[..., 
     ):
         session.generate([(1, 2)], 3)
     assert "/v1/completions" in caught.value.found
+
+
+@pytest.mark.parametrize(("at_endpoint", "kind"), [(True, RuntimeUnavailableError), (False, RuntimeScoreError)])
+def test_no_answer_is_the_model_s_fault_where_the_server_is_its_own(
+    model: Path, at_endpoint: bool, kind: type[RuntimeScoreError]
+) -> None:
+    session = VllmSession(model, Api(f"http://127.0.0.1:{free_port()}"), "model", at_endpoint=at_endpoint)
+    with pytest.raises(RuntimeScoreError, match="Connection refused") as caught:
+        session.generate([(1, 2)], 3)
+    assert type(caught.value) is kind

@@ -50,7 +50,8 @@ def test_what_counts_is_a_reason_in_words(found: CompletedProcess[str], reasons:
     ("fault", "status", "reasons", "right"),
     [
         (FAULTS[0], 3, ("a",), True),
-        (FAULTS[0], 1, ("a",), True),
+        (FAULTS[0], 2, ("a",), True),
+        (FAULTS[0], 1, ("a",), False),
         (FAULTS[0], 0, (), False),
         (FAULTS[0], 3, (), False),
         (FAULTS[0], -11, (), False),

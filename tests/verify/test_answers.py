@@ -58,7 +58,7 @@ def exported(base: Path, out: Path, format_: str) -> Path:
 def answers(model: MergedModel, entry: Path) -> Answers:
     runtime = load_runtime("llamacpp" if entry.suffix == ".gguf" else "transformers")
     (found,) = answers_of(model, [Served("it", entry, runtime)], "cpu", Reporter())
-    assert found is not None
+    assert isinstance(found, Answers)
     return found
 
 

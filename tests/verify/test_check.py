@@ -20,11 +20,12 @@ from exporter.reporter import Reporter
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, TopK, TopKScores
 from exporter.runtimes.llamacpp import LlamaCpp
 from exporter.runtimes.transformers import Transformers
-from exporter.verify.check import Candidate, judge_candidates, score_in
+from exporter.verify.check import Candidate, judge_candidates
 from exporter.verify.gate import Verification
 from exporter.verify.limits import Gate
 from exporter.verify.metrics import compare
 from exporter.verify.reference import score_reference
+from exporter.verify.scored import score_in
 from tests.exports import export_to, recipe
 from tests.folders import copy, edit_json, edit_tensors, listing
 from tests.merged import merged_model
@@ -75,10 +76,10 @@ def test_each_artifact_is_scored_in_its_own_runtime_against_one_reference(
         ),
         (result.folders[1], "safetensors fp32", Transformers().score(tmp_path / "hf", windows, lambda _: None)),
     ):
-        assert folder.verdicts[label].comparison.delta_log == pytest.approx(
-            compare(scores, reference).delta_log, abs=1e-6
-        )
-        assert folder.verdicts[label].comparison.tokens_scored == 62
+        comparison = folder.verdicts[label].comparison
+        assert comparison is not None
+        assert comparison.delta_log == pytest.approx(compare(scores, reference).delta_log, abs=1e-6)
+        assert comparison.tokens_scored == 62
 
 
 def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_failed_gate_leaves_nothing_at_the_output(make_base: Callable[..., Pat
 
 
 @pytest.mark.parametrize(("format_", "quant"), [("gguf", "F32"), ("safetensors", "fp32")])
-def test_a_model_whose_scores_are_not_finite_is_an_error_with_a_name(
+def test_a_model_whose_scores_are_not_finite_is_not_published(
     make_base: Callable[..., Path], tmp_path: Path, format_: str, quant: str
 ) -> None:
     """Finite weights may still overflow in the forward pass; that must not end in a traceback, nor in a pass."""
@@ -253,6 +254,7 @@ def test_what_is_undecided_is_scored_on_as_many_windows_again_until_it_is_clear(
     assert runtime.scored[:2] == [2, 2]
     assert supply.asked == runtime.scored[1:]
     assert found.looks == tuple(9 * sum(runtime.scored[:count]) for count in range(1, len(runtime.scored) + 1))
+    assert found.comparison is not None
     assert found.comparison.tokens_scored == found.looks[-1]
     assert found.comparison.delta == pytest.approx(np.expm1(0.015))
 

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from exporter.runtimes.base import TokenScores
 from exporter.verify.gate import judge
-from exporter.verify.limits import FALLBACK_GATE
+from exporter.verify.limits import FALLBACK_GATE, Gate
 from exporter.verify.metrics import Divergences, Estimate, compare, profile, spread
 
 Floats = npt.NDArray[np.float64]
@@ -42,6 +42,8 @@ def test_a_small_example_by_hand() -> None:
     # Same in 1 of 2, and in 2 of 2: means 0.5 and 1, whose error is half of their distance.
     assert found.same_top == 0.75
     assert found.same_top_stderr == pytest.approx(0.25)
+    # 0.75 ± 12.7 · 0.25, as far as a share reaches.
+    assert found.same_top_interval == (0.0, 1.0)
     own = math.log(2) * np.array([1.0, 2.0, 3.0, 0.0])
     assert found.perplexity_stderr == pytest.approx(2**1.5 * own.std(ddof=1) / 2)
     # Changes of probability 0, -1/4 and -3/8, 1/2; squares 0, 4/64 and 9/64, 16/64.
@@ -175,6 +177,21 @@ def test_same_top_counts_tokens() -> None:
     other = tops.copy()
     other[1, :7] += 1
     assert compare(scores(values, tops), scores(values, other)).same_top == pytest.approx(0.93)
+
+
+def test_the_interval_of_a_share_stays_a_share() -> None:
+    """Of two windows, one of which agrees everywhere: 0.95 ± 12.7 · 0.05."""
+    reference = scores(np.zeros((2, 10)), np.zeros((2, 10)))
+    tops = np.zeros((2, 10))
+    tops[1, 3] = 1
+    found = compare(scores(np.zeros((2, 10)), tops), reference)
+    assert found.same_top_interval is not None
+    assert found.same_top_interval == pytest.approx((0.95 - 12.7062047 * 0.05, 1.0))
+    (reason,) = [one.reason() for one in judge("runtime", found, Gate(1.0, 0.9)).checks if one.name == "same_top"]
+    assert "its 95 % interval is 31.5% to 100.0%" in reason
+    tops = 1 - tops
+    few = compare(scores(np.zeros((2, 10)), tops), reference)
+    assert few.same_top_interval == pytest.approx((0.0, 0.05 + 12.7062047 * 0.05))
 
 
 def test_one_window_has_no_paired_error_and_no_interval() -> None:

@@ -259,6 +259,7 @@ def test_a_model_folder_is_judged_too(inputs: tuple[Path, Path], pack: Path, tmp
     export_to(tmp_path / "out", *inputs, quant="fp32", name="other")
     found = judge(tmp_path / "out", pack).verdicts["safetensors fp32"]
     assert found.passed
+    assert found.comparison is not None
     assert found.comparison.reference_perplexity == pytest.approx(description(pack)["perplexity"], rel=1e-12)
 
 
@@ -281,7 +282,9 @@ def test_it_is_kept_when_the_gate_fails(inputs: tuple[Path, Path], pack: Path, t
     assert not export_with_pack(tmp_path / "out", *inputs, quant="F16", evaluation=strict)
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected", "out.reference"}
     assert hashes(tmp_path / "out.reference") == hashes(pack)
-    assert judge(tmp_path / "out.rejected", pack).verdicts["gguf F16"].comparison.delta != 0
+    found = judge(tmp_path / "out.rejected", pack).verdicts["gguf F16"].comparison
+    assert found is not None
+    assert found.delta != 0
 
 
 def test_what_was_drawn_for_a_verdict_is_in_it_and_decides_again(

@@ -29,7 +29,9 @@ _VALUES = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_LONGEST_STRING = 1 << 26
+_LONGEST_STRING, _MOST_ITEMS = 1 << 26, 1 << 32
+# GGML_MAX_DIMS (ggml/include/ggml.h)
+_MOST_DIMENSIONS = 4
 
 # Relative error that a type leaves on Gaussian weights, 512 rows of 1,024: the larger one of no importance and of one
 # that is the same for all columns.
@@ -95,7 +97,7 @@ def read_header(file: Path) -> Header:
     with file.open("rb") as stream:
         try:
             return _Parser(stream, file.name).header()
-        except (struct.error, UnicodeDecodeError, KeyError) as error:
+        except (struct.error, UnicodeDecodeError, KeyError, RecursionError, OSError) as error:
             raise contradiction(file.name, f"a header that ends or says {error}", "a whole GGUF header") from None
 
 
@@ -117,9 +119,13 @@ class _Parser:
         for _ in range(tensor_count):
             name = self._string()
             (dimensions,) = self._take("<I")
+            if not 0 < dimensions <= _MOST_DIMENSIONS:
+                raise contradiction(name, f"{dimensions} dimensions", f"1 to {_MOST_DIMENSIONS}")
             shape = self._take(f"<{dimensions}Q")[::-1]
             infos.append((name, shape, *self._take("<IQ")))
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise contradiction(self._name, f"general.alignment {alignment!r}", "a number of bytes")
         data = -(-self._stream.tell() // alignment) * alignment
         tensors = {}
         for name, shape, number, offset in infos:
@@ -147,6 +153,8 @@ class _Parser:
             return self._string()
         if kind == _ARRAY:
             item, count = self._take("<IQ")
+            if count > _MOST_ITEMS:
+                raise contradiction(self._name, f"an array of {count} values", "a whole GGUF header")
             if item in _VALUES:
                 self._stream.seek(count * struct.calcsize(_VALUES[item]), os.SEEK_CUR)
                 return None

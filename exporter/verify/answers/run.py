@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exporter.errors import RuntimeScoreError
 from exporter.model import MergedModel
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.reporter import Reporter
 from exporter.runtimes.base import Answering, Runtime, load_runtime
 from exporter.verify.answers.ask import Asked, ask
 from exporter.verify.answers.judge import Answers, judge_answers
-from exporter.verify.answers.source import Tokenizers, make_question
+from exporter.verify.answers.source import Question, Tokenizers, make_question
 from exporter.verify.gate import Verification
+from exporter.verify.unscored import is_of_the_run, unscored_reason
 
 
 @dataclass(frozen=True)
@@ -33,48 +35,47 @@ class Served:
 
 def answers_of(
     model: MergedModel,
-    served: Sequence[Served],
+    served: Sequence[Served | None],
     device: str,
     reporter: Reporter,
     *,
     threads: int = 1,
     compute_dtype: str = "float32",
-) -> list[Answers | None]:
-    """Ask artifacts and judge what they answer, in their order; None for one whose runtime does nothing but score.
+) -> list[Answers | str | None]:
+    """Ask artifacts and judge what they answer, in their order.
 
     Args:
         model: the merged model that all of them are made from.
-        served: the artifacts.
+        served: the artifacts; None for one that is not to be asked, because it could not even be scored.
         device: where the reference's layers compute.
         reporter: told about every artifact and layer.
         threads: threads of the reference's walk on the CPU.
         compute_dtype: what the walk computes in, `float32` or `bfloat16`.
 
+    Returns:
+        The answers; or why there are none, in words, by a fault of the artifact's (see `exporter.verify.unscored`);
+        None for one that was not asked, or whose runtime does nothing but score.
+
     Raises:
         TokenizerError: an eos id is not one of the vocabulary's.
-        RuntimeScoreError: a runtime cannot load or run an artifact.
+        RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
     """
+    if not any(served):
+        return [None] * len(served)
     tokenizers = Tokenizers(model.tokenizer)
     question = make_question(model, tokenizers)
-    asked: list[Asked | None] = []
-    for one in served:
-        if not isinstance(one.runtime, Answering):
-            asked.append(None)
-            continue
-        reporter.doing(f"answers of {one.label} in {one.runtime.name}")
-        with one.runtime.session(one.entry, question.n_ctx) as session:
-            asked.append(ask(session, question, tokenizers))
+    asked = [None if one is None else _asked(one, question, tokenizers, reporter) for one in served]
     prompts = {prompt.name: prompt.ids for prompt in question.prompts}
     wanted = {
         (number, name): (prompts[name], found.tokens)
         for number, one in enumerate(asked)
-        if one is not None
+        if isinstance(one, Asked)
         for name, found in one.continuations.items()
         if found.tokens
     }
     if not wanted:
         reporter.scored()
-        return [judge_answers(one, question, {}) if one is not None else None for one in asked]
+        return [judge_answers(one, question, {}) if isinstance(one, Asked) else one for one in asked]
     import torch
 
     from exporter.verify.answers.follow import follow
@@ -95,10 +96,24 @@ def answers_of(
             question,
             {name: followed[wanted[number, name]] for name in one.continuations if (number, name) in wanted},
         )
-        if one is not None
-        else None
+        if isinstance(one, Asked)
+        else one
         for number, one in enumerate(asked)
     ]
+
+
+def _asked(one: Served, question: Question, tokenizers: Tokenizers, reporter: Reporter) -> Asked | str | None:
+    """What an artifact answers; why it does not, by its own fault; None if its runtime does nothing but score."""
+    if not isinstance(one.runtime, Answering):
+        return None
+    reporter.doing(f"answers of {one.label} in {one.runtime.name}")
+    try:
+        with one.runtime.session(one.entry, question.n_ctx) as session:
+            return ask(session, question, tokenizers)
+    except RuntimeScoreError as error:
+        if is_of_the_run(error):
+            raise
+        return unscored_reason(error, "no answers", one.runtime.name, one.entry)
 
 
 def answer_artifacts(
@@ -118,7 +133,7 @@ def answer_artifacts(
         reporter: told about every artifact and layer.
 
     Raises:
-        RuntimeScoreError: a runtime cannot load or run an artifact.
+        RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
     """
     served = [
         Served(
@@ -126,7 +141,9 @@ def answer_artifacts(
             files if artifact.entry == "." else files / artifact.entry,
             load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
         )
-        for folder, files in staged
+        if found[artifact.label].comparison
+        else None
+        for (folder, files), found in zip(staged, verdicts, strict=True)
         for artifact in folder.artifacts
     ]
     answers = iter(
@@ -138,6 +155,8 @@ def answer_artifacts(
     ]
 
 
-def with_answers(verification: Verification, answers: Answers | None) -> Verification:
-    """A verdict with an artifact's answers."""
+def with_answers(verification: Verification, answers: Answers | str | None) -> Verification:
+    """A verdict with an artifact's answers, or with why there are none."""
+    if isinstance(answers, str):
+        return replace(verification, not_answered=answers)
     return replace(verification, answers=answers)
