@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ Format = Callable[[float], str]
 MINUS = "\N{MINUS SIGN}"
 NOTHING = Markup('<span class="none">\N{EN DASH}</span>')
 _MOST_DECIMALS = 8
+# Of ticks: an exponent is shorter.
+_MOST_TICK_DECIMALS = 4
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ class Unit:
     def short(self, value: float, digits: int = 6) -> str:
         """A round number, such as a tick or a limit, with no more digits than it has."""
         return f"{self.factor * value:.{digits}g}".replace("-", MINUS) + self.suffix
+
+    def apart(self, values: Sequence[float]) -> list[str]:
+        """Numbers in even steps, such as ticks, all with the decimals of a step: no two are written alike."""
+        step = values[1] - values[0] if len(values) > 1 else values[0]
+        decimals = _decimals(self.factor * step, 1)
+        short = [self.short(value) for value in values]
+        if decimals > _MOST_TICK_DECIMALS and len({*short}) == len(short):
+            return short
+        return [self.text(value, decimals) for value in values]
 
     def limit(self, value: float) -> str:
         """A limit; four digits are enough of one that was computed."""
