@@ -65,6 +65,7 @@ class Section:
         diagnosis: what is wrong with it as a whole, in a sentence; empty if nothing is.
         reasons: why it is not passed.
         figures: its figures.
+        spreads: its divergences over the predictions, with what each is called and in what unit.
         plots: its plots.
         fallbacks: tensors by the type that was wanted and the one that they are stored in.
         losses: the largest losses of matrices that were solved for, with their inputs.
@@ -77,6 +78,7 @@ class Section:
     diagnosis: str
     reasons: list[Reason]
     figures: list[Figure]
+    spreads: list[tuple[str, str, Node]]
     plots: list[Plot]
     fallbacks: dict[tuple[str, str], list[Node]]
     losses: list[tuple[str, Node, Node]]
@@ -110,10 +112,20 @@ _MEASURES = {
 }
 
 
+# Of a divergence in the manifest: what is shown of how it is spread over the predictions.
+_QUANTILES = {"median": "Median", "p90": "90%", "p95": "95%", "p99": "99%", "largest": "Farthest"}
+
+
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"interval_bar": plots.interval_bar, "ends": _ends, "limit": _limit, "measures": _MEASURES}
+    environment.globals |= {
+        "interval_bar": plots.interval_bar,
+        "ends": _ends,
+        "limit": _limit,
+        "measures": _MEASURES,
+        "quantiles": _QUANTILES,
+    }
     environment.filters |= {
         "count": lambda node: shown(node, count),
         "counted": counted,
@@ -162,6 +174,7 @@ def _section(root: Node, artifact: Node) -> Section:
         _diagnosis(artifact["weights"], {reason.area for reason in reasons}) if verdict == "failed" else "",
         reasons,
         found,
+        list(_spreads(artifact["verification"])),
         list(_plots(artifact)),
         _fallbacks(artifact),
         _losses(artifact["quantization"]),
@@ -223,6 +236,15 @@ def _limit(figure: Figure) -> Markup:
     unit = PERCENT if figure.unit is CHANGE else figure.unit
     ideal = f"{unit.short(figure.ideal)} " if figure.kind == "within" and figure.ideal else ""
     return ideal + figure.sign + shown(figure.limit, unit.limit)
+
+
+def _spreads(verification: Node) -> Iterator[tuple[str, str, Node]]:
+    if kl := verification["kl_divergence"]:
+        yield "KL divergence", "nats", kl
+    if top := verification["top_k_divergence"]:
+        yield f"KL of the top {top['k'].value}", "nats", top
+    if shannon := verification["jensen_shannon"]:
+        yield "Jensen-Shannon", "bits", shannon
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

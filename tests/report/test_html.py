@@ -37,14 +37,21 @@ def test_every_number_is_the_manifests(name: str) -> None:
     manifest = case(name)
     page = Page.of(report_html(manifest))
     found = set(numbers(manifest, ((one.attributes, one.text) for one in page.elements)))
+    # What one reads without pointing at a drawing.
+    read = set(numbers(manifest, ((one.attributes, one.text) for one in page.all("data"))))
     for index, artifact in enumerate(manifest["artifacts"]):
         at, figures = f"/artifacts/{index}", artifact["verification"]
         expected = {f"{at}/bytes", *(f"{at}/types/{kind}/bytes" for kind in artifact["types"])}
         if figures["verdict"] != "skipped":
-            expected |= {f"{at}/verification/{part}" for part in ("perplexity", "probability_rms/value")}
+            expected.add(f"{at}/verification/perplexity")
+            assert f"{at}/verification/probability_rms/value" in read
             expected |= {
                 f"{at}/verification/profile/probability/{r}/{c}" for r in range(10) for c in range(10)
             }  # fmt: skip
+        for form in ("kl_divergence", "top_k_divergence", "jensen_shannon"):
+            if figures.get(form):
+                parts = ("median", "p90", "p95", "p99", "largest")
+                assert {f"{at}/verification/{form}/{part}" for part in parts} <= read
         if figures.get("kl_divergence"):
             expected.add(f"{at}/verification/jensen_shannon/mean")
             expected |= {f"{at}/verification/profile/kl_quantiles/{number}/1" for number in range(11)}
