@@ -256,6 +256,7 @@ def _plots(artifact: Node) -> Iterator[Plot]:
     yield Plot(title, "What the bytes of all tensors are spent on.", plots.bars(title, types, size))
     yield from _error_plots(artifact["weights"])
     yield from _survival_plots(artifact["weights"])
+    yield from _delta_error_plots(artifact["weights"])
     profile = artifact["verification"]["profile"]
     if profile["kl_quantiles"]:
         title = "KL divergence by quantile"
@@ -297,6 +298,21 @@ def _survival_plots(weights: Node) -> Iterator[Plot]:
         title = "Delta survival by kind of matrix"
         as_text = PERCENT.fixed(max(abs(point.value.value - 1) for point in kinds) or 1)
         yield Plot(title, about, plots.deviations(title, kinds, as_text, 1))
+
+
+def _delta_error_plots(weights: Node) -> Iterator[Plot]:
+    """Beside survival: an error that has nothing to do with the change leaves that at 100% however large it is."""
+    about = "Of what is stored of the adapter's change, over that change; 100% is an error as large as it."
+    layers, kinds = (
+        [point for point in _points(weights[part], "delta_error") if point.number is not None]
+        for part in ("layers", "kinds")
+    )
+    if layers:
+        title = "Relative error of the delta by layer"
+        yield Plot(title, about, plots.columns(title, layers, PERCENT, "layer"))
+    if kinds:
+        title = "Relative error of the delta by kind of matrix"
+        yield Plot(title, about, plots.bars(title, kinds, PERCENT.text))
 
 
 def _points(part: Node, figure: str) -> list[Point]:

@@ -58,6 +58,14 @@ def test_every_number_is_the_manifests(name: str) -> None:
             expected |= {f"{at}/verification/profile/kl_along_window/{number}/1" for number in range(16)}
         if artifact["weights"]:
             expected |= {f"{at}/weights/layers/{layer}/relative_error" for layer in range(36)}
+            expected |= {
+                f"{at}/weights/{part}/{key}/{figure}"
+                for part in ("layers", "kinds")
+                for key, one in artifact["weights"][part].items()
+                for figure in ("survival", "delta_error")
+                if one[figure] is not None
+            }
+            assert artifact["weights"]["delta_error"] is None or f"{at}/weights/delta_error" in read
         if artifact["answers"]:
             expected |= {f"{at}/answers/tokenization/texts", f"{at}/answers/continuations/0/mean_shortfall"}
         assert expected <= found
