@@ -15,7 +15,7 @@ from markupsafe import Markup
 from exporter.artifact.serving import serving_commands
 from exporter.report import plots
 from exporter.report.figures import Figure, figures
-from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, shown
+from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, share, shown
 from exporter.report.plots import Point
 from exporter.units import size
 
@@ -122,6 +122,7 @@ def _template() -> Template:
     environment.globals |= {
         "interval_bar": plots.interval_bar,
         "ends": _ends,
+        "share": share,
         "limit": _limit,
         "measures": _MEASURES,
         "quantiles": _QUANTILES,

@@ -124,3 +124,14 @@ def counted(node: Node) -> Markup:
     """How many things there are at a place."""
     length = len(node.value or ())
     return Markup('<data value="{}" data-length-of="{}">{}</data>').format(length, node.pointer, count(length))
+
+
+def share(part: Node, whole: Node) -> Markup:
+    """A number as a share of another, and where both are from; a dash where there is none."""
+    if part.value is None or not whole.value:
+        return NOTHING
+    taken = part.value / whole.value
+    if not math.isfinite(taken):
+        return NOTHING
+    text = '<data value="{}" data-part-at="{}" data-whole-at="{}">{}</data>'
+    return Markup(text).format(json.dumps(taken), part.pointer, whole.pointer, PERCENT.text(taken, 0))

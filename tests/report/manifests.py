@@ -53,7 +53,11 @@ WEIGHTS: dict[str, Any] = {
     "survival_limit": 0.0213,
     "delta_error": 0.42,
     "judged": 28,
-    "worst": [{"name": "model.layers.1.mlp.up_proj.weight", "type": "Q4_K", "relative_error": 0.08, "limit": 0.19}],
+    "worst": [
+        {"name": "model.layers.1.mlp.up_proj.weight", "type": "Q4_K", "relative_error": 0.08, "limit": 0.19},
+        {"name": "model.layers.0.mlp.down_proj.weight", "type": "Q6_K", "relative_error": 0.02, "limit": 0.05},
+        {"name": "model.layers.1.self_attn.k_proj.weight", "type": "Q4_K", "relative_error": 0.07, "limit": 0.19},
+    ],
     "nearest": {
         "relative_error": _nearest("mlp.up_proj", 0.08, 0.19),
         "group": _nearest("self_attn.k_proj", 0.31, 0.6, 12, 64),

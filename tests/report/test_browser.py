@@ -25,7 +25,9 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 # Every element that stands for a number, as one reads it.
-SHOWN = """() => [...document.querySelectorAll("[data-at], [data-length-of], [data-error-at]")].map(one => [
+SHOWN = """() => [
+    ...document.querySelectorAll("[data-at], [data-length-of], [data-error-at], [data-part-at]")
+].map(one => [
     Object.fromEntries([...one.attributes].map(attribute => [attribute.name, attribute.value])), one.textContent
 ])"""
 # Elements that stand out of the screen and are not in a box that scrolls by itself.
