@@ -292,6 +292,25 @@ def test_the_summary_has_layers_and_kinds(model: MergedModel, files: Callable[[s
     assert weights_json(None) is None
 
 
+@pytest.mark.parametrize(("group", "place"), [(32, "columns 32 to 63 of row 905"), (1, "column 40 of row 905")])
+@pytest.mark.parametrize("value", [9.0, math.nan])
+def test_a_reason_says_where_a_weight_is_off_the_most(group: int, place: str, value: float) -> None:
+    """Also in rows that were looked at later than others."""
+    merged = np.ones((1000, 64), dtype=np.float32)
+    stored = merged.copy()
+    stored[100:] *= 1.5
+    stored[905, 40] = value
+    weight = StoredWeight("a", "a", "Q", merged.shape, group, group, Tolerance(0.01, 0.01, 0.01, 0.0))
+    with np.errstate(invalid="ignore"):
+        parts = [block_sums(stored[at : at + 500], merged[at : at + 500], None, weight, at) for at in (0, 500)]
+    sums = parts[0].plus(parts[1]).whole()
+    (reason,) = WeightsResult(((weight, sums),), ()).broken
+    assert f" off, {place} the most; Q leaves at most 1.00%" in reason
+    loose = replace(weight, tolerance=replace(weight.tolerance, error=math.inf))
+    (reason,) = WeightsResult(((loose, replace(sums, error=0.0)),), ()).broken
+    assert reason.startswith(f"a: {place} {'are' if group > 1 else 'is'} ")
+
+
 def test_the_error_of_the_delta_is_of_the_weights_that_have_one() -> None:
     """By layer and by kind, against numpy; a norm that the adapter leaves alone adds nothing."""
     generator = np.random.default_rng(0)
