@@ -59,8 +59,8 @@ class _Frame:
 
     @property
     def letters(self) -> int:
-        """As many as a label may have."""
-        return int((self.width - 8) / _LETTER)
+        """As many as a label may have, so as not to cover the numbers of the y axis."""
+        return int((self.width - self.left - 4) / _LETTER)
 
 
 _WIDE = _Frame(760, 460, 78, 8)
@@ -136,7 +136,8 @@ def _points(points: Sequence[tuple[Compared, float, float]], frame: _Frame) -> l
     for artifact, x, y in sorted(points, key=lambda point: (point[2], point[1])):
         text = _cut(artifact.label, frame.letters)
         wide = len(text) * _LETTER
-        left = x + 10 if x + 10 + wide < frame.width else max(x - 10 - wide, 4)
+        # Right of the mark, or left of it, or where there is room.
+        left = x + 10 if x + 10 + wide < frame.width else max(x - 10 - wide, frame.left + 2)
         label = y
         steps = (sign * step * _LABEL_HEIGHT for step in range(frame.height // _LABEL_HEIGHT) for sign in (1, -1))
         for step in steps:
@@ -153,7 +154,9 @@ def _points(points: Sequence[tuple[Compared, float, float]], frame: _Frame) -> l
             side = label if not left <= x <= left + wide else label + math.copysign(_LABEL_HEIGHT / 2, y - label)
             lines.append(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{edge:.1f}" y2="{side:.1f}"/>')
         lines.append(_mark(artifact.verdict, x, y))
-        lines.append(f'<text x="{left:.1f}" y="{label + 4:.1f}">{escape(text)}</text>')
+        # Letters are narrower than is reckoned: the end that is next to the mark is where it is said to be.
+        anchor, start = (' text-anchor="end"', left + wide) if left + wide < x else ("", left)
+        lines.append(f'<text x="{start:.1f}" y="{label + 4:.1f}"{anchor}>{escape(text)}</text>')
     return lines
 
 

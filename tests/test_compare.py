@@ -227,8 +227,13 @@ def test_the_page_has_a_drawing_for_a_phone_in_which_all_labels_are_inside_and_a
         width = float((root.get("viewBox") or "").split()[2])
         labels = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("a-very")]
         assert [(one.text or "").split()[-1] for one in labels].count("Q8_0") == 4
-        boxes = [(float(one.get("x", 0)), float(one.get("y", 0)), 6.6 * len(one.text or "")) for one in labels]
-        assert all(x >= 0 and x + wide <= width for x, _, wide in boxes)
+        boxes = []
+        for one in labels:
+            wide, ends = 6.6 * len(one.text or ""), one.get("text-anchor") == "end"
+            boxes.append((float(one.get("x", 0)) - wide * ends, float(one.get("y", 0)), wide))
+        # Right of the numbers of the y axis, which end where the lines of the grid begin.
+        grid = min(float(one.get("x1", 0)) for one in root.iter("{http://www.w3.org/2000/svg}line"))
+        assert all(x >= grid and x + wide <= width for x, _, wide in boxes)
         for (x, y, wide), (other, below, wider) in combinations(boxes, 2):
             assert abs(y - below) >= 14 or x + wide < other or other + wider < x
         for mark in root.iter("{http://www.w3.org/2000/svg}circle"):
