@@ -113,7 +113,7 @@ _MEASURES = {
 
 
 # Of a divergence in the manifest: what is shown of how it is spread over the predictions.
-_QUANTILES = {"median": "Median", "p90": "90%", "p95": "95%", "p99": "99%", "largest": "Farthest"}
+_QUANTILES = {"median": "Median", "p90": "90%", "p95": "95%", "p99": "99%", "largest": "Maximum"}
 
 
 @cache
