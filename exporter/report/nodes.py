@@ -71,7 +71,8 @@ class Unit:
             decimals = _decimals(scaled, 3)
         # Of what overflowed, the exponent says more than 300 digits.
         form = ".2e" if abs(scaled) >= 1e9 else f".{decimals}f"
-        return f"{scaled:{'+' if self.signed else ''}{form}}".replace("-", MINUS) + self.suffix
+        # No zero is negative: what rounds to it lies on either side.
+        return f"{scaled:{'+' if self.signed else ''}z{form}}".replace("-", MINUS) + self.suffix
 
     def fixed(self, spread: float, digits: int = 2) -> Format:
         """Writes numbers with as many decimals as show so many digits of `spread`: of an error, two are enough."""

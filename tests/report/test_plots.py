@@ -102,6 +102,8 @@ def test_numbers_have_the_digits_that_their_interval_leaves() -> None:
     assert CHANGE.fixed(0.0049)(0.0078481) == "+0.78%"
     assert CHANGE.fixed(0.0049)(-0.1) == "\N{MINUS SIGN}10.00%"
     assert PERCENT.text(0.0067176) == "0.672%"
+    assert PERCENT.fixed(0.1)(-0.0003) == "0%"
+    assert CHANGE.text(-0.00001, 1) == "+0.0%"
     assert NATS.text(0.0) == "0"
     assert NATS.text(1.7e308) == "1.70e+308"
     assert PERCENT.limit(0.0212929) == "2.129%"
