@@ -43,6 +43,7 @@ TYPES = {"gguf": ("Q8_0", "Q4_K_M"), "safetensors": ("bf16",), "gptq": ("gptq-in
 # What `exporter` prints before the thing that is wrong.
 _WORDS = ("refused  ", "failed  ", "failed the gate  ")
 _LONGEST = 150
+_MOST = re.compile(r", columns? [\w ]+ the most;")
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,8 @@ def tables(verdicts: Sequence[Verdict]) -> str:
         if not any(found):
             continue
         first = next((one.reasons[0] for one in found if one and one.reasons), "")
+        # Where in the tensor is in the list of all reasons: the row has room for what and by how much.
+        first = _MOST.sub(",", first)
         reason = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}…"
         lines.append(_row(fault.name, *map(_word, found), reason))
     lines += ["", _row("sound artifacts", "passed", "wrongly failed"), _row(*["---"] * 3)]

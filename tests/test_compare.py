@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from exporter.compare import compare_folders
-from exporter.plot import plot_svg
+from exporter.plot import plot_html, plot_svg
 from exporter.speed import Speed
 from tests.commands import invoke
 from tests.manifests import manifest_of
@@ -210,6 +212,33 @@ def test_points_that_coincide_have_labels_apart(tmp_path: Path) -> None:
     root = ElementTree.fromstring(plot_svg(compare_folders(folders)))
     labels = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("a<")]
     assert len({(label.get("x"), label.get("y")) for label in labels}) == 12
+
+
+def test_the_page_has_a_drawing_for_a_phone_in_which_all_labels_are_inside_and_apart(tmp_path: Path) -> None:
+    """Of names that are longer than the screen is wide, the beginning and the type stay."""
+    names = [f"{'a-very-long-name-of-a-folder-' * size}{number}" for number, size in enumerate((1, 2, 3, 1))]
+    html = plot_html(
+        compare_folders([write(tmp_path / name, manifest_of(quants=("Q8_0", "Q4_K_M"))) for name in names])
+    )
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    drawings = [ElementTree.fromstring(svg) for svg in re.findall("<svg.*?</svg>", html, re.S)]
+    assert [int((root.get("viewBox") or "").split()[2]) for root in drawings] == [760, 358]
+    for root in drawings:
+        width = float((root.get("viewBox") or "").split()[2])
+        labels = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("a-very")]
+        assert [(one.text or "").split()[-1] for one in labels].count("Q8_0") == 4
+        boxes = []
+        for one in labels:
+            wide, ends = 6.6 * len(one.text or ""), one.get("text-anchor") == "end"
+            boxes.append((float(one.get("x", 0)) - wide * ends, float(one.get("y", 0)), wide))
+        # Right of the numbers of the y axis, which end where the lines of the grid begin.
+        grid = min(float(one.get("x1", 0)) for one in root.iter("{http://www.w3.org/2000/svg}line"))
+        assert all(x >= grid and x + wide <= width for x, _, wide in boxes)
+        for (x, y, wide), (other, below, wider) in combinations(boxes, 2):
+            assert abs(y - below) >= 14 or x + wide < other or other + wider < x
+        for mark in root.iter("{http://www.w3.org/2000/svg}circle"):
+            at, height = float(mark.get("cx", 0)), float(mark.get("cy", 0))
+            assert not any(x - 5 < at < x + wide + 5 and y - 13 < height < y + 5 for x, y, wide in boxes)
 
 
 @pytest.mark.parametrize("delta", [0.0, sys.float_info.max])

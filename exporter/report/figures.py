@@ -153,3 +153,5 @@ def _weights(weights: Node) -> Iterator[Figure]:
             reach = NORMAL_REACH * error.value
             figure = replace(figure, error=error, ends=(survival.value - reach, survival.value + reach))
         yield _by_limit(replace(figure, limit=limit, kind="within", ideal=1))
+    if weights["delta_error"].value is not None:
+        yield Figure("Delta, relative error", "of the stored change, over that change", weights["delta_error"], PERCENT)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from exporter.artifact.serving import serving_commands
 from exporter.report import plots
 from exporter.report.figures import Figure, figures
-from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, shown
+from exporter.report.nodes import CHANGE, NATS, NOTHING, PERCENT, Node, count, counted, share, shown
 from exporter.report.plots import Point
 from exporter.units import size
 
@@ -65,6 +65,7 @@ class Section:
         diagnosis: what is wrong with it as a whole, in a sentence; empty if nothing is.
         reasons: why it is not passed.
         figures: its figures.
+        spreads: its divergences over the predictions, with what each is called and in what unit.
         plots: its plots.
         fallbacks: tensors by the type that was wanted and the one that they are stored in.
         losses: the largest losses of matrices that were solved for, with their inputs.
@@ -77,6 +78,7 @@ class Section:
     diagnosis: str
     reasons: list[Reason]
     figures: list[Figure]
+    spreads: list[tuple[str, str, Node]]
     plots: list[Plot]
     fallbacks: dict[tuple[str, str], list[Node]]
     losses: list[tuple[str, Node, Node]]
@@ -110,10 +112,21 @@ _MEASURES = {
 }
 
 
+# Of a divergence in the manifest: what is shown of how it is spread over the predictions.
+_QUANTILES = {"median": "Median", "p90": "90%", "p95": "95%", "p99": "99%", "largest": "Maximum"}
+
+
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"interval_bar": plots.interval_bar, "ends": _ends, "limit": _limit, "measures": _MEASURES}
+    environment.globals |= {
+        "interval_bar": plots.interval_bar,
+        "ends": _ends,
+        "share": share,
+        "limit": _limit,
+        "measures": _MEASURES,
+        "quantiles": _QUANTILES,
+    }
     environment.filters |= {
         "count": lambda node: shown(node, count),
         "counted": counted,
@@ -167,6 +180,7 @@ def _section(root: Node, artifact: Node) -> Section:
         _diagnosis(artifact, {reason.area for reason in reasons}) if verdict == "failed" else "",
         reasons,
         found,
+        list(_spreads(artifact["verification"])),
         list(_plots(artifact)),
         _fallbacks(artifact),
         _losses(artifact["quantization"]),
@@ -236,6 +250,15 @@ def _limit(figure: Figure) -> Markup:
     return ideal + figure.sign + shown(figure.limit, unit.limit)
 
 
+def _spreads(verification: Node) -> Iterator[tuple[str, str, Node]]:
+    if kl := verification["kl_divergence"]:
+        yield "KL divergence", "nats", kl
+    if top := verification["top_k_divergence"]:
+        yield f"KL of the top {top['k'].value}", "nats", top
+    if shannon := verification["jensen_shannon"]:
+        yield "Jensen-Shannon", "bits", shannon
+
+
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +268,7 @@ def _plots(artifact: Node) -> Iterator[Plot]:
     yield Plot(title, "What the bytes of all tensors are spent on.", plots.bars(title, types, size))
     yield from _error_plots(artifact["weights"])
     yield from _survival_plots(artifact["weights"])
+    yield from _delta_error_plots(artifact["weights"])
     profile = artifact["verification"]["profile"]
     if profile["kl_quantiles"]:
         title = "KL divergence by quantile"
@@ -286,6 +310,21 @@ def _survival_plots(weights: Node) -> Iterator[Plot]:
         title = "Delta survival by kind of matrix"
         as_text = PERCENT.fixed(max(abs(point.value.value - 1) for point in kinds) or 1)
         yield Plot(title, about, plots.deviations(title, kinds, as_text, 1))
+
+
+def _delta_error_plots(weights: Node) -> Iterator[Plot]:
+    """Beside survival: an error that has nothing to do with the change leaves that at 100% however large it is."""
+    about = "Of what is stored of the adapter's change, over that change; 100% is an error as large as it."
+    layers, kinds = (
+        [point for point in _points(weights[part], "delta_error") if point.number is not None]
+        for part in ("layers", "kinds")
+    )
+    if layers:
+        title = "Relative error of the delta by layer"
+        yield Plot(title, about, plots.columns(title, layers, PERCENT, "layer"))
+    if kinds:
+        title = "Relative error of the delta by kind of matrix"
+        yield Plot(title, about, plots.bars(title, kinds, PERCENT.text))
 
 
 def _points(part: Node, figure: str) -> list[Point]:

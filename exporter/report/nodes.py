@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ Format = Callable[[float], str]
 MINUS = "\N{MINUS SIGN}"
 NOTHING = Markup('<span class="none">\N{EN DASH}</span>')
 _MOST_DECIMALS = 8
+# Of ticks: an exponent is shorter.
+_MOST_TICK_DECIMALS = 4
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Unit:
             decimals = _decimals(scaled, 3)
         # Of what overflowed, the exponent says more than 300 digits.
         form = ".2e" if abs(scaled) >= 1e9 else f".{decimals}f"
-        return f"{scaled:{'+' if self.signed else ''}{form}}".replace("-", MINUS) + self.suffix
+        # No zero is negative: what rounds to it lies on either side.
+        return f"{scaled:{'+' if self.signed else ''}z{form}}".replace("-", MINUS) + self.suffix
 
     def fixed(self, spread: float, digits: int = 2) -> Format:
         """Writes numbers with as many decimals as show so many digits of `spread`: of an error, two are enough."""
@@ -79,6 +82,15 @@ class Unit:
     def short(self, value: float, digits: int = 6) -> str:
         """A round number, such as a tick or a limit, with no more digits than it has."""
         return f"{self.factor * value:.{digits}g}".replace("-", MINUS) + self.suffix
+
+    def apart(self, values: Sequence[float]) -> list[str]:
+        """Numbers in even steps, such as ticks, all with the decimals of a step: no two are written alike."""
+        step = values[1] - values[0] if len(values) > 1 else values[0]
+        decimals = _decimals(self.factor * step, 1)
+        short = [self.short(value) for value in values]
+        if decimals > _MOST_TICK_DECIMALS and len({*short}) == len(short):
+            return short
+        return [self.text(value, decimals) for value in values]
 
     def limit(self, value: float) -> str:
         """A limit; four digits are enough of one that was computed."""
@@ -113,3 +125,14 @@ def counted(node: Node) -> Markup:
     """How many things there are at a place."""
     length = len(node.value or ())
     return Markup('<data value="{}" data-length-of="{}">{}</data>').format(length, node.pointer, count(length))
+
+
+def share(part: Node, whole: Node) -> Markup:
+    """A number as a share of another, and where both are from; a dash where there is none."""
+    if part.value is None or not whole.value:
+        return NOTHING
+    taken = part.value / whole.value
+    if not math.isfinite(taken):
+        return NOTHING
+    text = '<data value="{}" data-part-at="{}" data-whole-at="{}">{}</data>'
+    return Markup(text).format(json.dumps(taken), part.pointer, whole.pointer, PERCENT.text(taken, 0))

@@ -13,11 +13,14 @@ from exporter.report.nodes import NATS, Format, Node, Unit, count
 from exporter.report.svg import drawing, linear, logarithmic, mark, tag, text, ticks
 
 WIDTH = 360
-# Of plots with axes: the frame.
+# Of plots with axes: the frame, which begins where the labels of its ticks end, and how wide a letter of those is.
 _LEFT, _RIGHT, _TOP, _BASE, _HEIGHT = 46.0, 352.0, 10.0, 160.0, 196
+_LETTER = 6.4
 # Of rows: where their bars begin and end, and the height of each.
 _BARS, _BARS_END, _ROW = 98.0, 282.0, 22
 _LONGEST_LABEL = 14
+# How far from its ideal a scale goes at least: what is closer is as good as on it.
+_LEAST_REACH = 1e-6
 # How many times its limit a figure may be before its bar ends in an arrow.
 _BEYOND = 3.0
 
@@ -152,10 +155,11 @@ def columns(label: str, points: Sequence[Point], unit: Unit, axis: str) -> Marku
     """A column a point, from zero, side by side; `axis` says what they are in the order of."""
     largest = max((point.number or 0.0 for point in points), default=0.0) or 1.0
     y = linear(0, largest * 1.08, _BASE, _TOP)
-    parts = _grid(ticks(0, largest * 1.08, 4), y, unit.short) + _below(points, axis)
-    step = (_RIGHT - _LEFT) / max(len(points), 1)
+    left, parts = _grid(ticks(0, largest * 1.08, 4), y, unit.apart)
+    parts += _below(points, axis, left)
+    step = (_RIGHT - left) / max(len(points), 1)
     for index, point in enumerate(points):
-        top, x = y(point.number or 0.0), _LEFT + step * (index + 0.5)
+        top, x = y(point.number or 0.0), left + step * (index + 0.5)
         if point.number is None:
             parts.append(mark("text", point.value, _title(point, unit.text), x=x, y=_BASE - 4, class_="bad"))
             parts.append(text("\N{MULTIPLICATION SIGN}", x, _BASE - 4, "bad", "middle"))
@@ -169,13 +173,15 @@ def columns(label: str, points: Sequence[Point], unit: Unit, axis: str) -> Marku
 def dots(label: str, points: Sequence[Point], unit: Unit, axis: str, ideal: float) -> Markup:
     """A dot a point, side by side, on a scale around `ideal`."""
     numbers = [point.number for point in points if point.number is not None]
-    reach = max((abs(number - ideal) for number in numbers), default=0.0) * 1.15 or 1e-9
+    reach = max((abs(number - ideal) * 1.15 for number in numbers), default=0.0)
+    reach = max(reach, _LEAST_REACH)
     y = linear(ideal - reach, ideal + reach, _BASE, _TOP)
-    parts = _grid(ticks(ideal - reach, ideal + reach, 4), y, unit.short) + _below(points, axis)
-    parts.append(tag("line", x1=_LEFT, x2=_RIGHT, y1=y(ideal), y2=y(ideal), class_="ideal"))
-    step = (_RIGHT - _LEFT) / max(len(points), 1)
+    left, parts = _grid(ticks(ideal - reach, ideal + reach, 4), y, unit.apart)
+    parts += _below(points, axis, left)
+    parts.append(tag("line", x1=left, x2=_RIGHT, y1=y(ideal), y2=y(ideal), class_="ideal"))
+    step = (_RIGHT - left) / max(len(points), 1)
     for index, point in enumerate(points):
-        x = _LEFT + step * (index + 0.5)
+        x = left + step * (index + 0.5)
         if point.number is None:
             continue
         parts.append(tag("line", x1=x, x2=x, y1=y(ideal), y2=y(point.number), class_="stem"))
@@ -193,16 +199,15 @@ def quantiles(label: str, pairs: Node) -> Markup:
     # Decades below what is seen: a position or two may be next to the same.
     low = max(low, high * 1e-8)
     y = logarithmic(low, high, _BASE, _TOP)
-    decades = [10.0**power for power in range(round(math.log10(low)), round(math.log10(high)) + 1)]
-    parts = _grid(decades[:: 1 + len(decades) // 6], y, lambda value: f"{value:g}")
-    step = (_RIGHT - _LEFT) / len(pairs.value)
-    places = [(_LEFT + step * (index + 0.5), y(pair[1].value)) for index, pair in enumerate(pairs)]
+    left, parts = _grid(_decade_ticks(low, high), y, lambda values: [f"{value:g}" for value in values])
+    step = (_RIGHT - left) / len(pairs.value)
+    places = [(left + step * (index + 0.5), y(pair[1].value)) for index, pair in enumerate(pairs)]
     parts.append(tag("polyline", points=" ".join(f"{x:.1f},{height:.1f}" for x, height in places), class_="curve"))
     for (x, height), pair in zip(places, pairs, strict=True):
         name = {0: "min", 1: "max"}.get(pair[0].value, f"{100 * pair[0].value:g}")
         parts.append(text(name, x, _BASE + 14, None, "middle"))
         parts.append(mark("circle", pair[1], f"{name}: {NATS.text(pair[1].value)}", cx=x, cy=height, r=3, class_="dot"))
-    parts.append(text("quantile of the predictions, %", (_LEFT + _RIGHT) / 2, _HEIGHT - 4, None, "middle"))
+    parts.append(text("quantile of the predictions, %", (left + _RIGHT) / 2, _HEIGHT - 4, None, "middle"))
     return drawing(WIDTH, _HEIGHT, label, parts)
 
 
@@ -231,17 +236,31 @@ def heat(label: str, counts: Node) -> Markup:
     return drawing(WIDTH, bottom + 34, label, parts)
 
 
-def _grid(values: Sequence[float], y: Callable[[float], float], as_text: Format) -> list[Markup]:
-    lines = [tag("line", x1=_LEFT, x2=_RIGHT, y1=y(value), y2=y(value), class_="grid") for value in values]
-    return lines + [text(as_text(value), _LEFT - 6, y(value) + 4, None, "end") for value in values]
+def _decade_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from one to the other; of a single decade, 2 and 5 times its power too."""
+    first, last = round(math.log10(low)), round(math.log10(high))
+    decades = [10.0**power for power in range(first, last + 1)]
+    return [low, 2 * low, 5 * low, high] if last == first + 1 else decades[:: 1 + len(decades) // 6]
 
 
-def _below(points: Sequence[Point], axis: str) -> list[Markup]:
+def _grid(
+    values: Sequence[float], y: Callable[[float], float], as_texts: Callable[[Sequence[float]], list[str]]
+) -> tuple[float, list[Markup]]:
+    """Where the frame begins, so that the labels of the ticks have room; lines and labels."""
+    texts = as_texts(values)
+    left = max(_LEFT, 8 + _LETTER * max(map(len, texts)))
+    lines = [tag("line", x1=left, x2=_RIGHT, y1=y(value), y2=y(value), class_="grid") for value in values]
+    return left, lines + [
+        text(label, left - 6, y(at) + 4, None, "end") for at, label in zip(values, texts, strict=True)
+    ]
+
+
+def _below(points: Sequence[Point], axis: str, left: float) -> list[Markup]:
     """Names under the base line, as many as there is room for, and what they are."""
-    step, every = (_RIGHT - _LEFT) / max(len(points), 1), max(1, math.ceil(len(points) / 10))
+    step, every = (_RIGHT - left) / max(len(points), 1), max(1, math.ceil(len(points) / 10))
     names = [
-        text(point.name, _LEFT + step * (index + 0.5), _BASE + 14, None, "middle")
+        text(point.name, left + step * (index + 0.5), _BASE + 14, None, "middle")
         for index, point in enumerate(points)
         if index % every == 0
     ]
-    return [*names, text(axis, (_LEFT + _RIGHT) / 2, _HEIGHT - 4, None, "middle")]
+    return [*names, text(axis, (left + _RIGHT) / 2, _HEIGHT - 4, None, "middle")]

@@ -11,6 +11,8 @@ from markupsafe import Markup, escape
 from exporter.report.nodes import Node
 
 Scale = Callable[[float], float]
+# Two say how far apart values are, and not where between the two a third is.
+_LEAST_TICKS = 3
 
 
 def tag(name: str, /, *children: str, **attributes: str | float | None) -> Markup:
@@ -68,10 +70,23 @@ def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers from `low` to `high`, at least three: multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: the lower end.
+        high: the upper end.
+        most: steps between them; more only where these leave less than three numbers.
+    """
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(step * power for step in (1, 2, 5, 10, 20) if (high - low) / (step * power) <= most)
+    # From the widest step to one that has three multiples wherever the range lies.
+    found = [_multiples(factor * power, low, high) for factor in (20, 10, 5, 2, 1, 0.5)]
+    enough = [numbers for numbers in found if len(numbers) >= _LEAST_TICKS]
+    fitting = [numbers for numbers in enough if len(numbers) <= most + 1]
+    return fitting[-1] if fitting else enough[0]
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]

@@ -95,7 +95,7 @@ class Sums:
     looked_at: int = 0
 
     def plus(self, other: Sums) -> Sums:
-        """Both together; of groups that are equally far off, the first stays."""
+        """Both together; of groups that are equally far off, or not finite, the first stays."""
         return Sums(
             self.elements + other.elements,
             self.error + other.error,
@@ -104,9 +104,9 @@ class Sums:
             self.error_delta + other.error_delta,
             self.base_delta + other.base_delta,
             self.variance + other.variance,
-            max(self.group, other.group, key=lambda one: one.value),
-            max(self.gain, other.gain, key=lambda one: one.value),
-            max(self.shift, other.shift, key=lambda one: one.value),
+            max(self.group, other.group, key=_far),
+            max(self.gain, other.gain, key=_far),
+            max(self.shift, other.shift, key=_far),
             self.different + other.different,
             self.looked_at + other.looked_at,
         )
@@ -154,6 +154,11 @@ class Sums:
             return math.inf
         shrunk = min(1.0, self.relative_error**2) * (1 + self.base_delta / self.delta)
         return SURVIVAL_SLACK + SURVIVAL_ERRORS * math.sqrt(self.variance) / self.delta + 2 * shrunk
+
+
+def _far(worst: Worst) -> float:
+    """How far, for an order: what is no number is farther than anything."""
+    return math.inf if math.isnan(worst.value) else worst.value
 
 
 def total(parts: Iterable[Sums]) -> Sums:

@@ -64,10 +64,13 @@ def held_figures(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
     """Everything that a stored weight is held to."""
     limits, name = weight.tolerance, weight.source
     error = sums.relative_error
-    reason = f"{name} is {error:.2%} off, {weight.type} leaves at most {limits.error:.2%}"
-    yield Held("relative_error", error, limits.error, reason)
     group = sums.group
-    reason = f"{name}: {_place(group, weight)} are {group.value:.2%} off, the limit is {limits.group:.2%}"
+    # Only the farthest part is known: others of the weight may be off too.
+    farthest = f", {_place(group, weight)} the most" if group.value else ""
+    reason = f"{name} is {error:.2%} off{farthest}; {weight.type} leaves at most {limits.error:.2%}"
+    yield Held("relative_error", error, limits.error, reason)
+    verb = "are" if weight.group > 1 else "is"
+    reason = f"{name}: {_place(group, weight)} {verb} {group.value:.2%} off, the limit is {limits.group:.2%}"
     yield Held("group", group.value, limits.group, reason, group.row, group.column)
     if weight.group > 1:
         scale = sums.gain
@@ -97,4 +100,6 @@ def is_judged(weight: StoredWeight, sums: Sums) -> bool:
 
 
 def _place(worst: Worst, weight: StoredWeight) -> str:
+    if weight.group == 1:
+        return f"column {worst.column} of row {worst.row}"
     return f"columns {worst.column} to {worst.column + weight.group - 1} of row {worst.row}"

@@ -36,7 +36,7 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
             for weight, sums in by_limit[:NAMED]
         ],
         "nearest": {measure: _nearest(weight, held) for measure, (weight, held) in result.nearest.items()},
-        **{part: {key: _figures(sums) for key, sums in _grouped(result, by).items()} for part, by in parts.items()},
+        **{part: _grouped(result, by) for part, by in parts.items()},
         "broken": list(result.broken),
     }
 
@@ -65,13 +65,19 @@ def _figures(sums: Sums) -> dict[str, Any]:
     return {"relative_error": _number(sums.relative_error), "survival": _number(sums.survival)}
 
 
-def _grouped(result: WeightsResult, pattern: str) -> dict[str, Sums]:
-    """Sums by what the pattern finds in a name; tensors in which it finds nothing are left out."""
+def _grouped(result: WeightsResult, pattern: str) -> dict[str, dict[str, Any]]:
+    """Figures by what the pattern finds in a name; tensors in which it finds nothing are left out.
+
+    The error of the delta is, as that of the whole, of the weights that the adapter changes.
+    """
     groups: dict[str, list[Sums]] = {}
     for weight, sums in result.tensors:
         if match := re.search(pattern, weight.source):
             groups.setdefault(match[1], []).append(sums)
-    return {key: total(parts) for key, parts in groups.items()}
+    return {
+        key: _figures(total(parts)) | {"delta_error": _number(total(part for part in parts if part.delta).delta_error)}
+        for key, parts in groups.items()
+    }
 
 
 def _number(value: float | None) -> float | None:

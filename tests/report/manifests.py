@@ -37,7 +37,7 @@ def verification(seed: int, noise: float, *, windows: int = 8, kl: bool = True, 
 
 
 def _figures(error: float, survival: float | None) -> dict[str, Any]:
-    return {"relative_error": error, "survival": survival}
+    return {"relative_error": error, "survival": survival, "delta_error": survival and 7 * error}
 
 
 def _nearest(name: str, value: float, limit: float, *place: int) -> dict[str, Any]:
@@ -53,7 +53,11 @@ WEIGHTS: dict[str, Any] = {
     "survival_limit": 0.0213,
     "delta_error": 0.42,
     "judged": 28,
-    "worst": [{"name": "model.layers.1.mlp.up_proj.weight", "type": "Q4_K", "relative_error": 0.08, "limit": 0.19}],
+    "worst": [
+        {"name": "model.layers.1.mlp.up_proj.weight", "type": "Q4_K", "relative_error": 0.08, "limit": 0.19},
+        {"name": "model.layers.0.mlp.down_proj.weight", "type": "Q6_K", "relative_error": 0.02, "limit": 0.05},
+        {"name": "model.layers.1.self_attn.k_proj.weight", "type": "Q4_K", "relative_error": 0.07, "limit": 0.19},
+    ],
     "nearest": {
         "relative_error": _nearest("mlp.up_proj", 0.08, 0.19),
         "group": _nearest("self_attn.k_proj", 0.31, 0.6, 12, 64),
@@ -181,8 +185,8 @@ def _failed(found: Manifest) -> None:
     one = found["artifacts"][1]
     one["verification"] = verification(2, 2.0, gate=Gate(0.01, 0.99))
     one["weights"] |= {"relative_error": None, "survival": 0.01, "broken": ["q_proj: of the change 1% is stored"]}
-    one["weights"]["layers"]["3"] = {"relative_error": None, "survival": None}
-    one["weights"]["kinds"]["q_proj"] = {"relative_error": None, "survival": None}
+    one["weights"]["layers"]["3"] = {"relative_error": None, "survival": None, "delta_error": None}
+    one["weights"]["kinds"]["q_proj"] = {"relative_error": None, "survival": None, "delta_error": None}
     one["answers"] |= {"broken": ["tokenization differs on 1 of 104 texts: greek"]}
     one["answers"]["tokenization"]["differing"] = ["greek"]
     one["verification"]["broken"] += one["weights"]["broken"] + one["answers"]["broken"]
@@ -205,7 +209,7 @@ def _no_adapter(found: Manifest) -> None:
     weights = found["artifacts"][0]["weights"]
     weights |= {"survival": None, "survival_stderr": None, "survival_limit": None, "delta_error": None}
     for part in ("layers", "kinds"):
-        weights[part] = {name: one | {"survival": None} for name, one in weights[part].items()}
+        weights[part] = {name: one | {"survival": None, "delta_error": None} for name, one in weights[part].items()}
 
 
 def _gptq(found: Manifest) -> None:

@@ -103,6 +103,11 @@ def numbers(manifest: Mapping[str, Any], found: Iterable[tuple[dict[str, str], s
         elif (pointer := attributes.get("data-length-of")) is not None:
             assert float(attributes["value"]) == float(text) == len(resolve(manifest, pointer)), pointer
             yield pointer
+        elif (pointer := attributes.get("data-part-at")) is not None:
+            share = resolve(manifest, pointer) / resolve(manifest, attributes["data-whole-at"])
+            assert math.isclose(float(attributes["value"]), share), pointer
+            assert rounded(text, share), (pointer, text)
+            yield f"{pointer} of {attributes['data-whole-at']}"
         elif (pointer := attributes.get("data-error-at")) is not None:
             value, error = resolve(manifest, attributes["data-value-at"]), resolve(manifest, pointer)
             reach = 1.96 if "/weights/" in pointer else T[_windows(manifest, pointer) - 1]

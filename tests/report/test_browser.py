@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from exporter.compare import compare_folders
+from exporter.plot import plot_html
 from exporter.report.html import REPORT_NAME, report_html
 from tests.exports import export_to
+from tests.manifests import manifest_of
 from tests.report.manifests import case
 from tests.report.page import numbers
 
@@ -25,13 +29,21 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 # Every element that stands for a number, as one reads it.
-SHOWN = """() => [...document.querySelectorAll("[data-at], [data-length-of], [data-error-at]")].map(one => [
+SHOWN = """() => [
+    ...document.querySelectorAll("[data-at], [data-length-of], [data-error-at], [data-part-at]")
+].map(one => [
     Object.fromEntries([...one.attributes].map(attribute => [attribute.name, attribute.value])), one.textContent
 ])"""
 # Elements that stand out of the screen and are not in a box that scrolls by itself.
 OUTSIDE = """() => [...document.querySelectorAll("body *")].filter(one =>
     one.getBoundingClientRect().right > innerWidth + 1 && !one.closest(".scroll, pre, svg, details:not([open])")
 ).map(one => one.outerHTML.slice(0, 120))"""
+
+# Drawings that are shown: where they begin, and how large their letters are on the screen.
+BOXES = """() => [...document.querySelectorAll("svg")].filter(one => one.getClientRects().length).map(one => ({
+    left: one.getBoundingClientRect().left,
+    letters: parseFloat(getComputedStyle(one).fontSize) * one.getBoundingClientRect().width / one.viewBox.baseVal.width
+}))"""
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +117,26 @@ def test_it_opens(browser: Browser, folders: dict[str, Path], name: str, width: 
         page.close()
     assert said == []
     assert asked == [url]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_comparison_is_read_on_a_phone(browser: Browser, tmp_path: Path, width: int, scheme: Any) -> None:
+    """One drawing is shown, no letter is small, and nothing touches the edge."""
+    for name in ("one", "another-that-has-a-rather-long-name-for-a-phone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "export.json").write_text(json.dumps(manifest_of(quants=("Q8_0", "Q4_K_M"))))
+    file = tmp_path / "plot.html"
+    file.write_text(plot_html(compare_folders([tmp_path / "one", *tmp_path.glob("another*")])), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    try:
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        boxes = page.evaluate(BOXES)
+        assert len(boxes) == 1
+        assert boxes[0]["left"] >= 16
+        assert boxes[0]["letters"] >= 11.5
+        grey = sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))))
+        assert (grey < 100) == (scheme == "dark")
+    finally:
+        page.close()

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """<script>alert("x")</script>'"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
 
 
+NEAREST = ("relative_error", "group", "scale", "row_mean", "survival")
+
+
 def page_of(name: str) -> Page:
     return Page.of(report_html(case(name)))
 
@@ -37,20 +40,41 @@ def test_every_number_is_the_manifests(name: str) -> None:
     manifest = case(name)
     page = Page.of(report_html(manifest))
     found = set(numbers(manifest, ((one.attributes, one.text) for one in page.elements)))
+    # What one reads without pointing at a drawing.
+    read = set(numbers(manifest, ((one.attributes, one.text) for one in page.all("data"))))
     for index, artifact in enumerate(manifest["artifacts"]):
         at, figures = f"/artifacts/{index}", artifact["verification"]
         expected = {f"{at}/bytes", *(f"{at}/types/{kind}/bytes" for kind in artifact["types"])}
         if "perplexity" in figures:
-            expected |= {f"{at}/verification/{part}" for part in ("perplexity", "probability_rms/value")}
+            expected.add(f"{at}/verification/perplexity")
+            assert f"{at}/verification/probability_rms/value" in read
             expected |= {
                 f"{at}/verification/profile/probability/{r}/{c}" for r in range(10) for c in range(10)
             }  # fmt: skip
+        for form in ("kl_divergence", "top_k_divergence", "jensen_shannon"):
+            if figures.get(form):
+                parts = ("median", "p90", "p95", "p99", "largest")
+                assert {f"{at}/verification/{form}/{part}" for part in parts} <= read
         if figures.get("kl_divergence"):
             expected.add(f"{at}/verification/jensen_shannon/mean")
             expected |= {f"{at}/verification/profile/kl_quantiles/{number}/1" for number in range(11)}
             expected |= {f"{at}/verification/profile/kl_along_window/{number}/1" for number in range(16)}
         if artifact["weights"]:
             expected |= {f"{at}/weights/layers/{layer}/relative_error" for layer in range(36)}
+            expected |= {
+                f"{at}/weights/{part}/{key}/{figure}"
+                for part in ("layers", "kinds")
+                for key, one in artifact["weights"][part].items()
+                for figure in ("survival", "delta_error")
+                if one[figure] is not None
+            }
+            assert artifact["weights"]["delta_error"] is None or f"{at}/weights/delta_error" in read
+            for one in (*(f"worst/{rank}" for rank in range(3)), *(f"nearest/{name}" for name in NEAREST)):
+                value, limit = (
+                    f"{at}/weights/{one}/{part}"
+                    for part in (("value" if one.startswith("nearest") else "relative_error"), "limit")
+                )
+                assert {value, limit, f"{value} of {limit}"} <= read
         if artifact["answers"]:
             expected |= {f"{at}/answers/tokenization/texts", f"{at}/answers/continuations/0/mean_shortfall"}
         assert expected <= found
@@ -63,7 +87,10 @@ def test_every_number_in_a_table_says_where_it_is_from(name: str) -> None:
     cells = [one for one in page.all("td", "n") if any(character.isdigit() for character in one.text)]
     inside = [one for one in page.all("data") if any(parent.startswith("td ") for parent in one.inside)]
     assert len(cells) <= len(inside)
-    assert all(one.attributes.keys() & {"data-at", "data-length-of", "data-error-at"} for one in page.all("data"))
+    assert all(
+        one.attributes.keys() & {"data-at", "data-length-of", "data-error-at", "data-part-at"}
+        for one in page.all("data")
+    )
 
 
 def test_intervals_and_limits_are_those_of_the_gates_checks() -> None:
@@ -73,6 +100,17 @@ def test_intervals_and_limits_are_those_of_the_gates_checks() -> None:
         at = f"/artifacts/0/verification/checks/{check}"
         assert {f"{at}/value", f"{at}/interval/0", f"{at}/interval/1", f"{at}/limit"} <= found
     assert not any(pointer.startswith("/artifacts/0/verification/gate") for pointer in found)
+
+
+def test_a_limit_that_is_none_has_no_share() -> None:
+    manifest = case("everything")
+    weights = manifest["artifacts"][0]["weights"]
+    weights["worst"][0]["limit"], weights["worst"][1]["limit"] = None, 0.0
+    weights["worst"][2]["relative_error"] = None
+    page = Page.of(report_html(manifest))
+    found = {*numbers(manifest, ((one.attributes, one.text) for one in page.elements))}
+    assert not [one for one in found if one.startswith("/artifacts/0/weights/worst/") and " of " in one]
+    assert len([one for one in found if one.startswith("/artifacts/1/weights/worst/") and " of " in one]) == 3
 
 
 @pytest.mark.parametrize(

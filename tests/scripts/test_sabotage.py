@@ -73,14 +73,14 @@ def test_the_tables_are_markdown() -> None:
         Verdict(None, "gguf Q8_0, untied", 3, ("a", "b"), 1.0),
         Verdict(FAULTS[1], "gguf Q8_0", 3, ("<|a|>", "b"), 1.0),
         Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0),
-        Verdict(FAULTS[0], "gguf F16", 3, ("c",), 1.0),
+        Verdict(FAULTS[0], "gguf F16", 3, ("c is 9% off, column 5 of row 2 the most; F16 leaves 1%",), 1.0),
         Verdict(low, "gguf Q8_0", 3, ("d", "e"), 1.0),
         Verdict(low, "gguf F16", 0, (), 1.0),
     ]
     assert tables(verdicts).splitlines() == [
         "| fault | gguf Q8_0 | gguf F16 | by what |",
         "| --- | --- | --- | --- |",
-        f"| {FAULTS[0].name} | **missed** | caught | c |",
+        f"| {FAULTS[0].name} | **missed** | caught | c is 9% off, F16 leaves 1% |",
         f"| {FAULTS[1].name} | caught |  | \\<\\|a\\|> |",
         f"| {low.name} | caught in part (2) | missed, by design | d |",
         "",

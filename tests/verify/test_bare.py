@@ -68,8 +68,10 @@ def test_it_is_scored_and_nothing_else_is_known(
     assert list(result.verdicts) == [label]
     assert result.notes == (NOTE,)
     assert result.as_json()[label]["scores_alone"] is True
-    assert result.verdicts[label].comparison.divergence is not None
-    assert result.verdicts[label].comparison.divergence.mean < 0.01
+    figures = result.verdicts[label].comparison
+    assert figures is not None
+    assert figures.divergence is not None
+    assert figures.divergence.mean < 0.01
 
 
 def test_formats_types_and_parameters(made: dict[str, Path], base: Path) -> None:

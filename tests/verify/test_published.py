@@ -76,7 +76,8 @@ def test_states_that_do_not_stay_in_memory_are_on_the_disk_for_a_while(
     assert not any(tmp_path.iterdir())
     manifest = json.loads((good["gguf"] / "export.json").read_text())
     before = {f"gguf {one['quant']}": one["verification"]["perplexity"] for one in manifest["artifacts"]}
-    assert {label: found.comparison.perplexity for label, found in result.verdicts.items()} == before
+    after = {label: found.comparison.perplexity for label, found in result.verdicts.items() if found.comparison}
+    assert after == before
 
 
 def test_too_little_memory_for_the_walk_is_refused(

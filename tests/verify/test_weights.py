@@ -292,6 +292,49 @@ def test_the_summary_has_layers_and_kinds(model: MergedModel, files: Callable[[s
     assert weights_json(None) is None
 
 
+@pytest.mark.parametrize(("group", "place"), [(32, "columns 32 to 63 of row 905"), (1, "column 40 of row 905")])
+@pytest.mark.parametrize("value", [9.0, math.nan])
+def test_a_reason_says_where_a_weight_is_off_the_most(group: int, place: str, value: float) -> None:
+    """Also in rows that were looked at later than others."""
+    merged = np.ones((1000, 64), dtype=np.float32)
+    stored = merged.copy()
+    stored[100:] *= 1.5
+    stored[905, 40] = value
+    weight = StoredWeight("a", "a", "Q", merged.shape, group, group, Tolerance(0.01, 0.01, 0.01, 0.0))
+    with np.errstate(invalid="ignore"):
+        parts = [block_sums(stored[at : at + 500], merged[at : at + 500], None, weight, at) for at in (0, 500)]
+    sums = parts[0].plus(parts[1]).whole()
+    (reason,) = WeightsResult(((weight, sums),), ()).broken
+    assert f" off, {place} the most; Q leaves at most 1.00%" in reason
+    loose = replace(weight, tolerance=replace(weight.tolerance, error=math.inf))
+    (reason,) = WeightsResult(((loose, replace(sums, error=0.0)),), ()).broken
+    assert reason.startswith(f"a: {place} {'are' if group > 1 else 'is'} ")
+
+
+def test_the_error_of_the_delta_is_of_the_weights_that_have_one() -> None:
+    """By layer and by kind, against numpy; a norm that the adapter leaves alone adds nothing."""
+    generator = np.random.default_rng(0)
+    names = [f"model.layers.{layer}.mlp.{kind}.weight" for layer in range(2) for kind in ("up_proj", "norm")]
+    arrays = {name: generator.standard_normal((3, 4, 64)).astype(np.float32) for name in names}
+    tensors = []
+    for name, (merged, delta, error) in arrays.items():
+        weight = StoredWeight(name, name, "Q", (4, 64), 16, 32, LOOSE)
+        base = None if "norm" in name else merged - delta
+        tensors.append((weight, block_sums(merged + error, merged, base, weight).whole()))
+    summary = weights_json(WeightsResult(tuple(tensors), ()))
+    assert summary is not None
+
+    def expected(*layers: int) -> float:
+        ours = np.stack([arrays[names[2 * layer]] for layer in layers], axis=1).astype(np.float64)
+        return float(np.linalg.norm(ours[2]) / np.linalg.norm(ours[1]))
+
+    assert summary["layers"]["0"]["delta_error"] == pytest.approx(expected(0), rel=1e-4)
+    assert summary["layers"]["1"]["delta_error"] == pytest.approx(expected(1), rel=1e-4)
+    whole = pytest.approx(expected(0, 1), rel=1e-4)
+    assert summary["kinds"]["up_proj"]["delta_error"] == summary["delta_error"] == whole
+    assert summary["kinds"]["norm"]["delta_error"] is None
+
+
 def test_the_weight_that_is_nearest_to_a_limit_is_shown_with_its_place() -> None:
     limits = Tolerance(0.5, 1.0, 1.0, 0.0)
     loose, tight = (
