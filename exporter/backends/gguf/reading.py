@@ -29,7 +29,8 @@ _VALUES = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_LONGEST_STRING = 1 << 26
+# Bytes of a string, or numbers of an array.
+_LONGEST = 1 << 26
 
 # Relative error that a type leaves on Gaussian weights, 512 rows of 1,024: the larger one of no importance and of one
 # that is the same for all columns.
@@ -77,7 +78,7 @@ class Header:
         file_type: value of `general.file_type`, None if it does not say.
         imatrix: whether it says that it was made with an importance matrix.
         tensors: by name.
-        metadata: by key; of arrays, those of strings, and None for others.
+        metadata: by key; arrays as lists, and None for those of arrays.
     """
 
     file_type: int | None
@@ -137,19 +138,20 @@ class _Parser:
 
     def _string(self) -> str:
         (length,) = self._take("<Q")
-        if length > _LONGEST_STRING:
+        if length > _LONGEST:
             raise contradiction(self._name, f"a string of {length} bytes", "a whole GGUF header")
         return self._stream.read(length).decode("utf-8", errors="replace")
 
     def _value(self, kind: int) -> Any:
-        """A value; None for an array of anything but strings."""
+        """A value; None for an array of arrays."""
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
             item, count = self._take("<IQ")
             if item in _VALUES:
-                self._stream.seek(count * struct.calcsize(_VALUES[item]), os.SEEK_CUR)
-                return None
+                if count > _LONGEST:
+                    raise contradiction(self._name, f"an array of {count} numbers", "a whole GGUF header")
+                return list(self._take(f"<{count}{_VALUES[item][1]}"))
             values = [self._value(item) for _ in range(count)]
             return values if item == _STRING else None
         return self._take(_VALUES[kind])[0]
