@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends.gguf.stated import header_faults
+from exporter.backends.gguf.stated_modelfile import modelfile_faults
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, ModelShape, tensor_type
 from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.backends.shards import contradiction, float_weight
@@ -191,6 +192,7 @@ class GgufReader:
         if header.file_type != file_type.number:
             faults.append(f"{file.name} says file type {header.file_type}, {quant} is {file_type.number}")
         faults += header_faults(header.metadata, model, family)
+        faults += modelfile_faults(file, quant, model)
         for name, tensor in named:
             wanted, _ = tensor_type(name, tensor.shape, file_type, shape, imatrix=header.imatrix)
             found = header.tensors.get(name)
