@@ -7,20 +7,22 @@ loaded, whatever the shards hold.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from exporter.backends.faults import named_faults
 from exporter.checkpoint import INDEX_NAME, SINGLE_NAME
 
 
-def index_faults(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
+def index_faults(folder: Path, holders: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """What the index says otherwise than the shards, in words.
 
     Args:
         folder: the model folder.
-        files: the shard that holds each tensor, by the tensor's name.
+        holders: the shards that hold each tensor, by the tensor's name.
     """
+    several = [(name, files) for name, files in holders.items() if len(files) > 1]
+    yield from named_faults([f"{name} is in {' and in '.join(files)}" for name, files in several])
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     file = folder / INDEX_NAME
     if not file.is_file():
@@ -34,9 +36,9 @@ def index_faults(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
     except (ValueError, KeyError, TypeError) as error:
         yield f"{INDEX_NAME} has no weight_map that can be read: {error}"
         return
-    unnamed = [(name, shard) for name, shard in files.items() if name not in named]
+    unnamed = [(name, files[0]) for name, files in holders.items() if name not in named]
     yield from named_faults([f"{INDEX_NAME} does not name {name}, which is in {shard}" for name, shard in unnamed])
-    elsewhere = [(name, shard) for name, shard in named.items() if files.get(name) != shard]
+    elsewhere = [(name, shard) for name, shard in named.items() if shard not in holders.get(name, ())]
     yield from named_faults(
         [f"{INDEX_NAME} says that {name} is in {shard}, which does not hold it" for name, shard in elsewhere]
     )

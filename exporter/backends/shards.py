@@ -58,34 +58,28 @@ class Shards:
     Attributes:
         tensors: those that are whole, by name; of one that is in two files, the first.
         faults: what is wrong with the files, and with their index.
-        whole: whether every file could be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, ShardTensor] = {}
-        self.whole = True
+        self._holders: dict[str, list[str]] = {}
         faults: list[str] = []
         for file in sorted(folder.glob("*.safetensors")):
             faults += self._add(file)
-        if self.whole:
-            files = {name: tensor.file.name for name, tensor in self.tensors.items()}
-            faults += index_faults(folder, files)
-        self.faults = tuple(faults)
+        # What a file that cannot be read holds is not known.
+        self.faults = tuple(faults or index_faults(folder, self._holders))
 
     def _add(self, file: Path) -> list[str]:
-        faults = []
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    if name in self.tensors:
-                        faults.append(f"{name} is in {self.tensors[name].file.name} and in {file.name}")
-                        continue
                     view = opened.get_slice(name)
-                    self.tensors[name] = ShardTensor(file, view.get_dtype(), tuple(view.get_shape()))
+                    found = ShardTensor(file, view.get_dtype(), tuple(view.get_shape()))
+                    self.tensors.setdefault(name, found)
+                    self._holders.setdefault(name, []).append(file.name)
         except (SafetensorError, OSError) as error:
-            self.whole = False
             return _cut_off(file) or [f"{file.name} cannot be read: {error}"]
-        return faults
+        return []
 
     def read(self, name: str, rows: slice, columns: slice | None = None) -> torch.Tensor:
         """Part of a tensor, in its own dtype.
