@@ -20,12 +20,15 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
 
 from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.artifact.staging import sha256
 from exporter.backends.gguf.reading import read_header
 
 Array = npt.NDArray[Any]
+Tensors = dict[str, torch.Tensor]
 # Two bytes a bfloat16: numpy has no such type.
 _DTYPES = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "I32": "<i4"}
 _ONES = {"BF16": 0x3F80, "F16": 0x3C00, "F32": 0x3F800000}
@@ -100,7 +103,7 @@ class Damaged:
         (self.folder / name).unlink()
         shutil.copyfile(source, self.folder / name)
 
-    def edit_json(self, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    def edit_json(self, name: str, change: Callable[[dict[str, Any]], object]) -> None:
         """Change a JSON file, if there is one."""
         if (self.folder / name).is_file():
             file = self.own(self.folder / name)
@@ -171,16 +174,27 @@ class Damaged:
             stream.seek(at)
             stream.write(name.replace(old, new).encode())
 
+    def edit_tensors(self, shard: Path, change: Callable[[Tensors], object]) -> None:
+        """Write a shard of safetensors again with other tensors."""
+        tensors = load_file(shard)
+        change(tensors)
+        shard.unlink()
+        save_file(tensors, shard, metadata={"format": "pt"})
+
     # --- GGUF metadata -----------------------------------------------------------------------------------------------
 
     def metadata_key(self, key: str) -> str:
         """A key of the architecture's own."""
         return f"{self.config['model_type']}.{key}"
 
-    def set_number(self, key: str, value: float) -> None:
-        """Change a number of the metadata."""
+    def has_key(self, key: str) -> bool:
+        """Whether the metadata says anything of a key."""
+        return key in gguf.GGUFReader(self.folder / self.entry).fields
+
+    def set_number(self, key: str, value: float, index: int = 0) -> None:
+        """Change a number of the metadata, or the one at a place of a list."""
         field = gguf.GGUFReader(self.own(self.folder / self.entry), "r+").fields[key]
-        field.parts[field.data[0]][0] = value
+        field.parts[field.data[index]][0] = value
 
     def text(self, key: str) -> str:
         """A text of the metadata."""

@@ -14,12 +14,31 @@ from typing import Any
 
 import numpy as np
 from damage import Array, Damaged
-
-LLAMA_TEMPLATE = (
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+from statements import (
+    NotApplicableError,
+    add_bos,
+    edit_modelfile,
+    end_as_text,
+    exchange_merges,
+    keep_in_16_bits,
+    no_index,
+    other_sampling,
+    say,
+    stray_tensor,
+    tie,
+    twice_stored,
+    unnamed_shard,
+    unnamed_tensor,
+    wrong_context,
+    wrong_eos,
+    wrong_epsilon,
+    wrong_padding,
+    wrong_pre_tokenizer,
+    wrong_rope,
+    wrong_shard,
+    wrong_template,
 )
+
 FORMATS = ("gguf", "safetensors", "gptq")
 FOLDERS = ("safetensors", "gptq")
 SCALED = ("gguf", "gptq")
@@ -128,10 +147,6 @@ def _qk_norms(damaged: Damaged) -> Iterator[str]:
             yield layer(damaged, part, number)
 
 
-class NotApplicableError(Exception):
-    """The model has nothing that could be damaged so."""
-
-
 def truncate(damaged: Damaged) -> None:
     """Cut the last tensor short."""
     last = max((one for one in damaged.places.values() if one.file == damaged.shards[-1]), key=lambda one: one.end)
@@ -190,100 +205,13 @@ def shift_zeros(damaged: Damaged, by: int) -> None:
 
 def shift_all_zeros(damaged: Damaged) -> None:
     """v1 zero points where the configuration says v2: every one is off by one, everywhere."""
-    damaged.edit_json("config.json", lambda values: values["quantization_config"].update(checkpoint_format="gptq_v2"))
-    damaged.edit_json("quantize_config.json", lambda values: values.update(checkpoint_format="gptq_v2"))
+    say(damaged, {"checkpoint_format": "gptq_v2"})
 
 
 def reverse_groups(damaged: Damaged) -> None:
     """`g_idx` the other way round."""
     parts = damaged.stored(layer(damaged, "self_attn.o_proj"))
     parts["g_idx"][...] = parts["g_idx"][::-1].copy()
-
-
-# --- configuration ---------------------------------------------------------------------------------------------------
-
-
-def wrong_rope(damaged: Damaged) -> None:
-    """A rotary base that is a hundredth: 10,000 is what transformers takes where none is given."""
-    rope = damaged.config.get("rope_parameters") or damaged.config
-    theta = float(rope["rope_theta"]) / 100
-    if damaged.format == "gguf":
-        damaged.set_number(damaged.metadata_key("rope.freq_base"), theta)
-    else:
-        damaged.edit_json("config.json", lambda values: values.get("rope_parameters", values).update(rope_theta=theta))
-
-
-def wrong_epsilon(damaged: Damaged) -> None:
-    """An epsilon of the norms that is ten times the right one."""
-    epsilon = 10 * float(damaged.config["rms_norm_eps"])
-    if damaged.format == "gguf":
-        damaged.set_number(damaged.metadata_key("attention.layer_norm_rms_epsilon"), epsilon)
-    else:
-        damaged.edit_json("config.json", lambda values: values.update(rms_norm_eps=epsilon))
-
-
-def wrong_context(damaged: Damaged) -> None:
-    """Half the positions."""
-    length = int(damaged.config["max_position_embeddings"]) // 2
-    if damaged.format == "gguf":
-        damaged.set_number(damaged.metadata_key("context_length"), length)
-    else:
-        damaged.edit_json("config.json", lambda values: values.update(max_position_embeddings=length))
-
-
-def tie(damaged: Damaged) -> None:
-    """A folder whose configuration ties a head that it stores."""
-    damaged.edit_json("config.json", lambda values: values.update(tie_word_embeddings=True))
-
-
-def wrong_eos(damaged: Damaged, *, config: bool = True, generation: bool = True) -> None:
-    """The id that ends a Llama's text."""
-    if damaged.format == "gguf":
-        damaged.set_number("tokenizer.ggml.eos_token_id", 2)
-        return
-    if config:
-        damaged.edit_json("config.json", lambda values: values.update(eos_token_id=2))
-    if generation:
-        damaged.edit_json("generation_config.json", lambda values: values.update(eos_token_id=2))
-
-
-# --- tokenizer -------------------------------------------------------------------------------------------------------
-
-
-def exchange_merges(damaged: Damaged, first: int, second: int) -> None:
-    """Exchange two merges."""
-    if damaged.format == "gguf":
-        damaged.exchange_texts("tokenizer.ggml.merges", first, second)
-        return
-
-    def change(values: dict[str, Any]) -> None:
-        merges = values["model"]["merges"]
-        merges[first], merges[second] = merges[second], merges[first]
-
-    damaged.edit_json("tokenizer.json", change)
-
-
-def wrong_template(damaged: Damaged) -> None:
-    """A Llama's chat template."""
-    if damaged.format == "gguf":
-        damaged.set_text("tokenizer.chat_template", LLAMA_TEMPLATE)
-    elif (file := damaged.folder / "chat_template.jinja").is_file():
-        damaged.own(file).write_text(LLAMA_TEMPLATE, encoding="utf-8")
-    else:
-        damaged.edit_json("tokenizer_config.json", lambda values: values.update(chat_template=LLAMA_TEMPLATE))
-
-
-def wrong_pre_tokenizer(damaged: Damaged) -> None:
-    """The way in which a Llama splits text, three digits to a token."""
-    if damaged.format == "gguf":
-        damaged.set_text("tokenizer.ggml.pre", "llama-bpe")
-        return
-
-    def change(values: dict[str, Any]) -> None:
-        split = values["pre_tokenizer"]["pretokenizers"][0]
-        split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
-    damaged.edit_json("tokenizer.json", change)
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -298,6 +226,46 @@ def swap_shard(damaged: Damaged, shard: int, source: Path) -> None:
     """Take one file of a folder from another export."""
     name = damaged.shards[shard].name
     damaged.replace(name, source / name)
+
+
+def _statements() -> Iterator[Fault]:
+    """What files say of themselves."""
+    gguf, gptq = ("gguf",), ("gptq",)
+    yield Fault("a token added before every prompt", add_bos, gguf)
+    yield Fault("token that ends a turn typed as text", end_as_text, gguf)
+    yield Fault("padding of another model", wrong_padding, gguf)
+    yield Fault("sampling defaults of another model", other_sampling, gguf)
+    for name, pattern, replacement in (
+        ("without stop texts", r"^PARAMETER stop [^\n]*\n", ""),
+        ("with another template", r'^TEMPLATE .*"""$', 'TEMPLATE """{{ .Prompt }}"""'),
+        ("with another temperature", r"^PARAMETER temperature .*?$", "PARAMETER temperature 1.4"),
+    ):
+        edit = partial(edit_modelfile, pattern=pattern, replacement=replacement)
+        yield Fault(f"Modelfile {name}", edit, gguf)
+    yield Fault("index deleted", no_index, FOLDERS)
+    yield Fault("index without a tensor", unnamed_tensor, FOLDERS)
+    yield Fault("index that names another shard", wrong_shard, FOLDERS)
+    yield Fault("a tensor in two shards", twice_stored, FOLDERS)
+    yield Fault("a shard that the index does not name", unnamed_shard, FOLDERS)
+    yield Fault("a tensor that is not the model's", stray_tensor, FOLDERS)
+    yield Fault("one matrix left in 16 bits", keep_in_16_bits, gptq)
+    falsified: tuple[dict[str, Any], ...] = (
+        {"sym": False},
+        {"desc_act": True},
+        {"lm_head": True},
+        {"quant_method": "awq"},
+    )
+    for said in falsified:
+        ((key, value),) = said.items()
+        yield Fault(f"{key} said to be {str(value).lower()}", partial(say, changes=said), gptq)
+    others: tuple[dict[str, Any], ...] = ({"bits": 8}, {"group_size": 32}, {"checkpoint_format": "gptq_v2"})
+    for other in others:
+        (key,) = other
+        yield Fault(f"{key} of another type in config.json alone", partial(say, changes=other, older=False), gptq)
+    kept: dict[str, Any] = {r"-:.*\.1\.mlp\.": {}}
+    eight: dict[str, Any] = {r"+:.*\.1\.mlp\.": {"bits": 8}}
+    yield Fault("a rule that keeps packed matrices", partial(say, changes={"dynamic": kept}), gptq)
+    yield Fault("a rule for bits that are not stored", partial(say, changes={"dynamic": eight}), gptq)
 
 
 def _bits() -> Iterator[Fault]:
@@ -346,4 +314,5 @@ FAULTS: tuple[Fault, ...] = (
     Fault("g_idx reversed", reverse_groups, ("gptq",)),
     Fault("scales of two groups exchanged", exchange_scales, SCALED),
     *_bits(),
+    *_statements(),
 )

@@ -31,10 +31,11 @@ from typing import Any
 
 import yaml
 from damage import Damaged
-from faults import FAULTS, FORMATS, Fault, NotApplicableError, swap_shard
+from faults import FAULTS, FORMATS, Fault, swap_shard
 from inputs import Inputs, inputs_of
 from quality import outputs_of
 from report import write_json
+from statements import NotApplicableError
 
 from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.runtimes.vllm import ENVIRONMENT

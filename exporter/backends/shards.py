@@ -13,6 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from exporter.backends.documents import document_faults
+from exporter.backends.index import index_faults, stray_faults
 from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel
@@ -55,23 +56,27 @@ class Shards:
     Every read opens its file anew: the library maps it, and mapped pages count as memory until it is closed.
 
     Attributes:
-        tensors: those that are whole, by name.
-        faults: what is wrong with the files.
+        tensors: those that are whole, by name; of one that is in two files, the first.
+        faults: what is wrong with the files, and with their index.
     """
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, ShardTensor] = {}
+        self._holders: dict[str, list[str]] = {}
         faults: list[str] = []
         for file in sorted(folder.glob("*.safetensors")):
             faults += self._add(file)
-        self.faults = tuple(faults)
+        # What a file that cannot be read holds is not known.
+        self.faults = tuple(faults or index_faults(folder, self._holders))
 
     def _add(self, file: Path) -> list[str]:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     view = opened.get_slice(name)
-                    self.tensors[name] = ShardTensor(file, view.get_dtype(), tuple(view.get_shape()))
+                    found = ShardTensor(file, view.get_dtype(), tuple(view.get_shape()))
+                    self.tensors.setdefault(name, found)
+                    self._holders.setdefault(name, []).append(file.name)
         except (SafetensorError, OSError) as error:
             return _cut_off(file) or [f"{file.name} cannot be read: {error}"]
         return []
@@ -125,6 +130,7 @@ class FloatReader:
                 faults.append(fault)
             elif found:
                 self.weights[tensor.name] = float_weight(tensor.name, tensor.name, found.dtype, found.shape)
+        faults += stray_faults(self._shards.tensors, dtypes)
         self.faults = tuple(faults)
 
     def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:

@@ -601,8 +601,12 @@ def test_a_damaged_gptq_folder_is_flagged(
     model, folder = packed
     assert check(model, folder, "gptq", QUANT).broken == ()
     broken = copy(folder, tmp_path / "broken")
-    edit_tensors(broken / "model.safetensors", lambda tensors: fault(tensors, Q_PROJ.removesuffix(".weight")))
-    only(check(model, broken, "gptq", QUANT), Q_PROJ)
+    module = Q_PROJ.removesuffix(".weight")
+    edit_tensors(broken / "model.safetensors", lambda tensors: fault(tensors, module))
+    # What contradicts the configuration is told of as well, before the weight.
+    *stated, measured = check(model, broken, "gptq", QUANT).broken
+    assert Q_PROJ in measured
+    assert all(module in reason for reason in stated)
 
 
 def test_a_gptq_folder_that_contradicts_itself_is_flagged(packed: tuple[MergedModel, Path], tmp_path: Path) -> None:
@@ -617,7 +621,7 @@ def test_a_gptq_folder_that_contradicts_itself_is_flagged(packed: tuple[MergedMo
         tensors[f"{module}.g_idx"].fill_(9)
 
     edit_tensors(again / "model.safetensors", beyond)
-    only(check(model, again, "gptq", QUANT), module)
+    only(check(model, again, "gptq", QUANT), f"{module}.g_idx does not number groups in order", module)
     assert "says gptq-int4-g32 and should say gptq-int8-g32" in check(model, folder, "gptq", "gptq-int8-g32").broken[0]
     (broken / "config.json").unlink()
     assert "config.json" in check(model, broken, "gptq", QUANT).broken[0]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends.gguf.stated import header_faults
+from exporter.backends.gguf.stated_modelfile import modelfile_faults
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, ModelShape, tensor_type
 from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.backends.shards import contradiction, float_weight
@@ -29,7 +30,8 @@ _VALUES = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_LONGEST_STRING, _MOST_ITEMS = 1 << 26, 1 << 32
+# Bytes of a string, or items of an array.
+_LONGEST = 1 << 26
 # GGML_MAX_DIMS (ggml/include/ggml.h)
 _MOST_DIMENSIONS = 4
 
@@ -79,7 +81,7 @@ class Header:
         file_type: value of `general.file_type`, None if it does not say.
         imatrix: whether it says that it was made with an importance matrix.
         tensors: by name.
-        metadata: by key; of arrays, those of strings, and None for others.
+        metadata: by key; arrays as lists, and None for those of arrays.
     """
 
     file_type: int | None
@@ -143,21 +145,20 @@ class _Parser:
 
     def _string(self) -> str:
         (length,) = self._take("<Q")
-        if length > _LONGEST_STRING:
+        if length > _LONGEST:
             raise contradiction(self._name, f"a string of {length} bytes", "a whole GGUF header")
         return self._stream.read(length).decode("utf-8", errors="replace")
 
     def _value(self, kind: int) -> Any:
-        """A value; None for an array of anything but strings."""
+        """A value; None for an array of arrays."""
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
             item, count = self._take("<IQ")
-            if count > _MOST_ITEMS:
+            if count > _LONGEST:
                 raise contradiction(self._name, f"an array of {count} values", "a whole GGUF header")
             if item in _VALUES:
-                self._stream.seek(count * struct.calcsize(_VALUES[item]), os.SEEK_CUR)
-                return None
+                return list(self._take(f"<{count}{_VALUES[item][1]}"))
             values = [self._value(item) for _ in range(count)]
             return values if item == _STRING else None
         return self._take(_VALUES[kind])[0]
@@ -197,6 +198,7 @@ class GgufReader:
         if header.file_type != file_type.number:
             faults.append(f"{file.name} says file type {header.file_type}, {quant} is {file_type.number}")
         faults += header_faults(header.metadata, model, family)
+        faults += modelfile_faults(file, quant, model)
         for name, tensor in named:
             wanted, _ = tensor_type(name, tensor.shape, file_type, shape, imatrix=header.imatrix)
             found = header.tensors.get(name)

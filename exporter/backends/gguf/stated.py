@@ -1,7 +1,7 @@
-"""Holds what a GGUF header says of the model and its tokenizer against the files that it was made from.
+"""Holds what a GGUF header says of the model against the files that it was made from.
 
-A wrong epsilon or merge may change no more than rounding does: what can be compared is not measured. Keys are those of
-the specification (ggml/docs/gguf.md); of the writer, only the table of pre-tokenizers' names is used.
+A wrong epsilon may change no more than rounding does: what can be compared is not measured. Keys are those of the
+specification (ggml/docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from exporter.backends.gguf.vocabulary import pre_tokenizer
+from exporter.backends.gguf.stated_tokenizer import PREFIX, piece_faults, shown, tokenizer_values
+from exporter.checkpoint import read_json
 from exporter.families import Family
 from exporter.model import MergedModel
-from exporter.stopping import stop_tokens
+from exporter.stopping import GENERATION_CONFIG
 
 # Keys of the architecture's own, and what they are in config.json; what this does not have, the header must not.
 _SIZES = {
@@ -27,34 +28,44 @@ _SIZES = {
     "attention.value_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_SHOWN = 60
+# YaRN's, and what they are in `rope_parameters`.
+_YARN = {
+    "yarn_ext_factor": "extrapolation_factor",
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+# Defaults of sampling, which llama.cpp takes from the header, and what they are in generation_config.json.
+_SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
+_SAMPLING_PREFIX = "general.sampling."
+# Lists of the tokenizer, which are compared piece by piece.
+_LISTS = frozenset(f"{PREFIX}{key}" for key in ("tokens", "token_type", "merges"))
 
 
 def header_faults(metadata: Mapping[str, Any], model: MergedModel, family: Family) -> Iterator[str]:
-    """What a header says otherwise than configuration and tokenizer, in words.
+    """What a header says otherwise than configuration, sampling defaults and tokenizer, in words.
 
     Args:
         metadata: what the header says, by key.
         model: the merged model.
         family: its family.
     """
-    stated = {"general.architecture": family.gguf_architecture}
-    stated |= {f"{family.gguf_architecture}.{key}": value for key, value in _hyperparameters(model.config).items()}
+    architecture = f"{family.gguf_architecture}."
     definition = model.tokenizer.definition()
-    stated |= _tokenizer(model) | {"tokenizer.ggml.pre": pre_tokenizer(definition)}
-    for key, wanted in stated.items():
+    stated = {"general.architecture": family.gguf_architecture, "general.type": "model"}
+    stated |= {f"{architecture}{key}": value for key, value in _hyperparameters(model.config).items()}
+    stated |= _sampling(model)
+    stated |= tokenizer_values(model, definition)
+    # A runtime may act on a key that the model has no value for.
+    acted_on = (architecture, _SAMPLING_PREFIX, "tokenizer.")
+    others = [key for key in metadata if key.startswith(acted_on) and key not in stated and key not in _LISTS]
+    for key, wanted in {**stated, **dict.fromkeys(others)}.items():
         found = metadata.get(key)
         if not _same(found, wanted):
-            yield f"{key} is {_shown(found)} and should be {_shown(wanted)}"
-    # Beyond the tokens that have a text, the header may name them as it likes.
-    texts = {index: text for text, index in definition["model"]["vocab"].items()}
-    texts |= {int(entry["id"]): entry["content"] for entry in definition.get("added_tokens") or []}
-    merges = dict(enumerate(map(_merge, definition["model"].get("merges") or [])))
-    for key, pieces in (("tokens", texts), ("merges", merges)):
-        yield from _list_faults(f"tokenizer.ggml.{key}", metadata.get(f"tokenizer.ggml.{key}") or [], pieces)
-    count = len(metadata.get("tokenizer.ggml.merges") or [])
-    if count > len(merges):
-        yield f"tokenizer.ggml.merges has {count} and should have {len(merges)}"
+            yield f"{key} is {shown(found)} and should be {shown(wanted)}"
+    yield from piece_faults(metadata, model, definition)
 
 
 def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,38 +78,31 @@ def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         "rope.scaling.type": None if kind == "default" else kind,
         "rope.scaling.factor": None if kind == "default" else rope.get("factor"),
+        **(_yarn(rope, config) if kind == "yarn" else {}),
     }
 
 
-def _tokenizer(model: MergedModel) -> dict[str, Any]:
-    eos = next(iter(stop_tokens(model).tokenizer), model.config.get("eos_token_id"))
+def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    key = "original_max_position_embeddings"
+    original = rope.get(key) or config.get(key) or config.get("max_position_embeddings")
+    return {"rope.scaling.original_context_length": original} | {
+        f"rope.scaling.{name}": rope.get(source) for name, source in _YARN.items()
+    }
+
+
+def _sampling(model: MergedModel) -> dict[str, Any]:
+    file = model.base.folder / GENERATION_CONFIG
+    config = read_json(file) if file.is_file() else {}
+    values = {name: config.get(source) for name, source in _SAMPLING.items()}
     return {
-        "tokenizer.ggml.eos_token_id": eos if isinstance(eos, int) else None,
-        "tokenizer.chat_template": model.tokenizer.chat_template,
+        f"{_SAMPLING_PREFIX}{name}": value if isinstance(value, int | float) else None for name, value in values.items()
     }
-
-
-def _list_faults(key: str, found: list[str], wanted: Mapping[int, str]) -> Iterator[str]:
-    """The first that differs."""
-    for index, text in wanted.items():
-        if index >= len(found) or found[index] != text:
-            there = found[index] if index < len(found) else None
-            yield f"{key}[{index}] is {_shown(there)} and should be {_shown(text)}"
-            return
-
-
-def _merge(merge: str | list[str]) -> str:
-    # As llama.cpp's converter joins a pair.
-    return merge if isinstance(merge, str) else " ".join(part.replace(" ", "\u0120") for part in merge)
 
 
 def _same(found: Any, wanted: Any) -> bool:
     """Whether a value is the one wanted; numbers as float32, which is what a header has."""
+    if isinstance(wanted, bool) or isinstance(found, bool):
+        return found is wanted
     if isinstance(wanted, float) and isinstance(found, int | float):
         return bool(np.float32(found) == np.float32(wanted))
     return bool(found == wanted)
-
-
-def _shown(value: Any) -> str:
-    text = "missing" if value is None else f"{value:.7g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -28,7 +28,7 @@ PRE_TOKENIZERS: Mapping[str, str] = {
 
 
 # Added tokens that llama.cpp's converter takes for control tokens in any case (does_token_look_special).
-_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|\[@BOS@\]", re.DOTALL)
+LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|\[@BOS@\]", re.DOTALL)
 
 
 def vocabulary_metadata(tokenizer: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Value]:
@@ -122,7 +122,7 @@ def _tokens(definition: Mapping[str, Any], size: int) -> tuple[list[str], list[i
         tokens[index], types[index] = token, NORMAL
     for index, entry in added.items():
         content = entry["content"]
-        control = entry.get("special") or _LOOKS_SPECIAL.fullmatch(content)
+        control = entry.get("special") or LOOKS_SPECIAL.fullmatch(content)
         tokens[index], types[index] = content, CONTROL if control else USER_DEFINED
     return tokens, types
 

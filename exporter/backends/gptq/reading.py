@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from exporter.backends.documents import document_faults
 from exporter.backends.gptq.names import WORD_BITS, parse_quant, quant_name
+from exporter.backends.gptq.stated import stated_faults
 from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
+from exporter.backends.index import stray_faults
 from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, float_rows, float_weight
 from exporter.errors import ArtifactError
@@ -58,6 +60,9 @@ class GptqReader:
                 self.weights[tensor.name] = self._weight(tensor)
             except ArtifactError as error:
                 faults.append(f"{error.thing} is {error.found} and should be {error.expected}")
+        known = {name for tensor in model.tensors for name in self._names(tensor.name)}
+        faults += stray_faults(self._shards.tensors, known)
+        faults += stated_faults(folder, config, model, self._shards, self.weights)
         self.faults = tuple(faults)
 
     def _weight(self, tensor: MergedTensor) -> StoredWeight:
@@ -96,6 +101,11 @@ class GptqReader:
             for part in PARTS
             if f"{module}.{part}" in self._shards.tensors
         }
+
+    def _names(self, weight: str) -> list[str]:
+        """What a weight may be stored as."""
+        module = weight.removesuffix(".weight")
+        return [f"{module}.{part}" for part in PARTS] if f"{module}.qweight" in self._shards.tensors else [weight]
 
     def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
         """See `WeightReader`. Only the columns of the packed tensors that hold these rows are read.

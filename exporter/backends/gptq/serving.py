@@ -45,10 +45,16 @@ def module_patterns(group: Sequence[str]) -> list[str]:
     if experts := experts_of(group[0]):
         return [rf"{re.escape(experts)}(?:\.\d+\.[^.]+)?"]
     modules = [name.removesuffix(".weight") for name in group]
-    parent = modules[0].rpartition(".")[0]
-    leaves = {module.rpartition(".")[2] for module in modules}
-    fused = [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
-    return [re.escape(module) for module in modules + fused]
+    return [re.escape(module) for module in (*modules, *fused_modules(group))]
+
+
+def fused_modules(group: Sequence[str]) -> list[str]:
+    """What vLLM calls the layer that it makes of a group's weights; nothing if it has the name of the only one."""
+    if experts := experts_of(group[0]):
+        return [experts]
+    parent = group[0].removesuffix(".weight").rpartition(".")[0]
+    leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in group}
+    return [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
 
 
 def vllm_refusals(
