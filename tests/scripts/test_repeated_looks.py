@@ -28,23 +28,40 @@ def test_the_looks_are_those_of_the_default_numbers_of_tokens() -> None:
     assert repeated_looks.looks(8, 8) == (8,)
 
 
-@pytest.mark.parametrize(("shape", "spread"), [("normal", 0.3), ("log-normal", 0.3)])
-def test_windows_have_the_limit_for_their_mean(shape: repeated_looks.Shape, spread: float) -> None:
-    means = repeated_looks.window_means(np.random.default_rng(0), shape, spread, 200_000)
-    assert means.mean() == pytest.approx(repeated_looks.LIMIT, rel=0.005)
-    assert means.std() / means.mean() == pytest.approx(spread, rel=0.02)
+MEASURED = repeated_looks.resampled([1.0, 2.0, 3.0, 10.0])
+DRAWS = {"normal": repeated_looks.normal, "log-normal": repeated_looks.log_normal(0.3), "measured": MEASURED}
+
+
+@pytest.mark.parametrize(
+    ("draw", "spread"), list(zip(DRAWS.values(), (0.2, 0.3, 35.36), strict=True)), ids=DRAWS.keys()
+)
+def test_windows_have_the_limit_for_their_mean(draw: repeated_looks.Draw, spread: float) -> None:
+    means = draw(np.random.default_rng(0), 200_000)
+    assert means.shape == (200_000, 1)
+    assert means.mean() == pytest.approx(repeated_looks.LIMIT, rel=0.005, abs=0.03 if draw is MEASURED else 0)
+    assert means.std() / repeated_looks.LIMIT == pytest.approx(spread, rel=0.02)
+
+
+def test_a_figure_that_must_be_at_least_its_limit_is_mirrored() -> None:
+    drawn = repeated_looks.resampled([0.0, 1.0, 5.0], mirrored=True)(np.random.default_rng(0), 50)
+    assert {round(float(value - repeated_looks.LIMIT), 9) for value in drawn[:, 0]} == {2, 1, -3}
 
 
 # What docs/quality.md states, of 40,000 artifacts: one look is meant to let 2.5 % past, and three let past more than
 # twice as many; more yet where windows are skewed, because the upper end of the interval is then too low.
 @pytest.mark.parametrize(
-    ("shape", "spread", "once", "thrice"),
-    [("normal", 0.2, 0.025, 0.058), ("log-normal", 0.28, 0.048, 0.097), ("log-normal", 0.45, 0.066, 0.125)],
+    ("draw", "once", "thrice"),
+    [
+        (repeated_looks.normal, 0.025, 0.058),
+        (repeated_looks.log_normal(0.28), 0.048, 0.097),
+        (repeated_looks.log_normal(0.45), 0.066, 0.125),
+    ],
+    ids=["normal", "log-normal, 28 %", "log-normal, 45 %"],
 )
 def test_how_often_three_looks_let_a_figure_at_its_limit_past(
-    shape: repeated_looks.Shape, spread: float, once: float, thrice: float
+    draw: repeated_looks.Draw, once: float, thrice: float
 ) -> None:
-    found = repeated_looks.simulate(shape, spread, (8, 16, 32), TRIALS, seed=1)
+    found = repeated_looks.simulate(draw, (8, 16, 32), TRIALS, seed=1)
     # Three standard errors of a share of so many trials.
     for rate, expected in ((found.passed[0], once), (found.passed[-1], thrice)):
         assert rate == pytest.approx(expected, abs=3 * (expected * (1 - expected) / TRIALS) ** 0.5)
