@@ -9,6 +9,10 @@ evaluation windows of the text, those that an export would score.
 The KL divergence is taken in both forms: over the whole vocabulary, and over as many of the artifact's likeliest tokens
 as vLLM gives and one bucket for all others. `ratio` is the second mean over the first, with the least and the largest
 of a window.
+
+Errors are over windows. Two artifacts stumble over the same tokens, so the errors of their means say little of how they
+differ: of every two there is the difference of their mean KL divergences, taken window by window, with an error and a
+95 % interval of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +43,8 @@ from exporter.runtimes.llamacpp import LlamaCpp
 from exporter.runtimes.transformers import Transformers, score_model
 from exporter.runtimes.vllm import TOP
 from exporter.verify.divergence import Divergence, top_k_divergences
-from exporter.verify.metrics import Comparison, Divergences, compare
+from exporter.verify.intervals import clustered_stderr, interval
+from exporter.verify.metrics import Comparison, Divergences, Floats, compare
 from exporter.verify.reference import Reference, score_reference
 
 
@@ -106,6 +112,64 @@ def ratio(found: Divergences) -> str:
     return f"{found.top_k.mean() / found.kl.mean():.3f} ({windows.min():.3f} to {windows.max():.3f})"
 
 
+@dataclass(frozen=True)
+class Paired:
+    """How the mean KL divergences of two artifacts differ on the same tokens.
+
+    Attributes:
+        first: name of one.
+        second: name of the other.
+        difference: the first's mean minus the second's, in nats.
+        stderr: its standard error over the windows; None for one window.
+        interval: its 95 % interval; None likewise.
+    """
+
+    first: str
+    second: str
+    difference: float
+    stderr: float | None
+    interval: tuple[float, float] | None
+
+
+def paired(by_name: Mapping[str, Floats]) -> list[Paired]:
+    """The paired difference of every two artifacts.
+
+    Args:
+        by_name: KL divergences by position of each, shape (windows, scored), all of the same tokens.
+    """
+    found = []
+    for (first, ours), (second, theirs) in combinations(by_name.items(), 2):
+        difference = ours - theirs
+        mean, stderr = float(difference.mean()), clustered_stderr(difference)
+        ends = None if stderr is None else interval(mean, stderr, len(difference))
+        found.append(Paired(first, second, mean, stderr, ends))
+    return found
+
+
+def paired_table(pairs: list[Paired]) -> str:
+    """Every two artifacts, and whether their interval leaves out zero."""
+    rows = [
+        [
+            f"{one.first} - {one.second}",
+            f"{one.difference:+.5f}",
+            "-" if one.stderr is None else f"{one.stderr:.5f}",
+            "-" if one.interval is None else " to ".join(f"{end:+.5f}" for end in one.interval),
+        ]
+        for one in pairs
+    ]
+    return table(["paired difference of mean KL", "nats", "±", "95 % interval"], rows)
+
+
+def names_of(paths: list[Path]) -> list[str]:
+    """A name for each: as much of the end of its path as tells it from the others."""
+    parts = [path.absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts))):
+        names = ["/".join(one[-length:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,16 +186,18 @@ def main() -> int:
     threads = Execution().workers
     reference = score_reference(model, windows, resolve_device("cpu"), threads=threads)
     torch.set_num_threads(threads)
-    rows, found = [], {}
-    for path in args.paths:
+    rows, found, by_name = [], {}, {}
+    for name, path in zip(names_of(args.paths), args.paths, strict=True):
         comparison, divergences = compare_with(reference, path)
-        found[path.name] = asdict(comparison)
+        found[name] = asdict(comparison)
         kl, top = comparison.divergence, comparison.top_k_divergence
         assert kl is not None
         assert top is not None
+        assert divergences.kl is not None
+        by_name[name] = divergences.kl
         rows.append(
             [
-                path.name,
+                name,
                 f"{comparison.perplexity:.4f}",
                 f"{comparison.delta:+.3%}",
                 f"{kl.mean:.5f}",
@@ -143,11 +209,16 @@ def main() -> int:
                 ratio(divergences),
             ]
         )
-        print(json.dumps({"path": path.name, "kl": kl.mean, "perplexity": comparison.perplexity}), file=sys.stderr)
+        print(json.dumps({"path": name, "kl": kl.mean, "perplexity": comparison.perplexity}), file=sys.stderr)
     perplexity = next(iter(found.values()))["reference_perplexity"]
     print(f"{windows.tokens_scored} predictions of {windows.source}; the trained model's perplexity {perplexity:.4f}")
     titles = ["artifact", "perplexity", "change", "KL mean", "±", "median", "99 %", "same top", f"top {TOP}", "ratio"]
     print(table(titles, rows))
+    pairs = paired(by_name)
+    if pairs:
+        print("\n" + paired_table(pairs))
+    for one in pairs:
+        found[one.first].setdefault("paired", {})[one.second] = asdict(one)
     write_json(args.json, found)
     return 0
 

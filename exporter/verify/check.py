@@ -1,7 +1,9 @@
 """Scores artifacts against the reference, each in its own runtime, and judges them.
 
 While the verdict on an artifact is undecided, as many windows again as it was scored on are drawn, until there are as
-many as may be. Looking several times makes it a little likelier that a figure at its limit gets past it.
+many as may be. Three looks, which the default numbers of tokens make, about double the chance that a figure exactly at
+its limit gets past it: by simulation from 2.5 % to 5.8 % where the means of windows are normal, and from 4.8 % to 9.7 %
+where they are log-normal and as unlike as a real model's KL divergences (`scripts/repeated_looks.py`).
 """
 
 from __future__ import annotations
