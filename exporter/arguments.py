@@ -58,6 +58,12 @@ FilesOnly = Annotated[
         "--files-only", help="Hold weights, configuration and tokenizer against base and adapter; run nothing."
     ),
 ]
+Judged = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ARTIFACT", help="A published output folder; with --reference a GGUF file or a model folder too."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="Write the report of this verification, as HTML.")

@@ -30,6 +30,7 @@ from exporter.arguments import (
     Format,
     Gates,
     Imatrix,
+    Judged,
     KeepReference,
     MaxEvalTokens,
     MaxShard,
@@ -201,9 +202,7 @@ def plan_command(
 
 @app.command("verify")
 def verify_command(
-    artifact: Annotated[
-        Path, typer.Argument(help="A published output folder; with --reference also a GGUF file or model folder.")
-    ],
+    artifact: Judged,
     base: Base = None,
     adapter: Adapters = None,
     reference: ReferencePack = None,
@@ -218,7 +217,7 @@ def verify_command(
     files_only: FilesOnly = False,
     report: Report = None,
     force: ForceReport = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Check a published folder's hashes, and score it again against base and adapter or a reference pack."""

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 from damage import Damaged
-from faults import layer, ones_for_norms, wrong_rope, zero
+from faults import layer, ones_for_norms, zero
 from report import table, write_json
+from statements import wrong_rope
 
 from exporter import Recipe, export
 from exporter.artifact.manifest import MANIFEST_NAME
@@ -110,7 +111,7 @@ def shortfalls(model: MergedModel, entries: Mapping[str, Path]) -> dict[str, flo
     """The largest mean shortfall of each artifact, by its name; the reference walks once for all of them.
 
     Raises:
-        ValueError: a runtime does nothing but score.
+        ValueError: a runtime does nothing but score, or cannot answer.
     """
     served = [
         Served(name, entry, load_runtime("llamacpp" if entry.suffix == ".gguf" else "transformers"))
@@ -119,8 +120,8 @@ def shortfalls(model: MergedModel, entries: Mapping[str, Path]) -> dict[str, flo
     answers = answers_of(model, served, "cpu", Reporter(), threads=Execution().workers)
     found = {}
     for one, answered in zip(served, answers, strict=True):
-        if answered is None:
-            raise ValueError(f"{one.runtime.name} gives no answers")
+        if answered is None or isinstance(answered, str):
+            raise ValueError(f"{one.runtime.name} gives no answers{f': {answered}' if answered else ''}")
         found[one.label] = largest(answered)
     return found
 
