@@ -243,8 +243,8 @@ def sabotage(
     for inputs, format_, quant in sound:
         name = next(name for name, one in known.items() if one == inputs)
         folder = exports.folder(inputs, format_, quant)
-        label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}")
-        scored = name == "sound"
+        scored = name == "sound" or not fast
+        label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}") + ("" if scored else ", by files alone")
         how: dict[str, Any] = {"fast": fast, "scored": scored, "reports": reports}
         verdicts.append(case(None, label, folder, folder, folder, inputs, work, **how))
     for fault, format_, quant in cases:
