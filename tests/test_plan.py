@@ -34,7 +34,7 @@ from tests.folders import copy, hashes, listing
 
 Make = Callable[..., Path]
 FEW: dict[str, Any] = {
-    "calibration": {"text": Path(__file__), "tokens": 64, "window": 32},
+    "calibration": {"text": Path(__file__), "tokens": 128, "window": 32},
     "evaluation": {"n_ctx": 64, "tokens": 64},
 }
 

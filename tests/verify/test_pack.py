@@ -232,8 +232,9 @@ def test_figures_are_those_of_base_and_adapter(published: Path, pack: Path, inpu
         published, str(inputs[0]), (str(inputs[1]),), TEXT, EVALUATION, None, "cpu", Reporter()
     )  # fmt: skip
     # Answers and weights need the trained model, which a pack does not hold.
-    by_model = {label: figures | {"answers": None, "weights": None} for label, figures in by_base.as_json().items()}
-    assert all(figures["weights"] for figures in by_base.as_json().values())
+    unknown = {"answers": None, "weights": None, "scores_alone": True}
+    by_model = {label: figures | unknown for label, figures in by_base.as_json().items()}
+    assert all(figures["weights"] and not figures["scores_alone"] for figures in by_base.as_json().values())
     assert found.as_json() == by_model
     assert found.sizes == by_base.sizes
     assert (hashes(published), hashes(pack)) == before

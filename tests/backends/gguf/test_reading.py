@@ -37,10 +37,10 @@ def test_the_header_that_the_others_are_made_from_is_sound(tmp_path: Path) -> No
         (header(value=struct.pack("<I", 0), kind=4), "general.alignment 0"),
         (header(value=text(b"32"), kind=8), "general.alignment '32'"),
         (header(value=struct.pack("<IQ", 10, 2**64 - 1), kind=9), "an array of 18446744073709551615 values"),
-        (header(value=struct.pack("<IQ", 10, 2**32), kind=9), "a header that ends or says"),
+        (header(value=struct.pack("<IQ", 10, 2**26), kind=9), "a header that ends or says"),
         (header(value=struct.pack("<IQ", 9, 1) * 5000, kind=9), "a header that ends or says"),
     ],
-    ids=["no-dimension", "dimensions", "alignment", "alignment-text", "items", "seek", "nested"],
+    ids=["no-dimension", "dimensions", "alignment", "alignment-text", "items", "fewer-items", "nested"],
 )
 def test_a_header_that_lies_is_no_header(tmp_path: Path, raw: bytes, said: str) -> None:
     file = tmp_path / "a.gguf"
