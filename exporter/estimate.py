@@ -80,7 +80,12 @@ class PlannedWalk:
         its end the head with its logits. 0 without a walk."""
         if not self.walks:
             return 0
-        return round(_MARGIN * (_WALK_RESIDENT_BYTES + self._kept + self._computing)) + self.held_bytes
+        return round(_MARGIN * (_WALK_RESIDENT_BYTES + self._kept + self._computing("cpu"))) + self.held_bytes
+
+    @property
+    def device_memory(self) -> int:
+        """Estimated peak on a CUDA device: what is computed with, and the next layer, which is loaded meanwhile."""
+        return round(_MARGIN * (self._layer + self._computing("cuda"))) if self.walks else 0
 
     @property
     def scratch_bytes(self) -> int:
@@ -123,9 +128,8 @@ class PlannedWalk:
         solved = any(artifact.needs == "hessians" for artifact in self.artifacts)
         return max(layer_bytes(self.model), default=0) * (1 if solved else self._item / 4)
 
-    @property
-    def _computing(self) -> float:
-        """Adapters, and a layer with the most that is done with it; or the head."""
+    def _computing(self, kind: str) -> float:
+        """On a kind of device: adapters, and a layer with the most that is done with it; or the head."""
         hidden = int(self.model.config.get("hidden_size") or 0)
         inner = max(int(self.model.config.get("intermediate_size") or 0), 4 * hidden)
         evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
@@ -135,7 +139,7 @@ class PlannedWalk:
             for update in adapter.updates.values()
         )
         longest = max(evaluation.n_ctx if evaluation else 0, calibration.window if calibration else 0)
-        passing = self._item * max(BATCH_TOKENS["cpu"], longest) * (4 * hidden + 3 * inner)
+        passing = self._item * max(BATCH_TOKENS[kind], longest) * (4 * hidden + 3 * inner)
         solved = [artifact.calibrated for artifact in self.artifacts if artifact.needs == "hessians"]
         solving = max((solving_memory(self.model, names) for names in solved), default=0)
         # What the layers compute in, beside buffers of float32.

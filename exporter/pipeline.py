@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.artifact.manifest import MANIFEST_NAME, build_manifest, dump, input_files
 from exporter.artifact.model_card import CARD_NAME, BaseCard, model_card
 from exporter.artifact.staging import Staging, copy_durably, write_durably
-from exporter.errors import RefusalError
+from exporter.errors import NotEnoughMemoryError, RefusalError
 from exporter.hashing import InputHasher, hash_all
 from exporter.plan import ExportPlan, FolderPlan, make_plan
 from exporter.recipe import Execution, Recipe
@@ -91,6 +91,10 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
         stagings = _open_stagings(plan, stack)
         try:
             inputs, toured = _tour(plan, stagings, reporter)
+        except NotEnoughMemoryError:
+            # Of the device, found before anything was done: what an earlier run left is not wrong for it.
+            _discard_new(stagings)
+            raise
         except RefusalError:
             # The inputs turned out to be wrong on the way (a NaN in the base, say): leave nothing behind.
             for staging in stagings:
@@ -137,11 +141,15 @@ def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:
             stack.callback(stagings[-1].close)
     except RefusalError:
         # Another run is at one of them: what an earlier run of this plan left stays, what is new goes.
-        for staging in stagings:
-            if not staging.resumed:
-                staging.discard()
+        _discard_new(stagings)
         raise
     return stagings
+
+
+def _discard_new(stagings: Sequence[Staging]) -> None:
+    for staging in stagings:
+        if not staging.resumed:
+            staging.discard()
 
 
 def _stage_pack(

@@ -139,6 +139,31 @@ def check_memory(walk_bytes: int, lighter: Callable[[], Mapping[str, int]]) -> N
         )
 
 
+def check_device_memory(device: str, walk_bytes: int) -> None:
+    """There must be memory for the walk on the device that computes, if that has its own.
+
+    Args:
+        device: as `exporter.merge.resolve_device` gives it.
+        walk_bytes: estimated peak there.
+
+    Raises:
+        NotEnoughMemoryError: there is less.
+    """
+    if not device.startswith("cuda"):
+        return
+    # Not at the top: what plans must not wait for it.
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    if walk_bytes > free:
+        raise NotEnoughMemoryError(
+            f"the walk through the layers on {device}",
+            found=f"{free / 1e9:.1f} GB of memory free there",
+            expected=f"{walk_bytes / 1e9:.1f} GB",
+            remedy=_LESS_DEVICE_MEMORY,
+        )
+
+
 def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """What an error means if an allocation that failed is behind it, on the CPU or on a device; None if none is.
 

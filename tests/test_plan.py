@@ -27,7 +27,7 @@ from exporter.errors import (
 from exporter.plan_json import describe
 from exporter.positions import positions_of
 from exporter.recipe import Execution
-from exporter.room import check_memory
+from exporter.room import check_device_memory, check_memory
 from exporter.tour.sizes import BATCH_TOKENS
 from tests.exports import export_to, recipe, refused
 from tests.folders import copy, hashes, listing
@@ -180,6 +180,40 @@ def test_disk_of_several_outputs_is_added_up(base: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, free - 1))
     with pytest.raises(NotEnoughDiskError):
         make_plan(both, Execution())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_not_enough_memory_on_the_device(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    """Refused before the walk; what an earlier run left stays, and nothing else is left."""
+    import torch
+
+    from exporter.tour import drive
+
+    wanted = recipe(base, [], tmp_path / "out", verify=True, **{**FEW, "evaluation": {"n_ctx": 64, "tokens": 128}})
+    needed = make_plan(wanted, Execution()).walk.device_memory
+    assert needed > 0
+    free = [needed]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free[0], 1 << 40))
+    check_device_memory("cuda:0", needed)
+    free[0] -= 1
+    check_device_memory("cpu", needed)
+    monkeypatch.setattr(drive, "resolve_device", lambda _name: "cuda:0")
+    if resumed:
+        with monkeypatch.context() as patched:
+            patched.setattr(drive, "check_device_memory", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                export(wanted, Execution())
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        export(wanted, Execution())
+    assert caught.value.thing == "the walk through the layers on cuda:0"
+    assert (tmp_path / ".out.staging").exists() == resumed
+    assert not (tmp_path / "out").exists()
+
+
+def stopping(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_not_enough_memory_for_the_reference(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from exporter.hashing import InputHasher
 from exporter.merge import make_merger, resolve_device
 from exporter.plan import ExportPlan
 from exporter.reporter import Reporter
+from exporter.room import check_device_memory
 from exporter.tensor_reader import TensorReader
 from exporter.tour.passengers import Passengers, Settings, Solver
 from exporter.tour.progress import forget_progress
@@ -83,6 +84,7 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
         ExporterError: something failed on the way.
     """
     device = resolve_device(plan.execution.device)
+    check_device_memory(device, plan.walk.device_memory)
     with ExitStack() as stack:
         boarded = [
             _Boarded.board(

@@ -21,7 +21,7 @@ from exporter.model import MergedModel, plan_merge
 from exporter.positions import check_windows
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
-from exporter.room import check_disk, check_memory, states_budget
+from exporter.room import check_device_memory, check_disk, check_memory, states_budget
 from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Served, answers_of, with_answers
@@ -141,6 +141,7 @@ def verify_published(
     windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     check_drawable(text, evaluation, model.tokenizer, windows, cut=cut)
     walk = PlannedWalk(model, (), TokenSets(windows, None), "float32", states_budget())
+    check_device_memory(device, walk.device_memory)
     check_memory(walk.memory, lambda: {name: one for name, one in walk.lighter().items() if name == FEWER_TOKENS})
     candidates = _candidates(folder, manifest, serving, evaluation.gate, model.parameters, device, endpoint)
     with walk_imported(model):

@@ -21,7 +21,7 @@ from exporter.plan import open_model
 from exporter.positions import check_windows
 from exporter.recipe import Execution, ReferenceRecipe
 from exporter.reporter import Reporter
-from exporter.room import check_disk, check_memory, memory_errors, states_budget
+from exporter.room import check_device_memory, check_disk, check_memory, memory_errors, states_budget
 from exporter.tour.sizes import KEEP_BYTES
 from exporter.verify.pack import PackPlan
 
@@ -56,6 +56,8 @@ def make_reference(
         from exporter.verify.packing import STAGING_KEY, write_pack
 
         device = resolve_device(execution.device)
+        walk = PlannedWalk(plan.model, (), TokenSets(plan.windows, None), plan.compute_dtype, keep_bytes)
+        check_device_memory(device, walk.device_memory)
         staging = Staging(recipe.out, STAGING_KEY, force=recipe.force)
         stack.callback(staging.close)
         hasher = stack.enter_context(closing(InputHasher()))
