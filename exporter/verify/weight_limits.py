@@ -8,8 +8,10 @@ Survival of the adapter's change D (see `exporter.verify.sums`) is judged where 
 with D where the base itself lies on a grid: each element then goes back to where it was, or over the edge that it was
 on, as D decides. A delta may vanish that way, or grow. Every base of bfloat16 is such a grid to bfloat16, and one that
 was dequantized is to other types. So survival is judged where groups of columns share a scale and the base's values are
-as varied as those of 16 bits; where every element is rounded by itself, each has a limit that no wrong delta keeps.
-Survival is reported in any case.
+as varied as those of 16 bits; where every element is rounded by itself, each has a limit that no wrong delta keeps. A
+group of many columns spans several groups of any grid that the base may be on, whose edges then lie anywhere in its own
+steps: there survival is judged too, by a limit that tells a delta that is left out or doubled, and no more. Survival is
+reported in any case.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from exporter.verify.sums import Sums, Worst
 # Of a tensor's relative error, how far the mean of a row may move. Rounding moves it by its error over the root of the
 # columns; a zero point that is one off by a whole step, the root of 12 times the error.
 SHIFT_SHARE = 0.5
+# Columns of a group that spans several of those that a dequantized base was on: of 16 or 32 in GGUF's types.
+SPANNING_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def held_survival(sums: Sums, of_what: str) -> Held:
 
 def is_judged(weight: StoredWeight, sums: Sums) -> bool:
     """Whether survival says something of the delta, and not of the grid that the base is on."""
-    return sums.delta > 0 and weight.group > 1 and sums.varied
+    return sums.delta > 0 and weight.group > 1 and (sums.varied or weight.group >= SPANNING_COLUMNS)
 
 
 def _place(worst: Worst, weight: StoredWeight) -> str:

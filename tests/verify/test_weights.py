@@ -409,6 +409,33 @@ def test_a_small_delta_is_judged_by_all_tensors_together(
     assert bool(result.broken) == missing
 
 
+@pytest.mark.parametrize(("group", "judged"), [(128, True), (32, False)])
+def test_on_a_base_that_was_dequantized_a_delta_that_is_left_out_is_flagged(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, group: int, judged: bool
+) -> None:
+    """Where groups span several of the base's own."""
+    base = copy(make_base("qwen3", hidden=256, intermediate=384, heads=4, kv_heads=2, head_dim=64), tmp_path / "base")
+
+    def on_a_grid(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2 and name.endswith("_proj.weight"):
+                blocks = tensor.float().reshape(-1, 32)
+                step = (blocks.abs().amax(1, keepdim=True) / 8).bfloat16().float()
+                tensors[name] = ((blocks / step).round() * step).reshape(tensor.shape).to(tensor.dtype)
+
+    edit_tensors(base / "model.safetensors", on_a_grid)
+    adapter = make_adapter(base, scale=0.02)
+    model, quant = merged_model(base, adapter), f"gptq-int4-g{group}"
+    values: dict[str, Any] = {"format": "gptq", "quant": (quant,), "calibration": {"tokens": 1024, "window": 64}}
+    export_to(tmp_path / "sound", base, adapter, **values)
+    export_to(tmp_path / "without", base, **values)
+    sound, without = (check(model, tmp_path / name, "gptq", quant) for name in ("sound", "without"))
+    assert not any(sums.varied for _, sums in sound.tensors if sums.delta)
+    assert sound.broken == ()
+    assert without.updated.survival == pytest.approx(0, abs=0.1)
+    assert any("of the adapter's whole change" in reason for reason in without.broken) == judged
+
+
 # --- damaged files ---------------------------------------------------------------------------------------------------
 
 
