@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from exporter.backends.base import OutputPlan
-from exporter.calibration import TokenSets
+from exporter.calibration import TokenSets, Windows
 from exporter.checkpoint import DTYPE_BYTES
 from exporter.model import MergedModel
 from exporter.tour.inputs import shared_inputs
@@ -67,6 +67,11 @@ class PlannedWalk:
     compute_dtype: str
     keep_bytes: int = KEEP_BYTES
     held_bytes: int = 0
+
+    @classmethod
+    def for_reference(cls, model: MergedModel, windows: Windows, compute_dtype: str, keep_bytes: int) -> PlannedWalk:
+        """A walk that nothing rides on but the reference; see the attributes."""
+        return cls(model, (), TokenSets(windows, None), compute_dtype, keep_bytes)
 
     @property
     def walks(self) -> bool:

@@ -299,10 +299,7 @@ def _error_plots(weights: Node) -> Iterator[Plot]:
 
 def _survival_plots(weights: Node) -> Iterator[Plot]:
     about = "Share of the adapter's change that is stored; 100% is all of it."
-    layers, kinds = (
-        [point for point in _points(weights[part], "survival") if point.number is not None]
-        for part in ("layers", "kinds")
-    )
+    layers, kinds = (_known_points(weights[part], "survival") for part in ("layers", "kinds"))
     if layers:
         title = "Delta survival by layer"
         yield Plot(title, about, plots.dots(title, layers, PERCENT, "layer", 1))
@@ -315,16 +312,18 @@ def _survival_plots(weights: Node) -> Iterator[Plot]:
 def _delta_error_plots(weights: Node) -> Iterator[Plot]:
     """Beside survival: an error that has nothing to do with the change leaves that at 100% however large it is."""
     about = "Of what is stored of the adapter's change, over that change; 100% is an error as large as it."
-    layers, kinds = (
-        [point for point in _points(weights[part], "delta_error") if point.number is not None]
-        for part in ("layers", "kinds")
-    )
+    layers, kinds = (_known_points(weights[part], "delta_error") for part in ("layers", "kinds"))
     if layers:
         title = "Relative error of the delta by layer"
         yield Plot(title, about, plots.columns(title, layers, PERCENT, "layer"))
     if kinds:
         title = "Relative error of the delta by kind of matrix"
         yield Plot(title, about, plots.bars(title, kinds, PERCENT.text))
+
+
+def _known_points(part: Node, figure: str) -> list[Point]:
+    """Those that have the figure: where the adapter changes nothing there is none of its change."""
+    return [point for point in _points(part, figure) if point.number is not None]
 
 
 def _points(part: Node, figure: str) -> list[Point]:

@@ -12,8 +12,9 @@ from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.backends.gguf.reading import read_header as read_gguf_header
 from exporter.backends.gguf.types import FILE_TYPES
 from exporter.backends.gptq.names import WORD_BITS, quant_name
+from exporter.backends.gptq.unpacking import PARTS
 from exporter.backends.safetensors import DTYPES
-from exporter.checkpoint import StoredTensor, read_header
+from exporter.checkpoint import StoredTensor, read_header, read_json
 from exporter.errors import ArtifactError, ReferencePackError
 from exporter.verify.record import MergeRecord, PublishedArtifact, PublishedManifest
 
@@ -34,6 +35,7 @@ def bare_manifest(artifact: Path, vocabulary: int) -> PublishedManifest:
 
     Raises:
         ArtifactError: it is neither, or does not say what it is.
+        CheckpointError: its configuration or the header of one of its files cannot be read.
         ReferencePackError: it has fewer tokens, so the head is of another model.
     """
     return _gguf(artifact, vocabulary) if artifact.is_file() else _folder(artifact, vocabulary)
@@ -53,7 +55,7 @@ def _gguf(file: Path, vocabulary: int) -> PublishedManifest:
 
 
 def _folder(folder: Path, vocabulary: int) -> PublishedManifest:
-    config = _config(folder)
+    config = read_json(folder / "config.json")
     _check_vocabulary(folder, int(config.get("vocab_size") or 0), vocabulary)
     tensors = {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in read_header(file).items()}
     if not tensors:
@@ -75,22 +77,11 @@ def _folder(folder: Path, vocabulary: int) -> PublishedManifest:
     return _manifest(folder, form, quant, ".", ["vllm", "transformers"], parameters)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            str(folder / "config.json"), found=str(error)[:100], expected="the model's configuration",
-            remedy="Fetch it again.",
-        ) from None  # fmt: skip
-    return found if isinstance(found, dict) else {}
-
-
 def _parameters(name: str, tensor: StoredTensor, quantization: Mapping[str, Any]) -> int:
     """Weights that a stored tensor stands for."""
     if name.endswith(".qweight"):
         return prod(tensor.shape) * WORD_BITS // int(quantization["bits"])
-    return 0 if name.endswith((".qzeros", ".scales", ".g_idx")) else prod(tensor.shape)
+    return 0 if name.endswith(tuple(f".{part}" for part in PARTS)) else prod(tensor.shape)
 
 
 def _check_vocabulary(artifact: Path, tokens: int, vocabulary: int) -> None:

@@ -161,7 +161,7 @@ def read_all_weights(
     for one in candidates:
         if one.backend is not None:
             reporter.doing(f"weights of {one.label}")
-        found.append(read_weights(one.backend, model, one.quant, one.entry, threads) if one.backend else None)
+        found.append(read_weights(one.backend, model, one.quant, one.entry, threads))
     return found
 
 

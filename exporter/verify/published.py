@@ -13,7 +13,7 @@ from exporter.adapter import Adapter
 from exporter.artifact.files import check_files
 from exporter.artifact.manifest import evaluation_json, verification_json
 from exporter.backends.registry import backend_names, load_backend
-from exporter.calibration import TokenSets, check_drawable, make_windows
+from exporter.calibration import check_drawable, make_windows
 from exporter.checkpoint import Checkpoint
 from exporter.estimate import FEWER_TOKENS, PlannedWalk
 from exporter.importing import walk_imported
@@ -140,7 +140,7 @@ def verify_published(
     cut, notes = manifest.held_against(text, model.tokenizer)
     windows = make_windows(text, evaluation, model.tokenizer, cut=cut)
     check_drawable(text, evaluation, model.tokenizer, windows, cut=cut)
-    walk = PlannedWalk(model, (), TokenSets(windows, None), "float32", states_budget())
+    walk = PlannedWalk.for_reference(model, windows, "float32", states_budget())
     check_device_memory(device, walk.device_memory)
     check_memory(walk.memory, lambda: {name: one for name, one in walk.lighter().items() if name == FEWER_TOKENS})
     candidates = _candidates(folder, manifest, serving, evaluation.gate, model.parameters, device, endpoint)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.inputs import model_files
 from exporter.artifact.staging import Staging
-from exporter.calibration import TokenSets, Windows, check_decidable, make_windows
+from exporter.calibration import Windows, check_decidable, make_windows
 from exporter.errors import RefusalError
 from exporter.estimate import PlannedWalk
 from exporter.hashing import InputHasher
@@ -56,7 +56,7 @@ def make_reference(
         from exporter.verify.packing import STAGING_KEY, write_pack
 
         device = resolve_device(execution.device)
-        walk = PlannedWalk(plan.model, (), TokenSets(plan.windows, None), plan.compute_dtype, keep_bytes)
+        walk = PlannedWalk.for_reference(plan.model, plan.windows, plan.compute_dtype, keep_bytes)
         check_device_memory(device, walk.device_memory)
         staging = Staging(recipe.out, STAGING_KEY, force=recipe.force)
         stack.callback(staging.close)
@@ -102,7 +102,7 @@ def plan_reference(recipe: ReferenceRecipe, keep_bytes: int) -> PackPlan:
     windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
     check_decidable(windows)
     plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))
-    walk = PlannedWalk(model, (), TokenSets(windows, None), recipe.compute_dtype, keep_bytes)
+    walk = PlannedWalk.for_reference(model, windows, recipe.compute_dtype, keep_bytes)
     check_disk([(recipe.out, plan.nbytes + walk.scratch_bytes)])
     check_memory(walk.memory, walk.lighter)
     return plan

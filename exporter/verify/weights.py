@@ -84,17 +84,19 @@ def _first_reason(weight: StoredWeight, sums: Sums) -> Iterator[str]:
             return
 
 
-def read_weights(backend: Backend, model: MergedModel, quant: str, entry: Path, threads: int) -> WeightsResult | None:
-    """Check an artifact's stored weights; None if its backend cannot read them back.
+def read_weights(
+    backend: Backend | None, model: MergedModel, quant: str, entry: Path, threads: int
+) -> WeightsResult | None:
+    """Check an artifact's stored weights; None if its backend cannot read them back, or is not here.
 
     Args:
-        backend: what wrote it.
+        backend: what wrote it; None if that is not here.
         model: the merged model.
         quant: the artifact's type, resolved.
         entry: what a runtime loads.
         threads: threads that compute.
     """
-    if not isinstance(backend, ReadingBackend):
+    if backend is None or not isinstance(backend, ReadingBackend):
         return None
     reader = backend.read(model, quant, entry)
     try:
