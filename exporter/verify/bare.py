@@ -11,7 +11,7 @@ from typing import Any
 from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.backends.gguf.reading import read_header as read_gguf_header
 from exporter.backends.gguf.types import FILE_TYPES
-from exporter.backends.gptq.names import WORD_BITS, quant_name
+from exporter.backends.gptq.names import QUANTS, WORD_BITS, quant_name
 from exporter.backends.gptq.unpacking import PARTS
 from exporter.backends.safetensors import DTYPES
 from exporter.checkpoint import StoredTensor, read_header, read_json
@@ -66,8 +66,8 @@ def _folder(folder: Path, vocabulary: int) -> PublishedManifest:
     if quantization is None:
         kinds = {name: sum(t.nbytes for t in tensors.values() if t.dtype == dtype) for name, dtype in DTYPES.items()}
         form, quant = "safetensors", max(kinds, key=lambda name: kinds[name])
-    elif isinstance(quantization, dict) and quantization.get("quant_method") == "gptq":
-        form, quant = "gptq", quant_name(int(quantization["bits"]), int(quantization["group_size"]))
+    elif isinstance(quantization, dict) and (named := _gptq_type(quantization)):
+        form, quant = "gptq", named
     else:
         raise ArtifactError(
             "config.json: quantization_config", found=json.dumps(quantization)[:100], expected="GPTQ, or none",
@@ -75,6 +75,15 @@ def _folder(folder: Path, vocabulary: int) -> PublishedManifest:
         )  # fmt: skip
     parameters = sum(_parameters(name, one, quantization or {}) for name, one in tensors.items())
     return _manifest(folder, form, quant, ".", ["vllm", "transformers"], parameters)
+
+
+def _gptq_type(quantization: Mapping[str, Any]) -> str | None:
+    """The type that a configuration names; None if it names none that has limits."""
+    bits, group_size = quantization.get("bits"), quantization.get("group_size")
+    if quantization.get("quant_method") != "gptq" or not (isinstance(bits, int) and isinstance(group_size, int)):
+        return None
+    name = quant_name(bits, group_size)
+    return name if name in QUANTS else None
 
 
 def _parameters(name: str, tensor: StoredTensor, quantization: Mapping[str, Any]) -> int:

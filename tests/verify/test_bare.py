@@ -106,10 +106,11 @@ def test_another_vocabulary_is_refused(made: dict[str, Path], pack: Path, tmp_pa
 
 
 def test_what_does_not_say_what_it_is_is_refused(made: dict[str, Path], pack: Path, tmp_path: Path) -> None:
-    for number, method in enumerate(["awq", None]):
+    others = [{"quant_method": "awq"}, {"quant_method": None}, {"bits": None}, {"bits": 5}, {"group_size": "128"}]
+    for number, other in enumerate(others):
         changed = copy(made["gptq"], tmp_path / str(number))
         config = json.loads((changed / "config.json").read_text())
-        edit_json(changed / "config.json", quantization_config=config["quantization_config"] | {"quant_method": method})
+        edit_json(changed / "config.json", quantization_config=config["quantization_config"] | other)
         with pytest.raises(ArtifactError, match="quantization_config"):
             judged(changed, pack, "transformers")
     empty = tmp_path / "empty"
