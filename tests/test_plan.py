@@ -231,14 +231,16 @@ def test_only_what_needs_less_memory_is_recommended(
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 1)
     monkeypatch.setattr(estimate, "HEAD_ROWS", 1)
     monkeypatch.setattr(estimate, "LOGIT_ROWS", 1)
+    # What scores is not asked for anything here, and need not be installed.
+    served = Execution(endpoint="http://localhost:8000")
     gptq = {"format": "gptq", "quant": "gptq-int4-g32"}
     for values, helpful in (({}, "bfloat16"), (gptq, "no Hessians")):
         given = recipe(base, [], tmp_path / "out", **(FEW | values | {"verify": True}))
-        needed = make_plan(given, Execution()).walk_bytes
+        needed = make_plan(given, served).walk_bytes
         with monkeypatch.context() as patched:
             patched.setattr(psutil, "virtual_memory", lambda needed=needed: Memory(needed - 1))
             with pytest.raises(NotEnoughMemoryError) as caught:
-                make_plan(given, Execution())
+                make_plan(given, served)
         assert helpful in caught.value.remedy
         assert ("bfloat16" in caught.value.remedy) == (not values)
 
