@@ -209,6 +209,7 @@ def reference_recipe_from(
     calibration: str | None,
     eval_tokens: int | None,
     eval_window: int | None,
+    no_answers: bool,
     force: bool,
     compute_dtype: str | None,
     reference_dtype: str | None,
@@ -232,7 +233,7 @@ def reference_recipe_from(
             "force": force,
             **_given(compute_dtype=compute_dtype, reference_dtype=reference_dtype),
             "calibration": _given(text=calibration),
-            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window),
+            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, answers=not no_answers),
         }
     )
 
@@ -280,7 +281,7 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
     if given:
         raise RecipeError(
             f"--reference {reference}", found=f"{given} beside it",
-            expected="the pack alone: it holds model and tokens, and asks for no answers", remedy=f"Leave out {given}.",
+            expected="the pack alone, which holds what is scored and asked", remedy=f"Leave out {given}.",
         )  # fmt: skip
 
 

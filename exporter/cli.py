@@ -233,7 +233,7 @@ def verify_command(
         evaluation = evaluation_from(eval_tokens, max_eval_tokens, eval_window, gate, no_answers)
         check_verify_options(
             reference, base=base, adapter=adapter, calibration=calibration, eval_tokens=eval_tokens,
-            max_eval_tokens=max_eval_tokens, eval_window=eval_window, no_answers=no_answers,
+            max_eval_tokens=max_eval_tokens, eval_window=eval_window,
         )  # fmt: skip
         if files_only:
             check_files_only(
@@ -267,7 +267,8 @@ def verify_command(
 
         place = resolve_device(execution_from(device, None, runtime, endpoint).device)
         if reference is not None:
-            return verify_with_pack(artifact, reference, evaluation.gate, runtime, place, screen, endpoint)
+            gate, answers = evaluation.gate, evaluation.answers
+            return verify_with_pack(artifact, reference, gate, runtime, place, screen, endpoint, answers=answers)
         return verify_published(artifact, base or "", adapters, text, evaluation, runtime, place, screen, endpoint)
 
     def told(result: PublishedResult | FilesResult) -> int:
@@ -288,6 +289,7 @@ def reference_command(
     calibration: Text = None,
     eval_tokens: EvalTokens = None,
     eval_window: EvalWindow = None,
+    no_answers: NoAnswers = False,
     force: Force = False,
     compute_dtype: ComputeDtype = None,
     reference_dtype: ReferenceDtype = None,
@@ -304,7 +306,17 @@ def reference_command(
 
     def run() -> int:
         recipe = reference_recipe_from(
-            base, adapter, out, name, calibration, eval_tokens, eval_window, force, compute_dtype, reference_dtype
+            base,
+            adapter,
+            out,
+            name,
+            calibration,
+            eval_tokens,
+            eval_window,
+            no_answers,
+            force,
+            compute_dtype,
+            reference_dtype,
         )
         from exporter.verify.standalone import make_reference
 

@@ -59,6 +59,7 @@ class PlannedWalk:
         compute_dtype: what the layers compute in: float32 or bfloat16.
         keep_bytes: all hidden states together stay in memory up to this size.
         held_bytes: of a reference pack, what stays in memory until it is written.
+        prompts: tokens of each prompt that travels for a reference pack.
     """
 
     model: MergedModel
@@ -67,11 +68,19 @@ class PlannedWalk:
     compute_dtype: str
     keep_bytes: int = KEEP_BYTES
     held_bytes: int = 0
+    prompts: tuple[int, ...] = ()
 
     @classmethod
-    def for_reference(cls, model: MergedModel, windows: Windows, compute_dtype: str, keep_bytes: int) -> PlannedWalk:
+    def for_reference(
+        cls,
+        model: MergedModel,
+        windows: Windows,
+        compute_dtype: str,
+        keep_bytes: int,
+        prompts: tuple[int, ...] = (),
+    ) -> PlannedWalk:
         """A walk that nothing rides on but the reference; see the attributes."""
-        return cls(model, (), TokenSets(windows, None), compute_dtype, keep_bytes)
+        return cls(model, (), TokenSets(windows, None), compute_dtype, keep_bytes, prompts=prompts)
 
     @property
     def walks(self) -> bool:
@@ -118,7 +127,7 @@ class PlannedWalk:
             FEWER_TOKENS: replace(self, tokens=few),
         }
         if self.artifacts and evaluation:
-            found["--no-verify"] = replace(self, tokens=replace(self.tokens, evaluation=None), held_bytes=0)
+            found["--no-verify"] = replace(self, tokens=replace(self.tokens, evaluation=None), held_bytes=0, prompts=())
         if len(others) < len(self.artifacts):
             found["outputs that need no Hessians"] = replace(self, artifacts=others)
         return {name: walk.memory for name, walk in found.items() if walk.memory < self.memory}
@@ -143,7 +152,7 @@ class PlannedWalk:
             for adapter in self.model.adapters
             for update in adapter.updates.values()
         )
-        longest = max(evaluation.n_ctx if evaluation else 0, calibration.window if calibration else 0)
+        longest = max(evaluation.n_ctx if evaluation else 0, calibration.window if calibration else 0, *self.prompts, 0)
         passing = self._item * max(BATCH_TOKENS[kind], longest) * (4 * hidden + 3 * inner)
         solved = [artifact.calibrated for artifact in self.artifacts if artifact.needs == "hessians"]
         solving = max((solving_memory(self.model, names) for names in solved), default=0)
@@ -171,7 +180,8 @@ class PlannedWalk:
         calibrated = self.tokens.calibration.tokens if self.tokens.calibration else 0
         observed = calibrated * any(artifact.needs == "moments" for artifact in self.artifacts)
         solved = sum(artifact.needs == "hessians" for artifact in self.artifacts)
-        return [item * evaluated, item * observed] + [item * calibrated] * solved
+        prompted = [item * length for length in self.prompts]
+        return [item * evaluated, *prompted, item * observed] + [item * calibrated] * solved
 
 
 def solving_memory(model: MergedModel, solved: Collection[str]) -> int:

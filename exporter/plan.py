@@ -157,7 +157,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     if kept and tokens.evaluation:
         most = most_windows(recipe.evaluation, tokens.evaluation)
         pack = PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation, most)
-    held = pack.held_bytes if pack else 0
+    held, prompts = (pack.held_bytes, pack.prompt_lengths) if pack else (0, ())
     plan = ExportPlan(
         recipe=recipe,
         execution=execution,
@@ -168,7 +168,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         threads=threads,
         tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
-        walk=PlannedWalk(model, artifacts, tokens, recipe.compute_dtype, states_budget(), held),
+        walk=PlannedWalk(model, artifacts, tokens, recipe.compute_dtype, states_budget(), held, prompts),
         seconds=seconds(model, artifacts, threads, tokens, servers=servers, answers=recipe.evaluation.answers),
         pack=pack,
     )

@@ -78,7 +78,7 @@ def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
 
 
 def show_table(
-    console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int], *, scores_alone: bool = False
+    console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int], *, by_reference: bool = False
 ) -> None:
     """A row an artifact: its figures and their limits; then what it answered, and why it did not pass.
 
@@ -86,7 +86,7 @@ def show_table(
         console: where to.
         verdicts: by artifact label.
         sizes: bytes of each artifact, likewise.
-        scores_alone: nothing else was looked at, which the verdict says.
+        by_reference: the values of the weights were not compared, which the verdict says.
     """
     scored = [verdict.comparison for verdict in verdicts.values() if verdict.comparison]
     trained = ", ".join(
@@ -112,7 +112,7 @@ def show_table(
     for column in columns:
         table.add_column(column, justify="left" if column in ("artifact", "verdict") else "right", no_wrap=True)
     for label, verdict in verdicts.items():
-        said = _VERDICTS[verdict.verdict] + (" by scores" if scores_alone else "")
+        said = _VERDICTS[verdict.verdict] + (" by reference" if by_reference else "")
         table.add_row(label, size(sizes[label]), *_figures(verdict), said)
     console.print(table)
     for label, verdict in verdicts.items():

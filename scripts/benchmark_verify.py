@@ -64,8 +64,12 @@ def ours(args: argparse.Namespace, folder: Path) -> list[Step]:
     once = ["--max-eval-tokens", str(args.tokens), "--gate", "1000", "--json"]
     return [
         Step("verify", [*verify, *source(args), *text, *once, "--no-answers"], nothing),
-        Step("reference", [str(EXPORTER), "reference", *source(args), *text, "--out", str(pack), "--quiet"], pack),
-        Step("verify, pack", [*verify, "--reference", str(pack), "--gate", "1000", "--json"], nothing),
+        Step(
+            "reference",
+            [str(EXPORTER), "reference", *source(args), *text, "--out", str(pack), "--no-answers", "--quiet"],
+            pack,
+        ),
+        Step("verify, pack", [*verify, "--reference", str(pack), "--gate", "1000", "--no-answers", "--json"], nothing),
     ]
 
 

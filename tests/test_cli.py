@@ -185,7 +185,6 @@ REFUSED: dict[str, tuple[Arguments, str]] = {
         ["verify", ".", "--reference", "r", "--eval-window", "64"],
         "--eval-window",
     ),
-    "verify without answers and a reference": (["verify", ".", "--reference", "r", "--no-answers"], "--no-answers"),
     "files only, without a base": (["verify", ".", "--files-only"], "--base"),
     "files only, and a reference": (["verify", ".", "--files-only", "--reference", "r"], "--reference"),
     "files only, and scores": (["verify", ".", "--files-only", "--base", "b", "--eval-tokens", "64"], "--eval-tokens"),
@@ -479,10 +478,11 @@ def test_reference_pack_from_one_command_to_the_next(workplace: Path, inputs: Ar
     result = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)["safetensors bf16"]
-    assert (found["verdict"], found["weights"], found["answers"]) == ("passed", None, None)
-    assert result.stderr.splitlines()[-1].startswith(
-        "scores were held against a reference pack; weights, configuration"
-    )
+    assert (found["verdict"], found["weights"], found["by_reference"]) == ("passed", None, True)
+    assert [one["followed"] for one in found["answers"]["continuations"]] == [1, 1, 1, 1]
+    assert result.stderr.splitlines()[-1].startswith("held against a reference pack: the values of the weights")
+    unasked = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json", "--no-answers")
+    assert json.loads(unasked.stdout)["safetensors bf16"]["answers"] is None
     whole = invoke("verify", "out", *inputs[:4], *scored, "--gate", "1", "--no-answers")
     assert whole.exit_code == 0, whole.stderr
     assert "reference pack" not in whole.stderr
@@ -505,7 +505,8 @@ def test_recipe_file_and_a_kept_reference(workplace: Path, inputs: Arguments) ->
     assert result.exit_code == 0, result.stderr
     assert f"reference {planned['out']}" in result.stderr
     assert {path.name for path in workplace.iterdir()} == {"recipe.yaml", "bf16", "fp32", "bf16.reference"}
-    written = {path.name: path.stat().st_size for path in Path(planned["out"]).iterdir()}
+    pack = Path(planned["out"])
+    written = {str(path.relative_to(pack)): path.stat().st_size for path in pack.rglob("*") if path.is_file()}
     del written["reference.json"]
     assert {file["name"]: file["bytes"] for file in planned["files"]} == written
     assert planned["bytes"] == sum(written.values())

@@ -18,7 +18,7 @@ from exporter.tokenizer import TOKENIZER_NAMES
 CONFIG = "config.json"
 # What a folder says of its own files, and what no runtime reads.
 _OWN = frozenset({"dtype", "torch_dtype", "quantization_config"})
-_UNREAD = ("_name_or_path", "_model_name")
+UNREAD = ("_name_or_path", "_model_name")
 # Differences of one file that are named, and characters of a value that are shown.
 _NAMED, _SHOWN = 3, 60
 _MISSING = object()
@@ -31,7 +31,7 @@ def document_faults(model: MergedModel, folder: Path) -> tuple[str, ...]:
         model: the merged model.
         folder: the model folder.
     """
-    config = {key: value for key, value in model.config.items() if not key.startswith(_UNREAD) and key not in _OWN}
+    config = {key: value for key, value in model.config.items() if not key.startswith(UNREAD) and key not in _OWN}
     faults = list(_json_faults(folder / CONFIG, config))
     source = model.base.folder / GENERATION_CONFIG
     generation = generation_document(model) or (_read(source) if source.is_file() else None)
@@ -67,7 +67,7 @@ def _json_faults(file: Path, wanted: Any) -> Iterator[str]:
         yield f"{file.name} is not JSON: {error}"
         return
     if file.name == CONFIG and isinstance(found, dict):
-        found = {key: value for key, value in found.items() if not key.startswith(_UNREAD) and key not in _OWN}
+        found = {key: value for key, value in found.items() if not key.startswith(UNREAD) and key not in _OWN}
     for difference in islice(_differences(found, wanted, ""), _NAMED):
         yield f"{file.name}: {difference}"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.backends.base import FilePlan, TensorPlan
+from exporter.backends.documents import UNREAD
 from exporter.checkpoint import INDEX_NAME, SINGLE_NAME
 from exporter.errors import RecipeError
 from exporter.model import MergedModel, MergedTensor
@@ -97,7 +98,7 @@ def config_document(model: MergedModel, dtype: str, more: Mapping[str, Any] | No
         dtype: what most of it is stored in, as safetensors calls it.
         more: further keys.
     """
-    config = {key: value for key, value in model.config.items() if not key.startswith(("_name_or_path", "_model_name"))}
+    config = {key: value for key, value in model.config.items() if not key.startswith(UNREAD)}
     for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
         config[key] = TORCH_NAMES[dtype]
     return json_document(config | dict(more or {}))

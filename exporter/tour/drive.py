@@ -35,7 +35,7 @@ from exporter.tour.progress import forget_progress
 from exporter.tour.states import Group
 from exporter.tour.stream import Progress, Rider, Stream
 from exporter.tour.walk import Walk
-from exporter.verify.reference import Reference, evaluation_group, finish_reference
+from exporter.verify.reference import Reference, evaluation_group, finish_reference, prompt_groups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -229,6 +229,7 @@ def _walk(
         stream,
         passengers,
         evaluation=evaluation_group(plan.tokens.evaluation) if plan.tokens.evaluation else None,
+        more=prompt_groups(plan.pack.prompts) if plan.pack else (),
         calibration=Group("calibration", np.array(calibration.ids, dtype=np.int64)) if calibration else None,
         settings=settings,
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from exporter.artifact.inputs import describe_inputs, model_files
 from exporter.artifact.manifest import dump
 from exporter.artifact.staging import Staging, write_durably
 from exporter.calibration import Windows
-from exporter.checkpoint import StoredTensor
+from exporter.checkpoint import StoredTensor, read_header
 from exporter.errors import ReferencePackError, RuntimeScoreError, WriteError
 from exporter.hashing import hash_all
 from exporter.merge import DTYPES
@@ -29,16 +30,18 @@ from exporter.runtimes.base import TokenScores, score_logits
 from exporter.tensor_reader import TensorReader
 from exporter.torch_threads import use_threads
 from exporter.tour.sizes import HEAD_ROWS
+from exporter.verify.answers.source import Prompt
 from exporter.verify.pack import (
     DESCRIPTION_NAME,
+    PROMPTS_FILE,
     REMEDY,
     SCHEMA_VERSION,
     TOKENS_FILE,
-    Description,
     PackPlan,
     lay_out,
-    open_tensors,
 )
+from exporter.verify.pack_model import model_documents
+from exporter.verify.pack_record import Description, open_tensors
 from exporter.verify.reference import Head, Reference
 from exporter.version import __version__
 
@@ -98,8 +101,13 @@ def write_pack(
     tensors = plan.tensors(dtype, len(reference.windows.ids))
     for name, (header, _) in lay_out(tensors).items():
         inside = [tensor for tensor, one in tensors.items() if one.file == name]
-        _write(staging.files / name, [header, *(part for tensor in inside for part in _data(tensor, reference, dtype))])
-    files = hash_all(staging.files, lay_out(tensors), threads)
+        data = (part for tensor in inside for part in _data(tensor, plan, reference, dtype))
+        _write(staging.files / name, chain([header], data))
+    documents = model_documents(plan.model)
+    for name, content in documents.items():
+        (staging.files / name).parent.mkdir(exist_ok=True)
+        write_durably(staging.files / name, content)
+    files = hash_all(staging.files, [*lay_out(tensors), *documents], threads)
     description = _describe(plan, reference, hashes, device, dtype, loss)
     description["files"] = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
     write_durably(staging.files / DESCRIPTION_NAME, dump(description))
@@ -128,7 +136,7 @@ def measure_loss(reference: Reference) -> StateLoss:
     return StateLoss(float(kl.mean()), float(kl.max()), float(np.concatenate(differences).mean()))
 
 
-def _data(name: str, reference: Reference, dtype: str) -> Iterator[memoryview]:
+def _data(name: str, plan: PackPlan, reference: Reference, dtype: str) -> Iterator[memoryview]:
     """The data of one tensor of the pack, a bounded part at a time."""
     if name == "hidden":
         for number in range(len(reference.windows.ids)):
@@ -137,6 +145,11 @@ def _data(name: str, reference: Reference, dtype: str) -> Iterator[memoryview]:
         vocabulary = reference.head.shape[0]
         for first in range(0, vocabulary, HEAD_ROWS):
             yield _bytes(reference.head.rows(first, min(HEAD_ROWS, vocabulary - first)))
+    elif name == "prompt_ids":
+        yield np.array([token for prompt in plan.prompts for token in prompt.ids], dtype="<i4").data.cast("B")
+    elif name == "prompt_states":
+        if reference.prompts is not None:
+            yield _bytes(reference.prompts)
     elif name == "ids":
         yield np.array(reference.windows.ids, dtype="<i4").data.cast("B")
     elif name == "log_probabilities":
@@ -196,6 +209,7 @@ def _describe(
         "hidden_size": plan.hidden,
         "states": states,
         "head": {"dtype": plan.tensors(dtype, len(windows.ids))["head"].dtype},
+        "prompts": {prompt.name: len(prompt.ids) for prompt in plan.prompts},
     }
 
 
@@ -271,7 +285,28 @@ def opened_reference(folder: Path, description: Description, device: str, thread
         if device == "cpu":
             # As the walk does, whose logits these are to be again.
             use_threads(threads)
-        yield Reference(windows, hidden, StoredHead(stored["head"], reader, device), scores)
+        head, prompts = StoredHead(stored["head"], reader, device), _array(reader, stored["prompt_states"], "<f4")
+        yield Reference(windows, hidden, head, scores, torch.tensor(prompts, device=device))
+
+
+def stored_prompts(folder: Path, description: Description) -> tuple[Prompt, ...]:
+    """The prompts of a pack, whose files must have been checked.
+
+    Raises:
+        ReferencePackError: one has a token that the vocabulary lacks.
+    """
+    with TensorReader() as reader:
+        ids = _array(reader, read_header(folder / PROMPTS_FILE)["prompt_ids"], "<i4")
+    if ids.size and (ids.min() < 0 or ids.max() >= description.vocabulary):
+        raise ReferencePackError(
+            f"{PROMPTS_FILE}: prompt_ids", found=f"ids from {ids.min()} to {ids.max()}",
+            expected=f"a vocabulary of {description.vocabulary}", remedy=REMEDY,
+        )  # fmt: skip
+    ends = accumulate(description.prompts.values())
+    return tuple(
+        Prompt(name, tuple(ids[end - length : end].tolist()))
+        for (name, length), end in zip(description.prompts.items(), ends, strict=True)
+    )
 
 
 def _array(reader: TensorReader, tensor: StoredTensor, dtype: str) -> npt.NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,24 +24,26 @@ from exporter.reporter import Reporter
 from exporter.room import check_device_memory, check_disk, check_memory, states_budget
 from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
-from exporter.verify.answers.run import Served, answers_of, with_answers
+from exporter.verify.answers.run import Knowing, Packed, Served, Trained, answers_of, with_answers
 from exporter.verify.bare import NOTE as BARE_NOTE
 from exporter.verify.bare import bare_manifest, is_bare
 from exporter.verify.check import Candidate, DrawnTokens, NoMoreTokens, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification
 from exporter.verify.limits import check_types, gate_for
-from exporter.verify.pack import check_belongs, read_description
+from exporter.verify.pack_model import packed_model
+from exporter.verify.pack_record import check_belongs, read_description
 from exporter.verify.record import PublishedManifest, read_manifest
 from exporter.verify.standalone import walk_reference
+from exporter.verify.weights import read_files
 from exporter.verify.weights_json import weights_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-SCORES_ALONE = (
-    "scores were held against a reference pack; weights, configuration, tokenizer and answers were not looked at, "
-    "which takes base and adapter (--base, --adapter; --files-only without a runtime)"
+BY_REFERENCE = (
+    "held against a reference pack: the values of the weights were not compared, and of answers their first token was; "
+    "the whole takes base and adapter (--base, --adapter; --files-only without a runtime)"
 )
 
 
@@ -55,8 +57,8 @@ class PublishedResult:
         verdicts: by artifact label.
         evaluation: what was scored, as in a manifest; None if nothing was.
         notes: what the reader should know of the tokens that were scored.
-        scores_alone: whether a reference pack stood in for the trained model, so that neither weights nor answers are
-            known.
+        by_reference: whether a reference pack stood in for the trained model, so that the values of the weights were
+            not compared.
     """
 
     folder: Path
@@ -64,7 +66,7 @@ class PublishedResult:
     verdicts: dict[str, Verification]
     evaluation: dict[str, Any] | None
     notes: tuple[str, ...] = ()
-    scores_alone: bool = False
+    by_reference: bool = False
 
     @property
     def passed(self) -> bool:
@@ -77,7 +79,7 @@ class PublishedResult:
             label: verification_json(verdict)
             | {"weights": weights_json(verdict.weights)}
             | {"answers": verdict.answers.as_json() if verdict.answers else None}
-            | {"evaluation": self.evaluation, "notes": list(self.notes), "scores_alone": self.scores_alone}
+            | {"evaluation": self.evaluation, "notes": list(self.notes), "by_reference": self.by_reference}
             for label, verdict in self.verdicts.items()
         }
 
@@ -92,9 +94,9 @@ class PublishedResult:
         from exporter.verdict_table import show_notes, show_table
 
         show_notes(console, self.notes)
-        show_table(console, self.verdicts, self.sizes, scores_alone=self.scores_alone)
-        if self.scores_alone:
-            console.print(SCORES_ALONE, highlight=False, soft_wrap=True)
+        show_table(console, self.verdicts, self.sizes, by_reference=self.by_reference)
+        if self.by_reference:
+            console.print(BY_REFERENCE, highlight=False, soft_wrap=True)
 
 
 def verify_published(
@@ -153,12 +155,7 @@ def verify_published(
     more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
     verdicts = judge_candidates(candidates, weights, reference, more, reporter)
     if evaluation.answers:
-        served = [
-            Served(one.label, one.entry, one.runtime) if verdict.comparison else None
-            for one, verdict in zip(candidates, verdicts, strict=True)
-        ]
-        answered = answers_of(model, served, device, reporter, threads=threads)
-        verdicts = [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
+        verdicts = _answered(Trained(model, device, threads), candidates, verdicts, reporter)
     scored, by_label = evaluation_json(windows, more.drawn), _by_label(candidates, verdicts)
     return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes))
 
@@ -171,12 +168,15 @@ def verify_with_pack(
     device: str,
     reporter: Reporter,
     endpoint: str | None = None,
+    *,
+    answers: bool = True,
 ) -> PublishedResult:
     """Check hashes, then score every artifact against a reference pack, on the pack's windows.
 
-    Its weights are not read, and it is not asked for answers: a pack holds neither the merged weights nor what the
-    trained model would have said along the answers. An artifact without a manifest is taken at its own word, and
-    whether the pack is of its base is not known then.
+    What its files say of the model is held against the pack, and so are its answers: tokens, renderings, end tokens,
+    and the first token of each continuation. The values of its weights are not compared, as a pack does not hold the
+    merged ones. An artifact without a manifest is taken at its own word, and whether the pack is of its base is not
+    known then.
 
     Args:
         artifact: a folder that was published; or a GGUF file or a model folder by itself.
@@ -186,6 +186,7 @@ def verify_with_pack(
         device: where the reference's logits and transformers compute.
         reporter: told about every window.
         endpoint: address of a running vLLM server to score with.
+        answers: whether to ask for answers.
 
     Raises:
         RecipeError: the runtime is unknown or not here, the endpoint is of no use, or a limit is of no artifact's type.
@@ -200,16 +201,34 @@ def verify_with_pack(
     if not bare:
         check_belongs(description, folder.resolve().name, manifest.inputs)
         check_files(folder, manifest.files)
-    from exporter.verify.packing import opened_reference
+    from exporter.verify.packing import opened_reference, stored_prompts
 
     # The pack is of the same inputs, so the artifact's count of parameters is its model's.
     candidates = _candidates(folder, manifest, serving, gate, manifest.merge.parameters, device, endpoint)
     with opened_reference(pack, description, device, Execution().workers) as reference:
+        model = packed_model(pack, manifest.name)
+        files = [read_files(one.backend, model, one.quant, one.entry) for one in candidates]
         verdicts = judge_candidates(candidates, [None] * len(candidates), reference, NoMoreTokens(), reporter)
+        verdicts = [replace(one, files=found) for one, found in zip(verdicts, files, strict=True)]
+        if answers:
+            knowing = Packed(model, stored_prompts(pack, description), reference)
+            verdicts = _answered(knowing, candidates, verdicts, reporter)
         windows = reference.windows
         notes = [BARE_NOTE] if bare else manifest.held_against_pack(windows.source, windows.tokens)
         scored, by_label = evaluation_json(windows, None), _by_label(candidates, verdicts)
-        return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), scores_alone=True)
+        return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), by_reference=True)
+
+
+def _answered(
+    knowing: Knowing, candidates: Sequence[Candidate], verdicts: Sequence[Verification], reporter: Reporter
+) -> list[Verification]:
+    """The verdicts with the answers of all that could be scored."""
+    served = [
+        Served(one.label, one.entry, one.runtime) if verdict.comparison else None
+        for one, verdict in zip(candidates, verdicts, strict=True)
+    ]
+    answered = answers_of(knowing, served, reporter)
+    return [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from exporter.errors import ArtifactError, ExporterError, RecipeError
 from exporter.recipe import Calibration, Evaluation
 from exporter.runtimes.base import choose_runtime
 from exporter.tokenizer import TokenizerFiles
-from exporter.verify.pack import InputRecord
+from exporter.verify.pack_record import InputRecord
 
 
 class PublishedArtifact(BaseModel):

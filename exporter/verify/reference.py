@@ -22,6 +22,10 @@ from exporter.tour.passengers import Settings, Walked
 from exporter.tour.sizes import HEAD_ROWS, KEEP_BYTES, LOGIT_ROWS
 from exporter.tour.states import Group
 from exporter.tour.walk import Walk
+from exporter.verify.answers.source import Prompt
+
+# What the names of the groups of prompts begin with.
+_PROMPT = "prompt "
 
 
 class Head(ABC):
@@ -77,12 +81,19 @@ class Reference:
             (scored, hidden).
         head: turns them into logits.
         scores: if they are known.
+        prompts: final hidden states of the last token of each prompt that was walked along, after the norm: float32,
+            (prompts, hidden); None if none was.
     """
 
     def __init__(
-        self, windows: Windows, hidden: Callable[[int], torch.Tensor], head: Head, scores: TokenScores | None = None
+        self,
+        windows: Windows,
+        hidden: Callable[[int], torch.Tensor],
+        head: Head,
+        scores: TokenScores | None = None,
+        prompts: torch.Tensor | None = None,
     ) -> None:
-        self.windows, self.hidden, self.head = windows, hidden, head
+        self.windows, self.hidden, self.head, self.prompts = windows, hidden, head, prompts
         shape = (len(windows.ids), windows.scored)
         self._scores = scores or TokenScores(np.zeros(shape), np.zeros(shape, dtype=np.int64))
         self._missing = set() if scores else set(range(len(windows.ids)))
@@ -129,7 +140,7 @@ def joined(first: Reference, further: Sequence[Reference]) -> Reference:
         np.concatenate([part.scores.log_probabilities for part in parts]),
         np.concatenate([part.scores.top_tokens for part in parts]),
     )
-    return Reference(windows_of(ids, first.windows), hidden, first.head, scores)
+    return Reference(windows_of(ids, first.windows), hidden, first.head, scores, first.prompts)
 
 
 def window_logits(windows: Windows, hidden: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -155,7 +166,8 @@ def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str) 
 
     Args:
         walk: gives the model's own norm.
-        walked: what it brought back; the evaluation windows are the first of its groups, and are closed.
+        walked: what it brought back; the evaluation windows are the first of its groups, prompts may follow. All of
+            them are closed.
         windows: the evaluation windows.
         device: where the head computes.
     """
@@ -167,8 +179,20 @@ def finish_reference(walk: Walk, walked: Walked, windows: Windows, device: str) 
         last = states.read(slice(number, number + 1)).to(device)
         scored[number] = walk.normalize(last, walked.norm)[0, windows.first_scored : -1].float()
     states.close()
+    last_tokens = []
+    for prompt in walked.states[1:]:
+        if prompt.group.name.startswith(_PROMPT):
+            last = prompt.read(slice(0, 1))[:, -1:].to(device)
+            last_tokens.append(walk.normalize(last, walked.norm)[0].float())
+        prompt.close()
     walk.set_threads()
-    return Reference(windows, scored.__getitem__, HeldHead(walked.head))
+    prompts = torch.cat(last_tokens) if last_tokens else None
+    return Reference(windows, scored.__getitem__, HeldHead(walked.head), prompts=prompts)
+
+
+def prompt_groups(prompts: Sequence[Prompt]) -> list[Group]:
+    """Prompts as travellers: each is a group, as each has a length of its own."""
+    return [Group(f"{_PROMPT}{prompt.name}", np.array([prompt.ids], dtype=np.int64)) for prompt in prompts]
 
 
 def evaluation_group(windows: Windows) -> Group:
@@ -188,6 +212,7 @@ def score_reference(
     scratch: Path | None = None,
     key: str = "",
     keep_bytes: int = KEEP_BYTES,
+    prompts: Sequence[Prompt] = (),
 ) -> Reference:
     """Walk through the model for the reference alone; nothing is written.
 
@@ -203,6 +228,7 @@ def score_reference(
             for neither.
         key: what the walk is for; it goes on from what is in `scratch` only under the same key.
         keep_bytes: hidden states that stay in memory where there is a folder for the others.
+        prompts: walked along too.
 
     Raises:
         RuntimeScoreError: transformers or peft cannot make the model.
@@ -218,5 +244,5 @@ def score_reference(
         ahead=device != "cpu",
         on_layer=on_layer,
     )
-    with lone_walk(model, [evaluation_group(windows)], settings, on_file=on_file) as walk:
+    with lone_walk(model, [evaluation_group(windows), *prompt_groups(prompts)], settings, on_file=on_file) as walk:
         return finish_reference(walk, walk.run(), windows, device)

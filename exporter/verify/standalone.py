@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from exporter.tour.sizes import KEEP_BYTES
 from exporter.verify.pack import PackPlan
 
 if TYPE_CHECKING:
+    from exporter.verify.answers.source import Prompt
     from exporter.verify.reference import Reference
 
 
@@ -56,7 +57,7 @@ def make_reference(
         from exporter.verify.packing import STAGING_KEY, write_pack
 
         device = resolve_device(execution.device)
-        walk = PlannedWalk.for_reference(plan.model, plan.windows, plan.compute_dtype, keep_bytes)
+        walk = _planned_walk(plan, keep_bytes)
         check_device_memory(device, walk.device_memory)
         staging = Staging(recipe.out, STAGING_KEY, force=recipe.force)
         stack.callback(staging.close)
@@ -73,6 +74,7 @@ def make_reference(
                 scratch=staging.scratch,
                 key=_key(plan, device),
                 keep_bytes=keep_bytes,
+                prompts=plan.prompts,
             )
             reporter.scoring("reference", plan.windows)
             reference.complete(reporter.window)
@@ -102,7 +104,7 @@ def plan_reference(recipe: ReferenceRecipe, keep_bytes: int) -> PackPlan:
     windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
     check_decidable(windows)
     plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))
-    walk = PlannedWalk.for_reference(model, windows, recipe.compute_dtype, keep_bytes)
+    walk = _planned_walk(plan, keep_bytes)
     check_disk([(recipe.out, plan.nbytes + walk.scratch_bytes)])
     check_memory(walk.memory, walk.lighter)
     return plan
@@ -120,6 +122,7 @@ def walk_reference(
     scratch: Path | None = None,
     key: str = "",
     keep_bytes: int = KEEP_BYTES,
+    prompts: Sequence[Prompt] = (),
 ) -> Reference:
     """Walk for the reference alone, and tell the reporter; see `score_reference`."""
     from exporter.verify.reference import score_reference
@@ -137,12 +140,18 @@ def walk_reference(
         scratch=scratch,
         key=key,
         keep_bytes=keep_bytes,
+        prompts=prompts,
     )
+
+
+def _planned_walk(plan: PackPlan, keep_bytes: int) -> PlannedWalk:
+    return PlannedWalk.for_reference(plan.model, plan.windows, plan.compute_dtype, keep_bytes, plan.prompt_lengths)
 
 
 def _key(plan: PackPlan, device: str) -> str:
     """Identifies what a walk is for: inputs (by size and time), windows, versions and kind of device."""
     inputs = [(role, path.name, path.stat().st_size, path.stat().st_mtime_ns) for role, path in model_files(plan.model)]
     versions = {package: version(package) for package in ("exporter", "torch")}
-    text = json.dumps([inputs, plan.windows.sha256, plan.compute_dtype, device.partition(":")[0], versions])
+    prompts = [prompt.ids for prompt in plan.prompts]
+    text = json.dumps([inputs, plan.windows.sha256, prompts, plan.compute_dtype, device.partition(":")[0], versions])
     return hashlib.sha256(text.encode()).hexdigest()

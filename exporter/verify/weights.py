@@ -105,6 +105,24 @@ def read_weights(
         reader.close()
 
 
+def read_files(backend: Backend | None, model: MergedModel, quant: str, entry: Path) -> tuple[str, ...]:
+    """What is wrong with an artifact's files, of what can be told without the weights of the model.
+
+    Args:
+        backend: what wrote it; None if that is not here, and nothing can be told.
+        model: the merged model, whose weights are not read.
+        quant: the artifact's type, resolved.
+        entry: what a runtime loads.
+    """
+    if backend is None or not isinstance(backend, ReadingBackend):
+        return ()
+    reader = backend.read(model, quant, entry)
+    try:
+        return reader.faults
+    finally:
+        reader.close()
+
+
 def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> WeightsResult:
     """Merge again, on the CPU, and hold what is stored against it.
 

@@ -78,12 +78,12 @@ ANSWERS: dict[str, Any] = {
     },
     "continuations": [
         {
-            "prompt": "short", "prompt_tokens": 10, "tokens": 32, "stopped": False, "loop": 3, "diverges_at": 1,
-            "margin": 0.06, "mean_shortfall": 0.00197, "largest_shortfall": 0.0631,
+            "prompt": "short", "prompt_tokens": 10, "tokens": 32, "followed": 32, "stopped": False, "loop": 3,
+            "diverges_at": 1, "margin": 0.06, "mean_shortfall": 0.00197, "largest_shortfall": 0.0631,
         },
         {
-            "prompt": "long", "prompt_tokens": 2000, "tokens": 13, "stopped": True, "loop": None, "diverges_at": None,
-            "margin": None, "mean_shortfall": None, "largest_shortfall": None,
+            "prompt": "long", "prompt_tokens": 2000, "tokens": 13, "followed": 1, "stopped": True, "loop": None,
+            "diverges_at": None, "margin": None, "mean_shortfall": None, "largest_shortfall": None,
         },
     ],
     "max_shortfall": 1.5,

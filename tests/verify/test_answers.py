@@ -18,7 +18,7 @@ from exporter.runtimes.base import Continuation, load_runtime
 from exporter.verify.answers.ask import NORMALIZED, UNNORMALIZED
 from exporter.verify.answers.follow import Followed, follow
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers, judge_answers, loop_of
-from exporter.verify.answers.run import Served, answers_of
+from exporter.verify.answers.run import Served, Trained, answers_of
 from exporter.verify.answers.source import LONG, MAX_NEW
 from exporter.verify.answers.texts import TEXTS
 from tests.commands import invoke
@@ -57,7 +57,7 @@ def exported(base: Path, out: Path, format_: str) -> Path:
 
 def answers(model: MergedModel, entry: Path) -> Answers:
     runtime = load_runtime("llamacpp" if entry.suffix == ".gguf" else "transformers")
-    (found,) = answers_of(model, [Served("it", entry, runtime)], "cpu", Reporter())
+    (found,) = answers_of(Trained(model, "cpu"), [Served("it", entry, runtime)], Reporter())
     assert isinstance(found, Answers)
     return found
 

@@ -59,15 +59,13 @@ def judged(artifact: Path, pack: Path, runtime: str | None = None) -> PublishedR
 
 
 @pytest.mark.parametrize(("format_", "runtime"), [("gguf", None), ("safetensors", "transformers")])
-def test_it_is_scored_and_nothing_else_is_known(
-    made: dict[str, Path], pack: Path, format_: str, runtime: str | None
-) -> None:
+def test_it_is_judged(made: dict[str, Path], pack: Path, format_: str, runtime: str | None) -> None:
     result = judged(made[format_], pack, runtime)
     label = {"gguf": "gguf Q8_0", "safetensors": "safetensors fp32"}[format_]
     assert result.passed
     assert list(result.verdicts) == [label]
     assert result.notes == (NOTE,)
-    assert result.as_json()[label]["scores_alone"] is True
+    assert result.as_json()[label]["by_reference"] is True
     figures = result.verdicts[label].comparison
     assert figures is not None
     assert figures.divergence is not None
@@ -84,10 +82,10 @@ def test_formats_types_and_parameters(made: dict[str, Path], base: Path) -> None
     assert {one.merge.parameters for one in found.values()} == {whole}
 
 
-def test_the_command_says_that_it_passed_by_scores(made: dict[str, Path], pack: Path, tmp_path: Path) -> None:
+def test_the_command_says_that_it_passed_by_a_reference(made: dict[str, Path], pack: Path, tmp_path: Path) -> None:
     done = invoke("verify", made["gguf"], "--reference", pack)
     assert done.exit_code == 0
-    assert "passed by scores" in done.stderr
+    assert "passed by reference" in done.stderr
     assert NOTE in " ".join(done.stderr.split())
     done = invoke("verify", made["gguf"], "--reference", pack, "--report", tmp_path / "page.html")
     assert done.exit_code == 2

@@ -20,6 +20,7 @@ from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
 from exporter.reporter import Reporter
 from exporter.verify import packing
 from exporter.verify.pack import TOKENS_FILE
+from exporter.verify.pack_model import NAMES
 from exporter.verify.published import PublishedResult, verify_published, verify_with_pack
 from exporter.verify.standalone import make_reference
 from tests.commands import run
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A short text, so that tokenizing it takes no time: this file.
 TEXT = Calibration(text=Path(__file__))
 EVALUATION = Evaluation(tokens=128, n_ctx=64)
-FILES = ("head.safetensors", "hidden.safetensors", "tokens.safetensors")
+FILES = ("head.safetensors", "hidden.safetensors", "prompts.safetensors", "tokens.safetensors")
 
 Make = Callable[..., Path]
 
@@ -149,7 +150,8 @@ def test_it_names_its_files_and_nothing_of_this_machine(pack: Path, inputs: tupl
     for role, folder in zip(said["inputs"], inputs, strict=True):
         known = hashes(folder)
         assert {file["name"]: file["sha256"] for file in role["files"]}.items() <= known.items()
-    assert "/" not in (pack / "reference.json").read_text(encoding="utf-8")
+    text = (pack / "reference.json").read_text(encoding="utf-8")
+    assert "/" not in text.replace('"model/', "")
 
 
 def schema() -> dict[str, Any]:
@@ -169,7 +171,9 @@ def test_schema_knows_every_field(pack: Path, path: tuple[str, ...]) -> None:
     place = said
     for key in path:
         place = place[key]
-    for key in list(place):
+    # Not every model has every file of a tokenizer.
+    sometimes = {f"model/{name}" for name in NAMES} - {"model/config.json", "model/tensors.json"}
+    for key in place.keys() - sometimes:
         kept = place.pop(key)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.Draft202012Validator(schema()).validate(said)
@@ -231,11 +235,18 @@ def test_figures_are_those_of_base_and_adapter(published: Path, pack: Path, inpu
     by_base = verify_published(
         published, str(inputs[0]), (str(inputs[1]),), TEXT, EVALUATION, None, "cpu", Reporter()
     )  # fmt: skip
-    # Answers and weights need the trained model, which a pack does not hold.
-    unknown = {"answers": None, "weights": None, "scores_alone": True}
+    # The values of weights, and what follows the first token of an answer, need the trained model.
+    unknown = {"weights": None, "by_reference": True}
     by_model = {label: figures | unknown for label, figures in by_base.as_json().items()}
-    assert all(figures["weights"] and not figures["scores_alone"] for figures in by_base.as_json().values())
-    assert found.as_json() == by_model
+    assert all(figures["weights"] and not figures["by_reference"] for figures in by_base.as_json().values())
+    by_pack = found.as_json()
+    for label, figures in by_model.items():
+        followed = [one["answers"].pop("continuations") for one in (figures, by_pack[label])]
+        for whole, first in zip(*followed, strict=True):
+            assert first["followed"] == 1
+            assert whole["followed"] == whole["tokens"] == first["tokens"] > 1
+            assert (first["prompt"], first["loop"]) == (whole["prompt"], whole["loop"])
+    assert by_pack == by_model
     assert found.sizes == by_base.sizes
     assert (hashes(published), hashes(pack)) == before
 
@@ -396,12 +407,13 @@ def test_artifact_that_does_not_say_what_it_was_made_from_is_refused(
 # --- a pack that was damaged -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "model/tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_damaged_file_is_refused(
     published: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
 ) -> None:
-    file = copy(pack, tmp_path / "pack") / name
+    folder = copy(pack, tmp_path / "pack")
+    file = folder / name
     raw = bytearray(file.read_bytes())
     if damage == "flipped":
         raw[-1] ^= 1
@@ -410,7 +422,7 @@ def test_damaged_file_is_refused(
         file.write_bytes(raw[:-8])
     else:
         file.unlink()
-    assert refused(published, file.parent, monkeypatch).thing == name
+    assert refused(published, folder, monkeypatch).thing == name
 
 
 @pytest.mark.parametrize(
@@ -437,13 +449,14 @@ def test_truncated_description_and_no_folder_at_all_are_refused(
 @pytest.mark.parametrize(
     ("changes", "thing"),
     [
-        ({"schema_version": 2}, "reference.json"),
+        ({"schema_version": 1}, "reference.json"),
         ({"vocabulary": 10}, "head.safetensors: head"),
         ({"hidden_size": 32}, "hidden.safetensors: hidden"),
         ({"states": {"dtype": "bfloat16"}}, "hidden.safetensors: hidden"),
+        ({"prompts": {"short": 1}}, "prompts.safetensors: prompt_ids"),
         ({"files": {}}, "reference.json"),
     ],
-    ids=["version", "vocabulary", "hidden", "dtype", "files"],
+    ids=["version", "vocabulary", "hidden", "dtype", "prompts", "files"],
 )
 def test_description_that_does_not_fit_the_files_is_refused(
     published: Path,

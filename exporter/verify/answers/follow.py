@@ -1,5 +1,7 @@
 """What the trained model thinks of continuations that artifacts chose: one walk for those of all artifacts.
 
+A reference pack, which has no model to walk through, knows what follows each prompt, and so the first token of each.
+
 To generate with the reference would take a walk through all layers for every token. Instead, prompt and continuation
 are sent through at once: at every position it shows what the reference would have chosen there, and by how much.
 """
@@ -17,14 +19,14 @@ from exporter.model import MergedModel
 from exporter.tour.alone import lone_walk
 from exporter.tour.passengers import Settings
 from exporter.tour.states import Group
-from exporter.verify.reference import HeldHead
+from exporter.verify.reference import Head, HeldHead
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Followed:
-    """What the reference says along one continuation.
+    """What the reference says along one continuation, or along as much of its beginning as is known.
 
     Attributes:
         likeliest: the token that it would have chosen at each position, int64, shape (tokens,).
@@ -89,6 +91,22 @@ def follow(
                     found[prompt, continuation] = _follow(head.logits(hidden), continuation)
                 states.close()
         return found
+
+
+def follow_first(
+    head: Head, states: torch.Tensor, prompts: Sequence[Tokens], wanted: Sequence[tuple[Tokens, Tokens]]
+) -> Mapping[tuple[Tokens, Tokens], Followed]:
+    """Hold the first token of each continuation against what follows its prompt.
+
+    Args:
+        head: from hidden states to logits.
+        states: final hidden states of the last token of each prompt, after the norm: float32, (prompts, hidden).
+        prompts: in their order.
+        wanted: prompts with their continuations, none of them empty.
+    """
+    with torch.inference_mode():
+        logits = dict(zip(prompts, head.logits(states), strict=True))
+        return {(prompt, tokens): _follow(logits[prompt][None], tokens[:1]) for prompt, tokens in wanted}
 
 
 def _group(number: int, prompt: Tokens, continuations: Sequence[Tokens]) -> Group:

@@ -80,9 +80,18 @@ class Answers:
             parts.append(f"{rendered} of {asked.conversations} conversations rendered alike")
         if asked.stops is not None:
             parts.append(f"{'stops' if asked.stops else 'does not stop'} on {asked.end_of_turn}")
-        diverging = {name: followed.first_divergence for name, followed in self.followed.items()}
-        first = ", ".join(f"{name} {'never' if at is None else at}" for name, at in diverging.items())
+        first = ", ".join(
+            f"{name} {_divergence_words(followed, len(asked.continuations[name].tokens))}"
+            for name, followed in self.followed.items()
+        )
         return ", ".join(parts) + (f"; first divergence: {first}" if first else "")
+
+
+def _divergence_words(followed: Followed, tokens: int) -> str:
+    at = followed.first_divergence
+    if at is not None:
+        return str(at)
+    return "never" if len(followed.shortfall) == tokens else f"not before {len(followed.shortfall)}"
 
 
 def _continuation_json(name: str, length: int, found: Continuation, followed: Followed | None) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def _continuation_json(name: str, length: int, found: Continuation, followed: Fo
         "prompt": name,
         "prompt_tokens": length,
         "tokens": len(found.tokens),
+        "followed": len(followed.shortfall) if followed else 0,
         "stopped": found.stopped,
         "loop": loop_of(found.tokens)[0] or None,
         "diverges_at": first,
@@ -135,13 +145,16 @@ def _continuation_fault(found: Continuation, asked: Asked, followed: Followed) -
         return f"it goes on after the token that ends a turn, {asked.end_of_turn}"
     period, start = loop_of(found.tokens)
     if period:
-        # A reference that is led into a loop may well go on with it: what it says of the way in counts too.
-        agreed = float((followed.shortfall[start:] == 0).mean())
-        entry = float(followed.shortfall[start : start + 2 * period].mean())
+        # A reference that is led into a loop may well go on with it: what it says of the way in counts too. Where no
+        # more than the beginning of a continuation is known, a loop that does not begin there is only reported.
+        inside = followed.shortfall[start:]
+        known = len(followed.shortfall) == len(found.tokens)
+        agreed = float((inside == 0).mean()) if known else 1.0
+        entry = float(inside[: 2 * period].mean()) if inside.size else 0.0
         if agreed < 0.5 or entry > MAX_SHORTFALL:
             what = "one token" if period == 1 else f"{period} tokens"
             return f"it repeats {what} over and over, where the reference would not"
-    mean = float(followed.shortfall.sum()) / max(len(found.tokens), _FEWEST)
+    mean = float(followed.shortfall.sum()) / max(len(followed.shortfall), _FEWEST)
     if not np.isfinite(mean) or mean > MAX_SHORTFALL:
         return (
             f"its tokens are {mean:.2f} nats less likely than the reference's choice, the limit is {MAX_SHORTFALL:.2f}"

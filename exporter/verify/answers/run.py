@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from exporter.errors import RuntimeScoreError
 from exporter.model import MergedModel
@@ -13,9 +14,15 @@ from exporter.reporter import Reporter
 from exporter.runtimes.base import Answering, Runtime, load_runtime
 from exporter.verify.answers.ask import Asked, ask
 from exporter.verify.answers.judge import Answers, judge_answers
-from exporter.verify.answers.source import Question, Tokenizers, make_question
+from exporter.verify.answers.source import Prompt, Question, Tokenizers, make_question
 from exporter.verify.gate import Verification
 from exporter.verify.unscored import is_of_the_run, unscored_reason
+
+if TYPE_CHECKING:
+    from exporter.verify.answers.follow import Followed
+    from exporter.verify.reference import Reference
+
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,24 +40,95 @@ class Served:
     runtime: Runtime
 
 
-def answers_of(
-    model: MergedModel,
-    served: Sequence[Served | None],
-    device: str,
-    reporter: Reporter,
-    *,
-    threads: int = 1,
-    compute_dtype: str = "float32",
-) -> list[Answers | str | None]:
+class Knowing(Protocol):
+    """The trained model, as far as it is here, for what it says of answers."""
+
+    @property
+    def model(self) -> MergedModel:
+        """What its files say. Of a reference pack, without weights."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt] | None:
+        """What artifacts go on with; None for what its tokenizer makes of the usual ones."""
+
+    def follow(
+        self, wanted: Sequence[tuple[Tokens, Tokens]], reporter: Reporter
+    ) -> Mapping[tuple[Tokens, Tokens], Followed]:
+        """What it says along continuations.
+
+        Args:
+            wanted: prompts with their continuations, none of them empty.
+            reporter: told about every layer.
+        """
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Base and adapters, which are walked through; see `Knowing`.
+
+    Attributes:
+        model: the merged model.
+        device: where layers compute.
+        threads: threads of the walk on the CPU.
+        compute_dtype: what the walk computes in, `float32` or `bfloat16`.
+    """
+
+    model: MergedModel
+    device: str
+    threads: int = 1
+    compute_dtype: str = "float32"
+
+    @property
+    def prompts(self) -> None:
+        """See `Knowing`."""
+
+    def follow(
+        self, wanted: Sequence[tuple[Tokens, Tokens]], reporter: Reporter
+    ) -> Mapping[tuple[Tokens, Tokens], Followed]:
+        """See `Knowing`."""
+        import torch
+
+        from exporter.verify.answers.follow import follow
+
+        reporter.doing("reference along the answers")
+        dtype = getattr(torch, self.compute_dtype)
+        return follow(self.model, wanted, self.device, threads=self.threads, dtype=dtype, on_layer=reporter.layer)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A reference pack, which knows the first token that follows each prompt; see `Knowing`.
+
+    Attributes:
+        model: the merged model, without weights.
+        prompts: what artifacts go on with.
+        reference: has the states of their last tokens, and the head.
+    """
+
+    model: MergedModel
+    prompts: tuple[Prompt, ...]
+    reference: Reference
+
+    def follow(
+        self, wanted: Sequence[tuple[Tokens, Tokens]], reporter: Reporter
+    ) -> Mapping[tuple[Tokens, Tokens], Followed]:
+        """See `Knowing`."""
+        del reporter
+        from exporter.verify.answers.follow import follow_first
+
+        if self.reference.prompts is None:
+            return {}
+        ids = [prompt.ids for prompt in self.prompts]
+        return follow_first(self.reference.head, self.reference.prompts, ids, wanted)
+
+
+def answers_of(knowing: Knowing, served: Sequence[Served | None], reporter: Reporter) -> list[Answers | str | None]:
     """Ask artifacts and judge what they answer, in their order.
 
     Args:
-        model: the merged model that all of them are made from.
+        knowing: the trained model that all of them are made from.
         served: the artifacts; None for one that is not to be asked, because it could not even be scored.
-        device: where the reference's layers compute.
         reporter: told about every artifact and layer.
-        threads: threads of the reference's walk on the CPU.
-        compute_dtype: what the walk computes in, `float32` or `bfloat16`.
 
     Returns:
         The answers; or why there are none, in words, by a fault of the artifact's (see `exporter.verify.unscored`);
@@ -62,8 +140,8 @@ def answers_of(
     """
     if not any(served):
         return [None] * len(served)
-    tokenizers = Tokenizers(model.tokenizer)
-    question = make_question(model, tokenizers)
+    tokenizers = Tokenizers(knowing.model.tokenizer)
+    question = make_question(knowing.model, tokenizers, knowing.prompts)
     asked = [None if one is None else _asked(one, question, tokenizers, reporter) for one in served]
     prompts = {prompt.name: prompt.ids for prompt in question.prompts}
     wanted = {
@@ -73,22 +151,7 @@ def answers_of(
         for name, found in one.continuations.items()
         if found.tokens
     }
-    if not wanted:
-        reporter.scored()
-        return [judge_answers(one, question, {}) if isinstance(one, Asked) else one for one in asked]
-    import torch
-
-    from exporter.verify.answers.follow import follow
-
-    reporter.doing("reference along the answers")
-    followed = follow(
-        model,
-        list(wanted.values()),
-        device,
-        threads=threads,
-        dtype=getattr(torch, compute_dtype),
-        on_layer=reporter.layer,
-    )
+    followed = knowing.follow(list(wanted.values()), reporter) if wanted else {}
     reporter.scored()
     return [
         judge_answers(
@@ -146,9 +209,8 @@ def answer_artifacts(
         for (folder, files), found in zip(staged, verdicts, strict=True)
         for artifact in folder.artifacts
     ]
-    answers = iter(
-        answers_of(plan.model, served, device, reporter, threads=plan.threads, compute_dtype=plan.recipe.compute_dtype)
-    )
+    knowing = Trained(plan.model, device, plan.threads, plan.recipe.compute_dtype)
+    answers = iter(answers_of(knowing, served, reporter))
     return [
         {artifact.label: with_answers(found[artifact.label], next(answers)) for artifact in folder.artifacts}
         for (folder, _), found in zip(staged, verdicts, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,15 +54,16 @@ class Question:
     @property
     def n_ctx(self) -> int:
         """Tokens of the longest prompt and its continuation."""
-        return max(len(prompt.ids) for prompt in self.prompts) + MAX_NEW
+        return max((len(prompt.ids) for prompt in self.prompts), default=1) + MAX_NEW
 
 
-def make_question(model: MergedModel, tokenizers: Tokenizers) -> Question:
+def make_question(model: MergedModel, tokenizers: Tokenizers, prompts: Sequence[Prompt] | None = None) -> Question:
     """Prepare what is asked, from the merged model's own files.
 
     Args:
-        model: the merged model.
+        model: the merged model; its weights are not read.
         tokenizers: its tokenizer.
+        prompts: what is gone on with, if not what this would make.
 
     Raises:
         TokenizerError: an eos id is not one of the vocabulary's.
@@ -78,9 +79,18 @@ def make_question(model: MergedModel, tokenizers: Tokenizers) -> Question:
         texts={**TEXTS, **special},
         conversations={name: CONVERSATIONS[name] for name in rendered},
         rendered=rendered,
-        prompts=tuple(_prompts(model, tokenizers)),
+        prompts=tuple(_prompts(model, tokenizers) if prompts is None else prompts),
         stops=stop_tokens(model),
     )
+
+
+def prompts_of(model: MergedModel) -> tuple[Prompt, ...]:
+    """What artifacts of a model go on with.
+
+    Raises:
+        TokenizerError: its tokenizer cannot be loaded.
+    """
+    return tuple(_prompts(model, Tokenizers(model.tokenizer)))
 
 
 def _prompts(model: MergedModel, tokenizers: Tokenizers) -> Iterator[Prompt]:

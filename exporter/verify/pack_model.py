@@ -1,0 +1,91 @@
+"""The trained model without its weights, as a reference pack holds it: what its files say, and its tensors' shapes.
+
+    model/config.json, generation_config.json, the tokenizer's files and chat templates
+    model/tensors.json     dtype and shape of every tensor of the merged model, in model order
+
+With these an artifact's tokenizer, template, end tokens and configuration are judged where neither base nor adapters
+are. Files of the tokenizer are the source's own, byte for byte; `config.json` is that of the merged model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from exporter.backends.documents import UNREAD
+from exporter.backends.folder import json_document
+from exporter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor, read_json
+from exporter.errors import ReferencePackError
+from exporter.model import MergedModel, MergedTensor
+from exporter.stopping import GENERATION_CONFIG
+from exporter.tokenizer import TOKENIZER_NAMES, TokenizerFiles
+
+MODEL_FOLDER = "model"
+CONFIG, TENSORS = "config.json", "tensors.json"
+NAMES = (CONFIG, GENERATION_CONFIG, TENSORS, *TOKENIZER_NAMES)
+
+
+class _Tensor(BaseModel):
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class _Tensors(BaseModel):
+    untied: bool
+    tokenizer: str
+    tensors: dict[str, _Tensor] = Field(min_length=1)
+
+
+def model_documents(model: MergedModel) -> dict[str, bytes]:
+    """What a pack holds of a merged model: content by name, relative to the pack."""
+    tensors = {one.name: {"dtype": one.source.dtype, "shape": list(one.shape)} for one in model.tensors}
+    described = {"untied": model.untied, "tokenizer": model.tokenizer.origin, "tensors": tensors}
+    # Where the base lay is no part of it.
+    config = {key: value for key, value in model.config.items() if not key.startswith(UNREAD)}
+    found = {CONFIG: json_document(config), TENSORS: (json.dumps(described) + "\n").encode()}
+    generation = model.base.folder / GENERATION_CONFIG
+    if generation.is_file():
+        found[GENERATION_CONFIG] = generation.read_bytes()
+    found |= {name: file.read_bytes() for name, file in model.tokenizer.files.items()}
+    return {f"{MODEL_FOLDER}/{name}": content for name, content in sorted(found.items())}
+
+
+def packed_model(pack: Path, name: str) -> MergedModel:
+    """The merged model of a pack, none of whose weights can be read; its files must have been checked.
+
+    Args:
+        pack: the folder.
+        name: what the model is called.
+
+    Raises:
+        ReferencePackError: the tensors are not described as they should be.
+        CheckpointError: the configuration is no JSON object.
+    """
+    folder = pack / MODEL_FOLDER
+    file = folder / TENSORS
+    try:
+        described = _Tensors.model_validate_json(file.read_bytes())
+        if unknown := {one.dtype for one in described.tensors.values()} - DTYPE_BYTES.keys():
+            raise ValueError(f"the dtype {min(unknown)!r}")
+    except (OSError, ValueError) as error:
+        raise ReferencePackError(
+            f"{MODEL_FOLDER}/{TENSORS}",
+            found=" ".join(str(error).splitlines()[:3]),
+            expected="dtype and shape of every tensor",
+            remedy="Make the pack again with `exporter reference`.",
+        ) from None
+    # There is no file that holds them.
+    nowhere = folder / "weights"
+    stored = {name: StoredTensor(name, one.dtype, one.shape, nowhere, 0) for name, one in described.tensors.items()}
+    files = {name: folder / name for name in sorted(TOKENIZER_NAMES) if (folder / name).is_file()}
+    return MergedModel(
+        base=Checkpoint(folder, read_json(folder / CONFIG), stored, ()),
+        adapters=(),
+        tensors=tuple(MergedTensor(tensor.name, tensor) for tensor in stored.values()),
+        config=read_json(folder / CONFIG),
+        untied=described.untied,
+        tokenizer=TokenizerFiles(files, described.tokenizer),
+        name=name,
+    )

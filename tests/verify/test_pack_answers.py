@@ -1,0 +1,251 @@
+"""What a reference pack judges beside scores, where neither base nor adapter is: files and answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.artifact.staging import sha256
+from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
+from exporter.reporter import Reporter
+from exporter.runtimes.base import Continuation
+from exporter.stopping import StopTokens
+from exporter.verify.answers.ask import Asked
+from exporter.verify.answers.follow import Followed, follow, follow_first
+from exporter.verify.answers.judge import MAX_SHORTFALL, judge_answers
+from exporter.verify.answers.source import Question
+from exporter.verify.gate import Verification
+from exporter.verify.pack_model import model_documents, packed_model
+from exporter.verify.pack_record import read_description
+from exporter.verify.packing import opened_reference, stored_prompts
+from exporter.verify.published import verify_with_pack
+from exporter.verify.standalone import make_reference
+from tests.commands import invoke
+from tests.exports import export_to
+from tests.folders import copy, edit_json
+from tests.merged import merged_model
+
+# A short text, so that tokenizing it takes no time: this file.
+TEXT = Calibration(text=Path(__file__))
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
+    base = make_base("qwen3")
+    return base, make_adapter(base)
+
+
+def write(out: Path, base: Path, adapter: Path, **evaluation: Any) -> Path:
+    scored = Evaluation(tokens=128, n_ctx=64, **evaluation).model_dump()
+    values = {"base": str(base), "adapters": [str(adapter)], "out": out, "evaluation": scored}
+    make_reference(ReferenceRecipe.build(values | {"calibration": TEXT.model_dump()}), Execution(device="cpu"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def pack(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("pack") / "pack", *inputs)
+
+
+@pytest.fixture(scope="session")
+def made(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an artifact of two formats, without manifests: no hash tells that they were changed."""
+    parent = tmp_path_factory.mktemp("made")
+    for format_, quant in (("gguf", "F32"), ("safetensors", "fp32")):
+        export_to(parent / format_, *inputs, format=format_, quant=quant, name="model")
+        (parent / format_ / "export.json").unlink()
+    shutil.move(parent / "gguf" / "model-F32.gguf", parent / "model.gguf")
+    return parent
+
+
+def judged(artifact: Path, pack: Path, *, answers: bool = True) -> Verification:
+    runtime = "llamacpp" if artifact.is_file() else "transformers"
+    (found,) = verify_with_pack(artifact, pack, {}, runtime, "cpu", Reporter(), answers=answers).verdicts.values()
+    return found
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "safetensors"])
+def test_a_sound_artifact_passes_and_is_asked(made: Path, pack: Path, name: str) -> None:
+    found = judged(made / name, pack)
+    assert found.passed, found.broken
+    assert found.answers is not None
+    assert found.answers.asked.conversations > 3
+    assert found.answers.asked.stops
+    assert {name: len(one.shortfall) for name, one in found.answers.followed.items()} == dict.fromkeys(
+        ("short", "chat", "answered", "long"), 1
+    )
+    assert max(one.shortfall[0] for one in found.answers.followed.values()) < 1e-2
+    assert "short not before 1" in found.answers.summary()
+
+
+def changed(made: Path, tmp_path: Path, file: str, **changes: Any) -> Path:
+    folder = copy(made / "safetensors", tmp_path / "changed")
+    edit_json(folder / file, **changes)
+    return folder
+
+
+def patched(made: Path, tmp_path: Path, old: bytes, new: bytes) -> Path:
+    """The GGUF file with some bytes replaced by as many others."""
+    content = (made / "model.gguf").read_bytes()
+    assert len(old) == len(new)
+    assert old in content
+    (tmp_path / "patched.gguf").write_bytes(content.replace(old, new, 1))
+    return tmp_path / "patched.gguf"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-5}, "config.json: rms_norm_eps is 1e-05 and should be 1e-06"),
+        ("generation_config.json", {"eos_token_id": 3}, "generation_config.json"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, "tokenizer_config.json: chat_template"),
+    ],
+)
+def test_a_folder_that_says_something_else_fails(
+    made: Path, pack: Path, tmp_path: Path, file: str, changes: dict[str, Any], reason: str
+) -> None:
+    found = judged(changed(made, tmp_path, file, **changes), pack, answers=False)
+    assert not found.passed
+    assert any(reason in one for one in found.broken), found.broken
+
+
+def test_another_chat_template_fails_by_file_and_by_rendering(made: Path, pack: Path, tmp_path: Path) -> None:
+    folder = copy(made / "safetensors", tmp_path / "changed")
+    template = folder / "chat_template.jinja"
+    template.write_text("Once. " + template.read_text())
+    found = judged(folder, pack)
+    assert "chat_template.jinja is not the source's" in found.broken
+    assert any("conversations otherwise" in one for one in found.broken), found.broken
+
+
+def test_a_header_that_says_something_else_fails(made: Path, pack: Path, tmp_path: Path) -> None:
+    found = judged(patched(made, tmp_path, b"<|im_start|>", b"<|im_stort|>"), pack)
+    assert not found.passed
+    assert any("tokenizer" in one for one in found.files), found.broken
+
+
+def test_a_tensor_that_is_cut_off_fails(made: Path, pack: Path, tmp_path: Path) -> None:
+    folder = copy(made / "safetensors", tmp_path / "changed")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
+    # Its own header is read for its type before anything else is.
+    done = invoke("verify", folder, "--reference", pack, "--runtime", "transformers")
+    assert done.exit_code == 2, done.stderr
+
+
+def test_a_published_folder_whose_manifest_fits_is_judged_so_too(
+    inputs: tuple[Path, Path], pack: Path, tmp_path: Path
+) -> None:
+    """As of a faulty exporter: hashes are right, and what is hashed is wrong."""
+    out = tmp_path / "out"
+    export_to(out, *inputs, quant="fp32", name="model")
+    edit_json(out / "config.json", rms_norm_eps=1e-5)
+    files = json.loads((out / "export.json").read_text())["files"]
+    files["config.json"] = {"bytes": (out / "config.json").stat().st_size, "sha256": sha256(out / "config.json")}
+    edit_json(out / "export.json", files=files)
+    page = tmp_path / "page.html"
+    options = ["--runtime", "transformers", "--no-answers", "--report", page]
+    done = invoke("verify", out, "--reference", pack, *options)
+    assert done.exit_code == 3, done.stderr
+    assert "rms_norm_eps" in done.stderr
+    assert "The files do not say of the model what the reference pack does." in page.read_text()
+
+
+def test_answers_may_be_left_out(made: Path, pack: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert judged(made / "model.gguf", pack, answers=False).answers is None
+    without = write(tmp_path / "without", *inputs, answers=False)
+    assert read_description(without).prompts == {}
+    found = judged(made / "model.gguf", without)
+    assert found.passed, found.broken
+    # What needs no prompt is asked all the same.
+    assert found.answers is not None
+    assert found.answers.asked.continuations == {}
+    assert found.answers.asked.stops
+    assert found.answers.asked.conversations > 3
+
+
+def test_its_first_tokens_are_those_of_the_walk(inputs: tuple[Path, Path], pack: Path) -> None:
+    description = read_description(pack)
+    prompts = stored_prompts(pack, description)
+    assert {one.name: len(one.ids) for one in prompts} == description.prompts
+    wanted = [(prompt.ids, (token, 7)) for prompt in prompts for token in (3, 11)]
+    whole = follow(merged_model(*inputs), wanted, "cpu")
+    with opened_reference(pack, description, "cpu", 1) as reference:
+        assert reference.prompts is not None
+        first = follow_first(reference.head, reference.prompts, [one.ids for one in prompts], wanted)
+    assert first.keys() == whole.keys()
+    for key, found in first.items():
+        assert found.likeliest.tolist() == whole[key].likeliest[:1].tolist()
+        np.testing.assert_allclose(found.shortfall, whole[key].shortfall[:1], atol=1e-4)
+        np.testing.assert_allclose(found.margin, whole[key].margin[:1], atol=1e-4)
+
+
+def test_a_packed_model_is_the_merged_one_without_weights(inputs: tuple[Path, Path], pack: Path) -> None:
+    ours, theirs = packed_model(pack, "model"), merged_model(*inputs)
+    assert [(one.name, one.shape, one.source.dtype) for one in ours.tensors] == [
+        (one.name, one.shape, one.source.dtype) for one in theirs.tensors
+    ]
+    assert ours.config == theirs.config
+    assert (ours.untied, ours.parameters) == (theirs.untied, theirs.parameters)
+    assert ours.tokenizer.special_tokens == theirs.tokenizer.special_tokens
+    assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
+    assert not ours.tensors[0].source.file.exists()
+
+
+def test_where_the_base_lay_is_not_in_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = copy(inputs[0], tmp_path / "base")
+    edit_json(base / "config.json", _name_or_path="/home/someone/base")
+    assert b"someone" not in b"".join(model_documents(merged_model(base)).values())
+
+
+# --- beginnings ------------------------------------------------------------------------------------------------------
+
+
+def verdict(tokens: tuple[int, ...], shortfall: list[float]) -> tuple[str, ...]:
+    """The faults of one continuation of which so much is known."""
+    stops = StopTokens((), None, (), ())
+    question = Question({}, {}, {}, (), stops)
+    asked = Asked(0, (), {}, 0, (), {"short": Continuation(tokens, False)}, None, None, "", ())
+    known = np.array(shortfall)
+    followed = Followed(np.zeros(len(known), dtype=np.int64), known, np.ones(len(known)))
+    return judge_answers(asked, question, {"short": followed}).faults
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shortfall", "words"),
+    [
+        (tuple(range(32)), 0.0, ""),
+        (tuple(range(32)), 8 * MAX_SHORTFALL - 0.1, ""),
+        (tuple(range(32)), 8 * MAX_SHORTFALL + 0.1, "less likely"),
+        ((0,) * 32, 0.0, ""),
+        ((0,) * 32, MAX_SHORTFALL + 0.1, "over and over"),
+        # It loops after its first token, of which alone something is known.
+        ((1, *(0,) * 31), MAX_SHORTFALL + 0.1, ""),
+        (tuple(range(32)), float("nan"), "less likely"),
+    ],
+)
+def test_what_is_known_of_a_first_token_decides(tokens: tuple[int, ...], shortfall: float, words: str) -> None:
+    faults = verdict(tokens, [shortfall])
+    assert bool(faults) == bool(words)
+    assert words in " ".join(faults)
+
+
+def test_head_and_states_of_one_prompt_do(pack: Path) -> None:
+    """By the definition: logits are the product of a state with the head."""
+    description = read_description(pack)
+    (prompt, *_) = stored_prompts(pack, description)
+    with opened_reference(pack, description, "cpu", 1) as reference:
+        assert reference.prompts is not None
+        logits = reference.prompts[0] @ reference.head.rows(0, description.vocabulary).float().T
+        found = follow_first(reference.head, reference.prompts[:1], [prompt.ids], [(prompt.ids, (5,))])
+    (one,) = found.values()
+    assert one.likeliest[0] == int(torch.argmax(logits))
+    assert one.shortfall[0] == pytest.approx(float(logits.max() - logits[5]), abs=1e-4)
