@@ -2,7 +2,7 @@
 
     python scripts/sabotage.py --base DIR --adapter DIR --work DIR [--formats gguf …] [--types Q4_K_M …]
         [--only "adapter left" …] [--serve] [--all-types] [--fast] [--calibration-tokens N] [--json FILE]
-        [--report DIR]
+        [--report DIR] [--by-reference]
     python scripts/sabotage.py --show FILE …     # the tables of results that --json wrote; of a case, the last
 
 Every fault of scripts/faults.py is made in a copy of an artifact, whose manifest is then made to fit: what is tested is
@@ -10,13 +10,15 @@ what stands between a faulty exporter and its user, and not the hashes. `exporte
 refuse it (2), with a reason; a run that ends in an error (1) has judged nothing. With `--fast` it compares files first
 (`--files-only`), and scores only the faults that this passes and the sound artifacts of the inputs that were given.
 Prints two tables, of faults and of sound artifacts; exit status 1 if a fault is missed or a sound artifact fails.
-`--report` keeps each report.
+`--report` keeps each report. With `--by-reference` artifacts are held against a reference pack in place of base and
+adapter, which does not know the values of the weights: what it misses, it cannot see.
 Folders are scored by transformers, which needs `make gptqmodel` for GPTQ; with `--serve` by vLLM (`make serve-env`).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,29 +122,50 @@ def reasons_of(done: subprocess.CompletedProcess[str]) -> tuple[str, ...]:
     return ()
 
 
-def verify(
-    damaged: Damaged,
-    inputs: Inputs,
-    fault: Fault | None,
-    type_: str,
-    *,
-    fast: bool,
-    scored: bool,
-    reports: Path | None = None,
-) -> Verdict:
-    """Hold an artifact against what it should be; if `fast`, its files alone first, and only them unless `scored`.
+@dataclass(frozen=True)
+class How:
+    """How artifacts are verified.
 
-    Its report is kept in the folder `reports`, if that is given.
+    Attributes:
+        fast: their files are compared first, and they are scored only if that finds nothing.
+        scored: whether they are scored then.
+        reports: where reports are kept; None for nowhere.
+        packs: where the reference packs are that they are held against, a folder for each inputs; None if they are held
+            against base and adapters.
     """
+
+    fast: bool = False
+    scored: bool = True
+    reports: Path | None = None
+    packs: Path | None = None
+
+
+def source_of(inputs: Inputs) -> list[str | Path]:
+    """Base and adapters as options."""
+    return ["--base", inputs.base, *(part for adapter in inputs.adapters for part in ("--adapter", adapter))]
+
+
+def pack_of(inputs: Inputs, packs: Path) -> Path:
+    """The reference pack of inputs, made when it is first asked for."""
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
+    if not (packs / key).is_dir():
+        done = exporter("reference", *source_of(inputs), "--out", packs / key, "--quiet")
+        if done.returncode:
+            raise RuntimeError(f"a reference pack failed:\n{done.stderr}")
+    return packs / key
+
+
+def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str, how: How) -> Verdict:
+    """Hold an artifact against what it should be."""
     damaged.publish()
-    adapters = [part for adapter in inputs.adapters for part in ("--adapter", adapter)]
-    command: tuple[str | Path, ...] = ("verify", damaged.folder, "--base", inputs.base, *adapters, "--json")
-    if reports is not None:
+    source = ["--reference", pack_of(inputs, how.packs)] if how.packs else source_of(inputs)
+    command: tuple[str | Path, ...] = ("verify", damaged.folder, *source, "--json")
+    if how.reports is not None:
         name = re.sub(r"\W+", "-", f"{type_} {fault.name if fault else 'sound'}")
-        command += ("--report", reports / f"{name}.html", "--force")
+        command += ("--report", how.reports / f"{name}.html", "--force")
     started = time.monotonic()
-    done = exporter(*command, *(["--files-only"] if fast else []))
-    if fast and done.returncode == 0 and scored:
+    done = exporter(*command, *(["--files-only"] if how.fast else []))
+    if how.fast and done.returncode == 0 and how.scored:
         done = exporter(*command)
     if "damaged after publishing" in done.stderr:
         raise RuntimeError(f"the manifest of {damaged.folder} does not fit its files:\n{done.stderr}")
@@ -229,10 +252,8 @@ def sabotage(
     types: Sequence[tuple[str, str]],
     known: Mapping[str, Inputs],
     work: Path,
-    *,
-    fast: bool = False,
+    how: How,
     calibration_tokens: int | None = None,
-    reports: Path | None = None,
 ) -> list[Verdict]:
     """Verify every sound artifact that a fault is made in, unchanged, and then every fault."""
     cases = [(fault, format_, quant) for format_, quant in types for fault in faults if fault.fits(format_, quant)]
@@ -243,10 +264,9 @@ def sabotage(
     for inputs, format_, quant in sound:
         name = next(name for name, one in known.items() if one == inputs)
         folder = exports.folder(inputs, format_, quant)
-        scored = name == "sound" or not fast
+        scored = name == "sound" or not how.fast
         label = f"{format_} {quant}" + ("" if name == "sound" else f", {name}") + ("" if scored else ", by files alone")
-        how: dict[str, Any] = {"fast": fast, "scored": scored, "reports": reports}
-        verdicts.append(case(None, label, folder, folder, folder, inputs, work, **how))
+        verdicts.append(case(None, label, folder, folder, folder, inputs, work, replace(how, scored=scored)))
     for fault, format_, quant in cases:
         target = exports.folder(known[fault.judged], format_, quant)
         source = exports.folder(known[fault.made], format_, fault.quant or quant)
@@ -254,7 +274,7 @@ def sabotage(
         try:
             label = f"{format_} {quant}"
             judged = known[fault.judged]
-            verdicts.append(case(fault, label, files, source, target, judged, work, fast=fast, reports=reports))
+            verdicts.append(case(fault, label, files, source, target, judged, work, how))
         except NotApplicableError as error:
             print(f"left out: {fault.name} in {format_} {quant}: {error}", file=sys.stderr)
     return verdicts
@@ -268,10 +288,7 @@ def case(
     target: Path,
     inputs: Inputs,
     work: Path,
-    *,
-    fast: bool,
-    scored: bool = True,
-    reports: Path | None = None,
+    how: How,
 ) -> Verdict:
     """One artifact: copied, damaged, verified and removed.
 
@@ -283,9 +300,7 @@ def case(
         target: the sound artifact that it is passed off as.
         inputs: what it is held against.
         work: where it lies meanwhile.
-        fast: whether its files are compared first, and scored only if that finds nothing.
-        scored: whether they are scored then.
-        reports: where its report is kept; None for nowhere.
+        how: how it is verified.
     """
     manifest = json.loads((target / MANIFEST_NAME).read_text("utf-8"))
     config = json.loads((inputs.base / "config.json").read_text("utf-8"))
@@ -297,7 +312,7 @@ def case(
             if fault.shard is not None:
                 swap_shard(damaged, fault.shard, source)
             fault.apply(damaged)
-        verdict = verify(damaged, inputs, fault, type_, fast=fast, scored=scored, reports=reports)
+        verdict = verify(damaged, inputs, fault, type_, how)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     word = "" if verdict.right else "  <---"
@@ -389,12 +404,15 @@ def main() -> int:
     parser.add_argument("--calibration-tokens", type=int, help="for types that are calibrated; faults need few")
     parser.add_argument("--json", type=Path, help="write all verdicts with all reasons here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="keep the report of each verification there")
+    parser.add_argument("--by-reference", action="store_true", help="hold artifacts against a reference pack")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="run nothing: the tables of these results")
     arguments = parser.parse_args()
     if arguments.show:
         return report(Verdict.from_json(one) for file in arguments.show for one in json.loads(file.read_text("utf-8")))
     if not (arguments.base and arguments.adapter and arguments.work):
         parser.error("--base, --adapter and --work are needed")
+    if arguments.fast and arguments.by_reference:
+        parser.error("--fast compares files with base and adapter, and --by-reference does without")
     faults = [fault for fault in FAULTS if not arguments.only or any(name in fault.name for name in arguments.only)]
     types = [
         (format_, quant)
@@ -417,9 +435,8 @@ def main() -> int:
             types,
             inputs_of(sound, names, work),
             work,
-            fast=arguments.fast,
-            calibration_tokens=arguments.calibration_tokens,
-            reports=reports,
+            How(arguments.fast, reports=reports, packs=work if arguments.by_reference else None),
+            arguments.calibration_tokens,
         )
         if arguments.all_types:
             verdicts += every_type(arguments.formats, sound, work)
