@@ -86,7 +86,7 @@ def show_table(
         console: where to.
         verdicts: by artifact label.
         sizes: bytes of each artifact, likewise.
-        by_reference: the values of the weights were not compared, which the verdict says.
+        by_reference: a reference pack stood in for the trained model, which the verdict says.
     """
     scored = [verdict.comparison for verdict in verdicts.values() if verdict.comparison]
     trained = ", ".join(

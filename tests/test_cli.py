@@ -478,9 +478,10 @@ def test_reference_pack_from_one_command_to_the_next(workplace: Path, inputs: Ar
     result = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)["safetensors bf16"]
-    assert (found["verdict"], found["weights"], found["by_reference"]) == ("passed", None, True)
+    assert (found["verdict"], found["by_reference"]) == ("passed", True)
+    assert found["weights"]["survival"] > 0.9
     assert [one["followed"] for one in found["answers"]["continuations"]] == [1, 1, 1, 1]
-    assert result.stderr.splitlines()[-1].startswith("held against a reference pack: the values of the weights")
+    assert result.stderr.splitlines()[-1].startswith("held against a reference pack: of the weights")
     unasked = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json", "--no-answers")
     assert json.loads(unasked.stdout)["safetensors bf16"]["answers"] is None
     whole = invoke("verify", "out", *inputs[:4], *scored, "--gate", "1", "--no-answers")

@@ -202,7 +202,6 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
             "runtime": verdict.runtime,
             "not_scored": verdict.not_scored,
             "gate": _gate(verdict.gate),
-            **_files(verdict),
             "broken": list(verdict.broken),
         }
     return {
@@ -240,14 +239,8 @@ def verification_json(verdict: Verification | None) -> dict[str, Any]:
             for check in verdict.checks
         ],
         **({"not_answered": verdict.not_answered} if verdict.not_answered is not None else {}),
-        **_files(verdict),
         "broken": list(verdict.broken),
     }
-
-
-def _files(verdict: Verification) -> dict[str, Any]:
-    """What is wrong with the files, where a reference pack stood in for the trained model; else that is in `weights`."""
-    return {"files": list(verdict.files)} if verdict.files else {}
 
 
 def _gate(gate: Gate) -> dict[str, Any]:

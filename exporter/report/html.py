@@ -200,8 +200,6 @@ def _diagnosis(artifact: Node, areas: set[str]) -> str:
         return "The weights do not hold the adapter's change as it was trained."
     if "weights" in areas:
         return "The files are not what base and adapter make."
-    if artifact["verification"]["files"]:
-        return "The files do not say of the model what the reference pack does."
     if artifact["verification"]["not_scored"]:
         return "What serves it cannot load it, or gives no numbers."
     if "scores" in areas:
@@ -215,7 +213,6 @@ def _reasons(artifact: Node, verdict: str) -> Iterator[Reason]:
     verification = artifact["verification"]
     areas = {area: artifact[area]["broken"].value or [] for area in ("weights", "answers")}
     areas["answers"] = [*areas["answers"], verification["not_answered"].value]
-    areas["files"] = verification["files"].value or []
     unscored = verification["delta"].value is None and verification["not_scored"].value is None
     for text in verification["broken"].value or []:
         other = "files" if unscored else "scores"

@@ -103,7 +103,6 @@ class Verification:
         weights: what is in its stored weights; None if they cannot be read back.
         not_scored: why it could not be scored, in words, which is a fault of its own; None if it was.
         not_answered: why it could not answer, likewise; None if it did, or was not asked.
-        files: what is wrong with its files by themselves, in words, where its weights were not compared.
     """
 
     runtime: str
@@ -115,7 +114,6 @@ class Verification:
     weights: WeightsResult | None = None
     not_scored: str | None = None
     not_answered: str | None = None
-    files: tuple[str, ...] = ()
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -124,9 +122,9 @@ class Verification:
 
     @property
     def _loaded(self) -> tuple[str, ...]:
-        """What is wrong with the files and weights, and that the runtime could not score them."""
+        """What is wrong with the weights, and that the runtime could not score them."""
         weights = self.weights.broken if self.weights else ()
-        return (*self.files, *weights, *((self.not_scored,) if self.not_scored is not None else ()))
+        return (*weights, *((self.not_scored,) if self.not_scored is not None else ()))
 
     @property
     def _answered(self) -> tuple[str, ...]:

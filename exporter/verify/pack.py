@@ -7,6 +7,7 @@
     prompts.safetensors    prompt_ids int32 (tokens,): the prompts that artifacts go on with, one after the other
                            prompt_states float32 (prompts, hidden): final hidden states of the last token of each
     head.safetensors       head (vocabulary, hidden) in the base's own dtype, float32 where an adapter changes it
+    sketches.safetensors   what is known of the weights; see `exporter.verify.pack_sketches`
     model/                 the model without its weights; see `exporter.verify.pack_model`
 
 No file of logits exists: one product of states and head brings them back, a few positions at a time. Log-probabilities
@@ -15,20 +16,18 @@ and top tokens are those of the float32 states, whatever the states are kept in.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from exporter.calibration import Windows
-from exporter.checkpoint import DTYPE_BYTES
 from exporter.errors import MissingTensorError
 from exporter.model import HEAD, MergedModel
 from exporter.recipe import Inputs
 from exporter.sources import Source
 from exporter.verify.answers.source import Prompt, prompts_of
 from exporter.verify.pack_model import model_documents
+from exporter.verify.pack_sketches import sketch_tensors
+from exporter.verify.pack_tensor import PackTensor, lay_out
 
 DESCRIPTION_NAME = "reference.json"
 SCHEMA_VERSION = 2
@@ -37,26 +36,6 @@ PROMPTS_FILE = "prompts.safetensors"
 # What hidden states are kept in, as safetensors calls it.
 STATE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 REMEDY = "Make it again with `exporter reference`."
-
-
-@dataclass(frozen=True)
-class PackTensor:
-    """One tensor of a pack.
-
-    Attributes:
-        file: the file that holds it.
-        dtype: as safetensors calls it.
-        shape: its dimensions, outermost first.
-    """
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -134,7 +113,8 @@ class PackPlan:
         shape = PackShape(
             windows, self.windows.n_ctx, self.windows.scored, self.vocabulary, self.hidden, self.prompt_lengths
         )
-        return pack_tensors(shape, dtype, stored)
+        updated = {tensor.name for tensor in self.model.tensors if tensor.updates}
+        return pack_tensors(shape, dtype, stored) | sketch_tensors(self.model, updated)
 
     @property
     def files(self) -> dict[str, int]:
@@ -195,23 +175,3 @@ def pack_tensors(shape: PackShape, dtype: str, head_dtype: str) -> dict[str, Pac
         "prompt_states": PackTensor(PROMPTS_FILE, "F32", (len(shape.prompts), shape.hidden)),
         "head": PackTensor(HEAD_FILE, head_dtype, (shape.vocabulary, shape.hidden)),
     }
-
-
-def lay_out(tensors: Mapping[str, PackTensor]) -> dict[str, tuple[bytes, int]]:
-    """Header and bytes of data of each file, by name; a file's tensors follow each other in the order given.
-
-    The header is padded so that the data starts aligned to 8 bytes (https://github.com/huggingface/safetensors,
-    "Format").
-    """
-    found = {}
-    for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
-        fields, position = {}, 0
-        for name, tensor in tensors.items():
-            if tensor.file == file:
-                offsets = [position, position + tensor.nbytes]
-                fields[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-                position += tensor.nbytes
-        packed = json.dumps(fields, separators=(",", ":")).encode()
-        packed += b" " * (-len(packed) % 8)
-        found[file] = len(packed).to_bytes(8, "little") + packed, position
-    return found

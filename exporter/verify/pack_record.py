@@ -25,8 +25,10 @@ from exporter.verify.pack import (
     pack_tensors,
 )
 from exporter.verify.pack_model import CONFIG, MODEL_FOLDER, TENSORS
+from exporter.verify.pack_sketches import SKETCHES_FILE
+from exporter.verify.pack_tensor import PackTensor
 
-_TENSOR_FILES = (TOKENS_FILE, HIDDEN_FILE, PROMPTS_FILE, HEAD_FILE)
+_TENSOR_FILES = (TOKENS_FILE, HIDDEN_FILE, PROMPTS_FILE, HEAD_FILE, SKETCHES_FILE)
 
 
 class _InputFile(BaseModel):
@@ -129,15 +131,29 @@ def open_tensors(folder: Path, description: Description) -> dict[str, StoredTens
     )
     wanted = pack_tensors(shape, description.states.dtype, description.head.dtype)
     for name, tensor in wanted.items():
-        found = stored.get(name)
-        if found is None or (found.file.name, found.dtype, found.shape) != (tensor.file, tensor.dtype, tensor.shape):
-            raise ReferencePackError(
-                f"{tensor.file}: {name}",
-                found=f"{found.dtype} {list(found.shape)}" if found else "no such tensor",
-                expected=f"{tensor.dtype} {list(tensor.shape)} by {DESCRIPTION_NAME}",
-                remedy=REMEDY,
-            )
+        check_tensor(name, stored.get(name), tensor, DESCRIPTION_NAME)
     return stored
+
+
+def check_tensor(name: str, found: StoredTensor | None, wanted: PackTensor, by: str) -> None:
+    """A tensor of the pack must be where it should be, and as it should be.
+
+    Args:
+        name: its name.
+        found: what is stored; None if nothing is.
+        wanted: what should be.
+        by: what says so, for the message.
+
+    Raises:
+        ReferencePackError: it is not.
+    """
+    if found is None or (found.file.name, found.dtype, found.shape) != (wanted.file, wanted.dtype, wanted.shape):
+        raise ReferencePackError(
+            f"{wanted.file}: {name}",
+            found=f"{found.dtype} {list(found.shape)}" if found else "no such tensor",
+            expected=f"{wanted.dtype} {list(wanted.shape)} by {by}",
+            remedy=REMEDY,
+        )
 
 
 def check_belongs(description: Description, artifact: str, inputs: Sequence[InputRecord]) -> None:

@@ -1,16 +1,14 @@
-"""A reference pack written from the reference, and the reference read back from it: what needs torch of it."""
+"""A reference pack written from the reference: what needs torch of it."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,17 @@ import torch
 from exporter.artifact.inputs import describe_inputs, model_files
 from exporter.artifact.manifest import dump
 from exporter.artifact.staging import Staging, write_durably
-from exporter.calibration import Windows
-from exporter.checkpoint import StoredTensor, read_header
-from exporter.errors import ReferencePackError, RuntimeScoreError, WriteError
+from exporter.errors import RuntimeScoreError, WriteError
 from exporter.hashing import hash_all
 from exporter.merge import DTYPES
 from exporter.runtimes.base import TokenScores, score_logits
-from exporter.tensor_reader import TensorReader
-from exporter.torch_threads import use_threads
 from exporter.tour.sizes import HEAD_ROWS
-from exporter.verify.answers.source import Prompt
-from exporter.verify.pack import (
-    DESCRIPTION_NAME,
-    PROMPTS_FILE,
-    REMEDY,
-    SCHEMA_VERSION,
-    TOKENS_FILE,
-    PackPlan,
-    lay_out,
-)
+from exporter.verify.pack import DESCRIPTION_NAME, SCHEMA_VERSION, PackPlan
 from exporter.verify.pack_model import model_documents
-from exporter.verify.pack_record import Description, open_tensors
-from exporter.verify.reference import Head, Reference
+from exporter.verify.pack_sketches import SKETCHES_FILE
+from exporter.verify.pack_tensor import lay_out
+from exporter.verify.reference import Reference
+from exporter.verify.sketching import sketch_data
 from exporter.version import __version__
 
 # Largest mean KL(float32 states || bfloat16 states) in nats; beyond it, states stay in float32. On the demo it is
@@ -82,7 +69,7 @@ def write_pack(
         hashes: SHA-256 of every input file.
         staging: where it is written.
         device: where the reference was computed.
-        threads: threads that hash.
+        threads: threads that merge once more for the sketches of the weights, and that hash.
 
     Returns:
         Its description.
@@ -101,7 +88,10 @@ def write_pack(
     tensors = plan.tensors(dtype, len(reference.windows.ids))
     for name, (header, _) in lay_out(tensors).items():
         inside = [tensor for tensor, one in tensors.items() if one.file == name]
-        data = (part for tensor in inside for part in _data(tensor, plan, reference, dtype))
+        if name == SKETCHES_FILE:
+            data = sketch_data(plan.model, threads)
+        else:
+            data = (part for tensor in inside for part in _data(tensor, plan, reference, dtype))
         _write(staging.files / name, chain([header], data))
     documents = model_documents(plan.model)
     for name, content in documents.items():
@@ -211,104 +201,3 @@ def _describe(
         "head": {"dtype": plan.tensors(dtype, len(windows.ids))["head"].dtype},
         "prompts": {prompt.name: len(prompt.ids) for prompt in plan.prompts},
     }
-
-
-# --- reading back --------------------------------------------------------------------------------------------------
-
-
-class StoredHead(Head):
-    """A head that is read from its file, a block of rows at a time.
-
-    Args:
-        tensor: where it is.
-        reader: reads it.
-        device: where logits are computed.
-    """
-
-    def __init__(self, tensor: StoredTensor, reader: TensorReader, device: str) -> None:
-        self._tensor, self._reader, self._device = tensor, reader, device
-        self.shape, self.dtype = (tensor.shape[0], tensor.shape[1]), DTYPES[tensor.dtype]
-        # One buffer for all blocks: memory that is new to each would be zeroed and faulted in, which takes longer than
-        # reading it.
-        self._raw = torch.empty(0, dtype=torch.uint8)
-
-    def rows(self, first: int, count: int) -> torch.Tensor:
-        """See `Head`."""
-        width = self._tensor.row_bytes
-        if len(self._raw) < count * width:
-            self._raw = torch.empty(count * width, dtype=torch.uint8)
-        raw = self._raw[: count * width]
-        self._reader.read_into(raw.numpy().data, self._tensor, first * width)
-        return raw.view(self.dtype).view(count, -1).to(self._device)
-
-
-@contextmanager
-def opened_reference(folder: Path, description: Description, device: str, threads: int) -> Iterator[Reference]:
-    """The reference of a pack, while its files are open. States and head are read as they are needed.
-
-    Args:
-        folder: the pack.
-        description: what `read_description` returned for it.
-        device: where logits are computed.
-        threads: threads that compute on the CPU.
-
-    Raises:
-        ReferencePackError: a file is missing, was changed, or does not fit the description.
-    """
-    stored = open_tensors(folder, description)
-    with TensorReader() as reader:
-        ids = _array(reader, stored["ids"], "<i4")
-        evaluation = description.evaluation
-        digest = hashlib.sha256(ids.tobytes()).hexdigest()
-        if digest != evaluation.sha256 or ids.min() < 0 or ids.max() >= description.vocabulary:
-            raise ReferencePackError(
-                f"{TOKENS_FILE}: ids",
-                found=f"ids from {ids.min()} to {ids.max()}, sha256 {digest[:16]}…",
-                expected=f"a vocabulary of {description.vocabulary}, sha256 {evaluation.sha256[:16]}…",
-                remedy=REMEDY,
-            )
-        windows = Windows(tuple(map(tuple, ids.tolist())), evaluation.n_ctx, evaluation.source, evaluation.sha256)
-        scores = TokenScores(
-            _array(reader, stored["log_probabilities"], "<f8"),
-            _array(reader, stored["top_tokens"], "<i4").astype(np.int64),
-        )
-        if not np.isfinite(scores.log_probabilities).all():
-            raise ReferencePackError(
-                f"{TOKENS_FILE}: log_probabilities", found="NaN or infinity", expected="numbers", remedy=REMEDY
-            )
-        states = stored["hidden"]
-
-        def hidden(window: int) -> torch.Tensor:
-            raw = reader.rows(states, window * windows.scored, windows.scored)
-            return torch.frombuffer(raw, dtype=DTYPES[states.dtype]).view(windows.scored, -1).float().to(device)
-
-        if device == "cpu":
-            # As the walk does, whose logits these are to be again.
-            use_threads(threads)
-        head, prompts = StoredHead(stored["head"], reader, device), _array(reader, stored["prompt_states"], "<f4")
-        yield Reference(windows, hidden, head, scores, torch.tensor(prompts, device=device))
-
-
-def stored_prompts(folder: Path, description: Description) -> tuple[Prompt, ...]:
-    """The prompts of a pack, whose files must have been checked.
-
-    Raises:
-        ReferencePackError: one has a token that the vocabulary lacks.
-    """
-    with TensorReader() as reader:
-        ids = _array(reader, read_header(folder / PROMPTS_FILE)["prompt_ids"], "<i4")
-    if ids.size and (ids.min() < 0 or ids.max() >= description.vocabulary):
-        raise ReferencePackError(
-            f"{PROMPTS_FILE}: prompt_ids", found=f"ids from {ids.min()} to {ids.max()}",
-            expected=f"a vocabulary of {description.vocabulary}", remedy=REMEDY,
-        )  # fmt: skip
-    ends = accumulate(description.prompts.values())
-    return tuple(
-        Prompt(name, tuple(ids[end - length : end].tolist()))
-        for (name, length), end in zip(description.prompts.items(), ends, strict=True)
-    )
-
-
-def _array(reader: TensorReader, tensor: StoredTensor, dtype: str) -> npt.NDArray[Any]:
-    raw = reader.slice(tensor, 0, tensor.nbytes)
-    return np.frombuffer(raw, dtype=dtype).reshape(tensor.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,9 @@ from exporter.verify.bare import bare_manifest, is_bare
 from exporter.verify.check import Candidate, DrawnTokens, NoMoreTokens, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification
 from exporter.verify.limits import check_types, gate_for
-from exporter.verify.pack_model import packed_model
 from exporter.verify.pack_record import check_belongs, read_description
 from exporter.verify.record import PublishedManifest, read_manifest
 from exporter.verify.standalone import walk_reference
-from exporter.verify.weights import read_files
 from exporter.verify.weights_json import weights_json
 
 if TYPE_CHECKING:
@@ -42,8 +40,8 @@ if TYPE_CHECKING:
 
 
 BY_REFERENCE = (
-    "held against a reference pack: the values of the weights were not compared, and of answers their first token was; "
-    "the whole takes base and adapter (--base, --adapter; --files-only without a runtime)"
+    "held against a reference pack: of the weights it knows a sketch, and of answers their first token; the whole "
+    "takes base and adapter (--base, --adapter; --files-only without a runtime)"
 )
 
 
@@ -57,8 +55,8 @@ class PublishedResult:
         verdicts: by artifact label.
         evaluation: what was scored, as in a manifest; None if nothing was.
         notes: what the reader should know of the tokens that were scored.
-        by_reference: whether a reference pack stood in for the trained model, so that the values of the weights were
-            not compared.
+        by_reference: whether a reference pack stood in for the trained model, so that what is said of the weights is
+            estimated from a sketch of them.
     """
 
     folder: Path
@@ -173,10 +171,9 @@ def verify_with_pack(
 ) -> PublishedResult:
     """Check hashes, then score every artifact against a reference pack, on the pack's windows.
 
-    What its files say of the model is held against the pack, and so are its answers: tokens, renderings, end tokens,
-    and the first token of each continuation. The values of its weights are not compared, as a pack does not hold the
-    merged ones. An artifact without a manifest is taken at its own word, and whether the pack is of its base is not
-    known then.
+    What its files say of the model is held against the pack, its weights against their sketch there, and its answers:
+    tokens, renderings, end tokens, and the first token of each continuation. An artifact without a manifest is taken at
+    its own word, and whether the pack is of its base is not known then.
 
     Args:
         artifact: a folder that was published; or a GGUF file or a model folder by itself.
@@ -201,19 +198,19 @@ def verify_with_pack(
     if not bare:
         check_belongs(description, folder.resolve().name, manifest.inputs)
         check_files(folder, manifest.files)
-    from exporter.verify.packing import opened_reference, stored_prompts
+    from exporter.verify.pack_opened import opened_pack
+    from exporter.verify.sketching import read_sketched
 
+    threads = Execution().workers
     # The pack is of the same inputs, so the artifact's count of parameters is its model's.
     candidates = _candidates(folder, manifest, serving, gate, manifest.merge.parameters, device, endpoint)
-    with opened_reference(pack, description, device, Execution().workers) as reference:
-        model = packed_model(pack, manifest.name)
-        files = [read_files(one.backend, model, one.quant, one.entry) for one in candidates]
-        verdicts = judge_candidates(candidates, [None] * len(candidates), reference, NoMoreTokens(), reporter)
-        verdicts = [replace(one, files=found) for one, found in zip(verdicts, files, strict=True)]
+    with opened_pack(pack, description, manifest.name, device, threads) as opened:
+        weights = read_sketched(candidates, opened, reporter, threads)
+        verdicts = judge_candidates(candidates, weights, opened.reference, NoMoreTokens(), reporter)
         if answers:
-            knowing = Packed(model, stored_prompts(pack, description), reference)
+            knowing = Packed(opened.model, opened.prompts, opened.reference)
             verdicts = _answered(knowing, candidates, verdicts, reporter)
-        windows = reference.windows
+        windows = opened.reference.windows
         notes = [BARE_NOTE] if bare else manifest.held_against_pack(windows.source, windows.tokens)
         scored, by_label = evaluation_json(windows, None), _by_label(candidates, verdicts)
         return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), by_reference=True)

@@ -190,7 +190,7 @@ def block_sums(stored: Floats, merged: Floats, base: Floats | None, weight: Stor
         return sums
     delta = merged - base
     squared, error_delta, base_delta = _product(delta, delta), _product(error, delta), _product(base, delta)
-    different, looked_at = _different(base)
+    different, looked_at = different_values(base)
     return replace(
         sums, delta=squared, error_delta=error_delta, base_delta=base_delta, different=different, looked_at=looked_at
     )
@@ -245,7 +245,7 @@ def _product(left: Floats, right: Floats) -> float:
     return float(np.einsum("rk,rk->r", left, right).sum(dtype=np.float64))
 
 
-def _different(base: Floats) -> tuple[int, int]:
+def different_values(base: Floats) -> tuple[int, int]:
     """Different values in runs of columns, and values, of the first rows; they are enough to tell."""
     columns = base.shape[1] // VARIED_COLUMNS * VARIED_COLUMNS
     runs = np.sort(base[:64, :columns].reshape(-1, VARIED_COLUMNS), axis=1)

@@ -33,10 +33,12 @@ class WeightsResult:
     Attributes:
         tensors: what is stored of each merged tensor, with its sums; in model order.
         faults: what is wrong with the files themselves.
+        held: what a weight is held to.
     """
 
     tensors: tuple[tuple[StoredWeight, Sums], ...]
     faults: tuple[str, ...]
+    held: Callable[[StoredWeight, Sums], Iterator[Held]] = held_figures
 
     @cached_property
     def total(self) -> Sums:
@@ -58,7 +60,7 @@ class WeightsResult:
         """Of each measure, the weight that took the most of its limit."""
         found: dict[str, tuple[StoredWeight, Held]] = {}
         for weight, sums in self.tensors:
-            for held in held_figures(weight, sums):
+            for held in self.held(weight, sums):
                 if held.measure not in found or held.share > found[held.measure][1].share:
                     found[held.measure] = (weight, held)
         return found
@@ -66,7 +68,7 @@ class WeightsResult:
     @cached_property
     def broken(self) -> tuple[str, ...]:
         """What is wrong, in words; empty if nothing is."""
-        reasons = [reason for weight, sums in self.tensors for reason in _first_reason(weight, sums)]
+        reasons = [reason for weight, sums in self.tensors for reason in self._first_reason(weight, sums)]
         rest = len(reasons) - NAMED
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
@@ -75,13 +77,12 @@ class WeightsResult:
             reasons += [] if whole.kept else [whole.reason]
         return (*self.faults, *reasons)
 
-
-def _first_reason(weight: StoredWeight, sums: Sums) -> Iterator[str]:
-    """The first limit that a tensor breaks, in words, if it breaks one: the others follow from that."""
-    for held in held_figures(weight, sums):
-        if not held.kept:
-            yield held.reason
-            return
+    def _first_reason(self, weight: StoredWeight, sums: Sums) -> Iterator[str]:
+        """The first limit that a tensor breaks, in words, if it breaks one: the others follow from that."""
+        for held in self.held(weight, sums):
+            if not held.kept:
+                yield held.reason
+                return
 
 
 def read_weights(
@@ -101,24 +102,6 @@ def read_weights(
     reader = backend.read(model, quant, entry)
     try:
         return check_weights(model, reader, threads)
-    finally:
-        reader.close()
-
-
-def read_files(backend: Backend | None, model: MergedModel, quant: str, entry: Path) -> tuple[str, ...]:
-    """What is wrong with an artifact's files, of what can be told without the weights of the model.
-
-    Args:
-        backend: what wrote it; None if that is not here, and nothing can be told.
-        model: the merged model, whose weights are not read.
-        quant: the artifact's type, resolved.
-        entry: what a runtime loads.
-    """
-    if backend is None or not isinstance(backend, ReadingBackend):
-        return ()
-    reader = backend.read(model, quant, entry)
-    try:
-        return reader.faults
     finally:
         reader.close()
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A short text, so that tokenizing it takes no time: this file.
 TEXT = Calibration(text=Path(__file__))
 EVALUATION = Evaluation(tokens=128, n_ctx=64)
-FILES = ("head.safetensors", "hidden.safetensors", "prompts.safetensors", "tokens.safetensors")
+FILES = ("head.safetensors", "hidden.safetensors", "prompts.safetensors", "sketches.safetensors", "tokens.safetensors")
 
 Make = Callable[..., Path]
 
@@ -235,12 +235,14 @@ def test_figures_are_those_of_base_and_adapter(published: Path, pack: Path, inpu
     by_base = verify_published(
         published, str(inputs[0]), (str(inputs[1]),), TEXT, EVALUATION, None, "cpu", Reporter()
     )  # fmt: skip
-    # The values of weights, and what follows the first token of an answer, need the trained model.
-    unknown = {"weights": None, "by_reference": True}
-    by_model = {label: figures | unknown for label, figures in by_base.as_json().items()}
-    assert all(figures["weights"] and not figures["by_reference"] for figures in by_base.as_json().values())
-    by_pack = found.as_json()
+    # Of weights a pack knows a sketch, and of an answer the first token.
+    by_model, by_pack = by_base.as_json(), found.as_json()
     for label, figures in by_model.items():
+        assert (figures.pop("by_reference"), by_pack[label].pop("by_reference")) == (False, True)
+        exact, estimated = figures.pop("weights"), by_pack[label].pop("weights")
+        assert estimated["relative_error"] == pytest.approx(exact["relative_error"], rel=0.1)
+        assert estimated["survival"] == pytest.approx(exact["survival"], abs=0.01)
+        assert estimated["layers"].keys() == exact["layers"].keys()
         followed = [one["answers"].pop("continuations") for one in (figures, by_pack[label])]
         for whole, first in zip(*followed, strict=True):
             assert first["followed"] == 1

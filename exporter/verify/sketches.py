@@ -1,0 +1,125 @@
+"""Sketches of the weights: enough of them in a reference pack to see where an artifact's are off, without the base.
+
+Of each row of a matrix, every run of 512 columns is kept as one number: the sum of its elements, each with a sign that
+is drawn once for its column. That is linear, so the sketch of an artifact's weights minus that of the merge is the
+sketch of the error E. Signs that have nothing to do with E make its mean square |E|^2 of the run: the sum of squares
+over a tensor estimates |E|^2, and products of two sketches inner products (Alon, Matias and Szegedy 1996, "The space
+complexity of approximating the frequency moments"). With n runs the relative standard error of |E|^2 is sqrt(2/n), and
+<E, D> has the variance |E|^2 |D|^2 / n, so the figures are those of `exporter.verify.sums` with runs in place of
+elements: what these say of a tensor, sketches say with wider limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.backends.reading import StoredWeight
+from exporter.verify.sums import Sums, Worst
+from exporter.verify.weight_limits import Held, held_survival, is_judged
+
+# Columns of a run.
+RUN = 512
+# Of a type's limit on the relative error of a tensor, how far the sketch of a run may be off in multiples of the run's
+# norm: three standard errors of what the type leaves on Gaussian weights are one such limit.
+RUN_SHARE = 4.0
+# Of clipped types, whose groups may lose any value that hardly meets an input, so much of a group's limit more.
+CLIPPED_SHARE = 0.1
+# -log of the chance that the sum of squares of sound errors is taken for too large.
+_RARE = 25.0
+_TINY = 1e-30
+
+Floats = npt.NDArray[np.float32]
+
+
+def runs_of(columns: int) -> int:
+    """Runs in a row; the last may be shorter."""
+    return -(-columns // RUN)
+
+
+@lru_cache(maxsize=16)
+def signs(columns: int) -> Floats:
+    """1 or -1 for each column, the same for every tensor: float32, shape (columns,).
+
+    Bits of Philox with the key 0, the lowest first; numpy keeps the streams of its bit generators.
+    """
+    words = np.random.Philox(key=0).random_raw(-(-columns // 64))
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[:columns]
+    return bits.astype(np.float32) * 2 - 1
+
+
+def sketch(values: Floats) -> Floats:
+    """The sketch of some rows.
+
+    Args:
+        values: float32, shape (rows, columns).
+
+    Returns:
+        float32, shape (rows, runs).
+    """
+    return _by_run(values, np.broadcast_to(signs(values.shape[1]), values.shape))
+
+
+def _by_run(left: Floats, right: Floats) -> Floats:
+    """Inner products of each run, in an order that depends on nothing but the columns: float32, (rows, runs)."""
+    rows, columns = left.shape
+    found = np.empty((rows, runs_of(columns)), dtype=np.float32)
+    for number, first in enumerate(range(0, columns, RUN)):
+        part = slice(first, first + RUN)
+        np.einsum("rk,rk->r", left[:, part], right[:, part], out=found[:, number])
+    return found
+
+
+def estimated_sums(stored: Floats, merged: Floats, delta: Floats | None, weight: StoredWeight, first: int = 0) -> Sums:
+    """Sums of some rows, with runs for elements; of groups, the run that is farthest off.
+
+    Args:
+        stored: what the artifact holds: float32, shape (rows, columns).
+        merged: the merge's sketch: float32, shape (rows, runs).
+        delta: the sketch of the adapter's change, likewise; None where the tensor has none.
+        weight: its tolerance.
+        first: number of the first row.
+    """
+    error = sketch(stored) - merged
+    norms = _by_run(stored, stored)
+    allowed = np.float32(RUN_SHARE * weight.tolerance.resolution * math.sqrt(min(RUN, stored.shape[1])))
+    # Of what was stored as zeros, the merge's own sketch says how much it should have been.
+    ratio = np.maximum(np.abs(error) - allowed, 0) / (np.sqrt(np.maximum(norms, merged**2)) + np.float32(_TINY))
+    row, run = divmod(int(ratio.argmax()), ratio.shape[1])
+    sums = Sums(
+        error.size, _product(error, error), float(norms.sum(dtype=np.float64)) or _product(merged, merged),
+        group=Worst(float(ratio[row, run]), first + row, run * RUN),
+    )  # fmt: skip
+    if delta is None:
+        return sums
+    return Sums(
+        sums.elements, sums.error, sums.merged, _product(delta, delta), _product(error, delta),
+        _product(merged - delta, delta), group=sums.group,
+    )  # fmt: skip
+
+
+def _product(left: Floats, right: Floats) -> float:
+    return float(np.multiply(left, right, dtype=np.float64).sum())
+
+
+def held_estimates(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
+    """What a stored weight is held to by its sketch."""
+    name, runs = weight.source, max(sums.elements, 1)
+    # Of n squares of standard normal variables the sum is below n + 2 sqrt(n x) + 2 x but for a chance of exp(-x)
+    # (Laurent and Massart 2000, "Adaptive estimation of a quadratic functional by model selection").
+    limit = weight.tolerance.error * math.sqrt(1 + 2 * math.sqrt(_RARE / runs) + 2 * _RARE / runs)
+    run, error = sums.group, sums.relative_error
+    columns = min(RUN, weight.shape[-1] - run.column if weight.shape else 1)
+    place = f"columns {run.column} to {run.column + columns - 1} of row {run.row}"
+    farthest = f", {place} the most" if run.value else ""
+    reason = f"{name} is about {error:.2%} off by its sketch{farthest}; {weight.type} leaves at most {limit:.2%}"
+    yield Held("relative_error", error, limit, reason)
+    limit = RUN_SHARE * weight.tolerance.error + CLIPPED_SHARE * weight.tolerance.group * weight.tolerance.clipped
+    reason = f"{name}: {place} are about {run.value:.2%} off by their sketch, the limit is {limit:.2%}"
+    yield Held("group", run.value, limit, reason, run.row, run.column)
+    if is_judged(weight, sums):
+        yield held_survival(sums, f"{name}: of the adapter's change")

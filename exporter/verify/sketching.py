@@ -1,0 +1,137 @@
+"""Sketches of the weights taken from base and adapters, and held against what an artifact stores."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from exporter.backends.reading import ReadingBackend, WeightReader
+from exporter.errors import ArtifactError
+from exporter.merge import DEFAULT_BLOCK_BYTES, RowBlock, Workspace, make_merger, row_blocks
+from exporter.model import MergedModel, MergedTensor
+from exporter.reporter import Reporter
+from exporter.tensor_reader import TensorReader
+from exporter.torch_threads import torch_threads_kept
+from exporter.verify.sketches import estimated_sums, held_estimates, sketch
+from exporter.verify.sums import Sums, different_values
+from exporter.verify.weights import WeightsResult
+
+if TYPE_CHECKING:
+    from exporter.verify.check import Candidate
+    from exporter.verify.pack_opened import OpenedPack, StoredSketches
+
+Floats = npt.NDArray[np.float32]
+# Of some rows: sketches of the merge and of the adapter's change, and how varied the base's values are.
+_Part = tuple[Floats, Floats | None, tuple[int, int]]
+
+
+def sketch_data(model: MergedModel, threads: int) -> Iterator[memoryview]:
+    """The data of a pack's file of sketches, in the order of `sketch_tensors`, a tensor at a time.
+
+    Base and adapters are read and merged once more, on the CPU.
+
+    Args:
+        model: the merged model.
+        threads: threads that compute.
+    """
+    base_values = []
+    with (
+        torch_threads_kept(),
+        TensorReader() as reader,
+        ThreadPoolExecutor(threads, thread_name_prefix="sketches") as pool,
+    ):
+        merger, workspace = make_merger("cpu", reader), Workspace()
+
+        def part(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> _Part:
+            shape = (block.count, tensor.source.columns)
+            base = workspace.take("base", torch.float32, shape) if tensor.updates else None
+            merged = merger.block(tensor, block, factors, base=base).numpy()
+            if base is None:
+                return sketch(merged), None, (0, 0)
+            delta = np.subtract(merged, base.numpy(), out=workspace.take("delta", torch.float32, shape).numpy())
+            return sketch(merged), sketch(delta), different_values(base.numpy())
+
+        for tensor in model.tensors:
+            factors = merger.factors(tensor)
+            blocks = row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu")
+            parts = [future.result() for future in [pool.submit(part, tensor, one, factors) for one in blocks]]
+            for whole in ([merged for merged, _, _ in parts], [delta for _, delta, _ in parts if delta is not None]):
+                if whole:
+                    yield np.concatenate(whole).astype("<f4", copy=False).data.cast("B")
+            base_values.append([sum(values[number] for _, _, values in parts) for number in (0, 1)])
+    yield np.array(base_values, dtype="<i4").data.cast("B")
+
+
+def read_sketched(
+    candidates: Sequence[Candidate], pack: OpenedPack, reporter: Reporter, threads: int
+) -> list[WeightsResult | None]:
+    """Read back the weights of every artifact and hold them against a pack; None of those that nothing here can read.
+
+    Args:
+        candidates: the artifacts.
+        pack: what is known of the trained model.
+        reporter: told about every artifact.
+        threads: threads that compute.
+    """
+    found: list[WeightsResult | None] = []
+    for one in candidates:
+        if one.backend is None or not isinstance(one.backend, ReadingBackend):
+            found.append(None)
+            continue
+        reporter.doing(f"weights of {one.label}")
+        reader = one.backend.read(pack.model, one.quant, one.entry)
+        try:
+            found.append(check_sketches(pack.model, reader, pack.sketches, threads))
+        finally:
+            reader.close()
+    return found
+
+
+def check_sketches(model: MergedModel, reader: WeightReader, sketches: StoredSketches, threads: int) -> WeightsResult:
+    """Hold what an artifact stores against the sketches of a pack.
+
+    Args:
+        model: the merged model, without weights.
+        reader: the artifact's weights.
+        sketches: what is known of the merge.
+        threads: threads that compute.
+    """
+    found: dict[str, Sums] = {}
+    faults = list(reader.faults)
+    pending: deque[tuple[str, Future[Sums]]] = deque()
+
+    def part(name: str, block: RowBlock) -> Sums:
+        weight = reader.weights[name]
+        stored = reader.rows(weight, block.first, block.count)
+        return estimated_sums(stored, *sketches.rows(name, block.first, block.count), weight, block.first)
+
+    def settle() -> None:
+        name, future = pending.popleft()
+        try:
+            found[name] = found.get(name, Sums()).plus(future.result())
+        except ArtifactError as error:
+            faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
+
+    present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
+    with torch_threads_kept(), ThreadPoolExecutor(threads, thread_name_prefix="sketches") as pool:
+        for tensor in present:
+            for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu"):
+                while len(pending) >= 2 * threads:
+                    settle()
+                pending.append((tensor.name, pool.submit(part, tensor.name, block)))
+        while pending:
+            settle()
+    tensors = []
+    for tensor in present:
+        if tensor.name in found:
+            different, looked_at = sketches.base_values(tensor.name)
+            whole = replace(found[tensor.name].whole(), different=different, looked_at=looked_at)
+            tensors.append((reader.weights[tensor.name], whole))
+    return WeightsResult(tuple(tensors), tuple(dict.fromkeys(faults)), held_estimates)
