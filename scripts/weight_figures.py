@@ -1,6 +1,7 @@
 """The stored weights of published folders beside their limits: what docs/quality.md says of sound ones.
 
     python scripts/weight_figures.py FOLDER… --base DIR [--adapter DIR] [--json FILE]
+    python scripts/weight_figures.py FOLDER… --reference PACK [--json FILE]
 
 Reads every artifact back and holds it against base and adapter, as `exporter verify --files-only` does, but prints
 the figures where that prints what is wrong:
@@ -11,6 +12,9 @@ the figures where that prints what is wrong:
 - of types whose sound groups may lose large values (GPTQ), the groups that lost more than a fifth of their size, and
   the largest cosine between the error and the merged values of these: above `PARALLEL`, a scale is taken to be off;
 - CPU seconds of reading back and comparing.
+
+With a reference pack in place of base and adapter: the figures that its sketches estimate, of tensors, of runs of 512
+columns and of the survival of a tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,12 +37,16 @@ from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger, row_blocks
 from exporter.model import MergedModel
 from exporter.recipe import Execution
 from exporter.tensor_reader import TensorReader
+from exporter.verify.pack_opened import StoredSketches, opened_pack
+from exporter.verify.pack_record import read_description
 from exporter.verify.published import open_trained
 from exporter.verify.record import PublishedArtifact, read_manifest
+from exporter.verify.sketching import check_sketches
 from exporter.verify.sums import PARALLEL
-from exporter.verify.weight_limits import Held, held_figures
+from exporter.verify.weight_limits import Held
 from exporter.verify.weights import WeightsResult, check_weights
 
+ESTIMATES = {"relative_error": "tensor", "group": "run", "survival": "survival"}
 MEASURES = {"relative_error": "tensor", "group": "group", "scale": "scale of a group", "row_mean": "mean of a row"}
 LOST = 0.2
 
@@ -101,7 +110,7 @@ def nearest_by_type(result: WeightsResult) -> dict[str, dict[str, Held]]:
     found: dict[str, dict[str, Held]] = {}
     for weight, sums in result.tensors:
         figures = found.setdefault(weight.type, {})
-        for held in held_figures(weight, sums):
+        for held in result.held(weight, sums):
             if held.measure not in figures or held.share > figures[held.measure].share:
                 figures[held.measure] = held
     return found
@@ -122,8 +131,16 @@ def survival_off(result: WeightsResult) -> float | None:
     return math.sqrt(sum(squares) / len(squares)) if squares else None
 
 
-def print_artifact(folder: Path, artifact: PublishedArtifact, model: MergedModel) -> dict[str, object]:
+def print_artifact(
+    folder: Path, artifact: PublishedArtifact, model: MergedModel, sketches: StoredSketches | None
+) -> dict[str, object]:
     """Read one artifact back and print its tables.
+
+    Args:
+        folder: where it is.
+        artifact: the artifact.
+        model: what it should hold.
+        sketches: all that is known of the model's weights; None if they can be read.
 
     Raises:
         ValueError: what writes its format cannot read it back.
@@ -132,21 +149,25 @@ def print_artifact(folder: Path, artifact: PublishedArtifact, model: MergedModel
     if not isinstance(backend, ReadingBackend):
         raise ValueError(f"{artifact.label} cannot be read back")
     reader = backend.read(model, artifact.quant, artifact.path(folder))
+    measures = MEASURES if sketches is None else ESTIMATES
     try:
-        started = time.process_time()
-        result = check_weights(model, reader, Execution().workers)
+        started, threads = time.process_time(), Execution().workers
+        if sketches is None:
+            result = check_weights(model, reader, threads)
+        else:
+            result = check_sketches(model, reader, sketches, threads)
         seconds = time.process_time() - started
-        lost = lost_by_type(model, reader)
+        lost = lost_by_type(model, reader) if sketches is None else {}
     finally:
         reader.close()
     print(f"\n{folder}: {artifact.label}, {seconds:.1f} CPU seconds, {len(result.broken)} limits broken")
     nearest = nearest_by_type(result)
     counts = {kind: sum(weight.type == kind for weight, _ in result.tensors) for kind in nearest}
     rows = [
-        [kind, str(counts[kind]), *(shown(figures.get(measure)) for measure in MEASURES)]
+        [kind, str(counts[kind]), *(shown(figures.get(measure)) for measure in measures)]
         for kind, figures in nearest.items()
     ]
-    print(table(["type", "tensors", *(f"{name} (limit) share" for name in MEASURES.values())], rows))
+    print(table(["type", "tensors", *(f"{name} (limit) share" for name in measures.values())], rows))
     whole, off = result.updated, survival_off(result)
     if whole.survival is not None and off is not None:
         print(f"survival {whole.survival:.4f} ± {whole.survival_stderr:.4f}; off by {off:.2f} standard errors a tensor")
@@ -170,16 +191,25 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--base", required=True)
+    parser.add_argument("--base")
     parser.add_argument("--adapter", action="append", default=[])
+    parser.add_argument("--reference", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if (args.base is None) == (args.reference is None):
+        parser.error("either --base or --reference is needed")
     found = {}
-    for folder in args.folders:
-        manifest = read_manifest(folder)
-        model = open_trained(args.base, tuple(args.adapter), manifest.name)
-        for artifact in manifest.artifacts:
-            found[f"{folder}: {artifact.label}"] = print_artifact(folder, artifact, model)
+    with ExitStack() as stack:
+        model, sketches = None, None
+        if args.reference:
+            description = read_description(args.reference)
+            pack = stack.enter_context(opened_pack(args.reference, description, "model", "cpu", Execution().workers))
+            model, sketches = pack.model, pack.sketches
+        for folder in args.folders:
+            manifest = read_manifest(folder)
+            judged = model or open_trained(args.base, tuple(args.adapter), manifest.name)
+            for artifact in manifest.artifacts:
+                found[f"{folder}: {artifact.label}"] = print_artifact(folder, artifact, judged, sketches)
     write_json(args.json, found)
     return 0
 

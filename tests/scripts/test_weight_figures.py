@@ -19,6 +19,8 @@ if str(SCRIPTS) not in sys.path:
 import weight_figures  # noqa: E402
 
 from exporter.backends.reading import StoredWeight, Tolerance  # noqa: E402
+from exporter.recipe import Execution, ReferenceRecipe  # noqa: E402
+from exporter.verify.standalone import make_reference  # noqa: E402
 from exporter.verify.weight_limits import Held  # noqa: E402
 from tests.exports import export_to  # noqa: E402
 
@@ -79,6 +81,17 @@ def test_what_the_script_prints_of_a_sound_folder(
         assert 0 < figures[measure]["value"] < figures[measure]["limit"]
     assert found["survival"] == pytest.approx(1, abs=0.1)
     shown = capsys.readouterr().out
+    pack = tmp_path / "pack"
+    scored = {"tokens": 128, "n_ctx": 64, "answers": False}
+    values = {"base": str(base), "adapters": [str(adapter)], "out": pack, "evaluation": scored}
+    make_reference(ReferenceRecipe.build(values), Execution(device="cpu"))
+    monkeypatch.setattr(sys, "argv", list(map(str, ["weight_figures.py", out, "--reference", pack, "--json", file])))
+    assert weight_figures.main() == 0
+    (estimated,) = json.loads(file.read_text(encoding="utf-8")).values()
+    assert estimated["broken"] == []
+    exact = figures["relative_error"]["value"]
+    assert estimated["nearest"][kind]["relative_error"]["value"] == pytest.approx(exact, rel=0.5)
+    assert estimated["survival"] == pytest.approx(found["survival"], abs=0.1)
     row = next(line for line in shown.splitlines() if line.startswith(f"{kind} "))
     error = figures["relative_error"]
     assert f"{error['value']:.3g} ({error['limit']:.3g}) {error['value'] / error['limit']:.2f}" in row
