@@ -109,7 +109,9 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
         drawn: Windows | None = None
         pack: Staging | None = None
         if toured.reference is not None:
-            verified = verify_artifacts(plan, staged, toured.reference, toured.device, reporter)
+            verified = verify_artifacts(
+                plan, staged, toured.reference, toured.device, reporter, scratch=stagings[0].scratch
+            )
             verdicts, drawn = verified.verdicts, verified.drawn
             pack = _stage_pack(plan, verified.reference, toured.device, inputs, stack)
             # With it go the states of what was drawn.

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from exporter.backends.gguf.imatrix import Importance, imatrix_bytes
+from exporter.backends.gguf.imatrix import imatrix_bytes
 from tests.commands import invoke, run
 from tests.folders import hashes
+from tests.importances import random_importances
 
 Make = Callable[..., Path]
 WIDE: dict[str, Any] = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2}
@@ -53,17 +53,7 @@ def test_the_solver_is_fed_by_what_was_asked_for(base: Path, tmp_path: Path) -> 
 
 
 def test_an_importance_matrix_from_a_file(base: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    kinds = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    entries = {
-        f"blk.{layer}.{kind}.weight": Importance(
-            (100 * rng.exponential(size=(1, 512 if "down" in kind else 256)) ** 3).astype(np.float32),
-            np.array([2048], np.float32),
-        )
-        for layer in range(2)
-        for kind in kinds
-    }
-    (tmp_path / "given.gguf").write_bytes(imatrix_bytes(entries, ("text.txt",), 4, 512))
+    (tmp_path / "given.gguf").write_bytes(imatrix_bytes(random_importances(), ("text.txt",), 4, 512))
     common = ("--format", "gguf", "--quant", "Q4_K_M", "--imatrix")
     without = exported(base, tmp_path / "without", *common, "none")
     given = exported(base, tmp_path / "given", *common, tmp_path / "given.gguf")

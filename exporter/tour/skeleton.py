@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
@@ -278,31 +279,32 @@ def _linear_beside(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _without_quantizers() -> Iterator[None]:
     """Let peft believe that GPTQModel and torchao are not installed: it would import them, in 5 s, 250 MB and a few
     lines on the screen, for layers that are not here."""
-    before: list[tuple[Any, str, Any]] = []
-    for key, module in list(sys.modules.items()):
-        for name in ("is_gptqmodel_available", "is_torchao_available"):
-            if key.startswith("peft.") and hasattr(module, name):
-                before.append((module, name, getattr(module, name)))
-                setattr(module, name, lambda: False)
-    try:
+    names = ("is_gptqmodel_available", "is_torchao_available")
+    modules = [module for key, module in sys.modules.items() if key.startswith("peft.")]
+    with ExitStack() as stack:
+        for module, name in product(modules, names):
+            if hasattr(module, name):
+                stack.enter_context(_replaced(module, name, lambda: False))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
-@contextmanager
-def _without_conversion() -> Iterator[None]:
+def _without_conversion() -> AbstractContextManager[None]:
     """Let peft leave its configuration as it is. For transformers' fused experts it would turn the projections into
     parameters of those, and no longer find them in dense layers either; here experts have a layer a matrix."""
     from peft.utils import transformers_weight_conversion as module
 
-    before = module.convert_peft_config_for_transformers
-    module.convert_peft_config_for_transformers = lambda *_args, **_options: None
+    return _replaced(module, "convert_peft_config_for_transformers", lambda *_args, **_options: None)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a module with another value, for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        module.convert_peft_config_for_transformers = before
+        setattr(module, name, before)
 
 
 def _load_adapter(whole: nn.Module, name: str, adapter: Adapter, device: str, dtype: torch.dtype) -> None:

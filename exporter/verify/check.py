@@ -8,18 +8,22 @@ where they are log-normal and as unlike as a real model's KL divergences (`scrip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 from exporter.backends.base import Backend
 from exporter.calibration import Windows, more_windows, windows_of
 from exporter.errors import RuntimeScoreError
+from exporter.estimate import PlannedWalk
 from exporter.model import MergedModel
 from exporter.plan import ExportPlan, FolderPlan
 from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
+from exporter.room import check_disk, states_budget
 from exporter.runtimes.base import Runtime, load_runtime
 from exporter.verify.gate import Verification, judge, not_scored
 from exporter.verify.limits import Gate, gate_for
@@ -85,6 +89,7 @@ class DrawnTokens:
         threads: threads of the walk on the CPU.
         compute_dtype: what the walk computes in.
         keep: whether `reference` is wanted, for which the states of all windows are held.
+        scratch: a folder for hidden states that do not stay in memory; None for one where temporary files go.
     """
 
     def __init__(
@@ -100,7 +105,9 @@ class DrawnTokens:
         threads: int,
         compute_dtype: str = "float32",
         keep: bool = False,
+        scratch: Path | None = None,
     ) -> None:
+        self._scratch = scratch
         self._model, self._text, self._evaluation = model, calibration, evaluation
         self._first, self._known = first, first.windows
         self._device, self._reporter, self._threads = device, reporter, threads
@@ -134,9 +141,19 @@ class DrawnTokens:
             return None
         self._drawn += taken
         more = windows_of(taken, self._known)
-        walked = walk_reference(
-            self._model, more, self._device, self._reporter, threads=self._threads, compute_dtype=self._dtype
-        )
+        walk = PlannedWalk.for_reference(self._model, more, self._dtype, states_budget())
+        with scratch_folder(walk, self._scratch) as scratch:
+            walked = walk_reference(
+                self._model,
+                more,
+                self._device,
+                self._reporter,
+                threads=self._threads,
+                compute_dtype=self._dtype,
+                scratch=scratch,
+                key=more.sha256,
+                keep_bytes=walk.keep_bytes,
+            )
         from exporter.verify.reference import Reference
 
         # All windows share one head: of a large vocabulary, it takes more memory than their states.
@@ -144,6 +161,25 @@ class DrawnTokens:
         if self._keep:
             self._kept.append(found)
         return found
+
+
+@contextmanager
+def scratch_folder(walk: PlannedWalk, parent: Path | None = None) -> Iterator[Path | None]:
+    """A folder for hidden states that do not stay in memory, until the walk has ended; None where all do.
+
+    Args:
+        walk: what it takes.
+        parent: where the folder is made; None for where temporary files go.
+
+    Raises:
+        NotEnoughDiskError: there is no room for them.
+    """
+    if not walk.spills:
+        yield None
+        return
+    with TemporaryDirectory(prefix="exporter-", dir=parent) as folder:
+        check_disk([(Path(folder) / "states", walk.scratch_bytes)])
+        yield Path(folder)
 
 
 def read_all_weights(
@@ -258,6 +294,7 @@ def verify_artifacts(
     reference: Reference,
     device: str,
     reporter: Reporter,
+    scratch: Path | None = None,
 ) -> Verified:
     """Score every artifact of a run and judge it.
 
@@ -267,6 +304,7 @@ def verify_artifacts(
         reference: the trained model.
         device: where transformers computes.
         reporter: told about every window and verdict.
+        scratch: as of `DrawnTokens`.
 
     Raises:
         RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
@@ -294,6 +332,7 @@ def verify_artifacts(
         threads=plan.threads,
         compute_dtype=plan.recipe.compute_dtype,
         keep=plan.pack is not None,
+        scratch=scratch,
     )
     weights = read_all_weights(candidates, plan.model, reporter, plan.threads)
     found = iter(judge_candidates(candidates, weights, reference, more, reporter))

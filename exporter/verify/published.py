@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from exporter.adapter import Adapter
@@ -21,13 +19,20 @@ from exporter.model import MergedModel, plan_merge
 from exporter.positions import check_windows
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reporter import Reporter
-from exporter.room import check_device_memory, check_disk, check_memory, states_budget
+from exporter.room import check_device_memory, check_memory, states_budget
 from exporter.runtimes.base import check_endpoint, load_runtime
 from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Knowing, Packed, Served, Trained, answers_of, with_answers
 from exporter.verify.bare import NOTE as BARE_NOTE
 from exporter.verify.bare import bare_manifest, is_bare
-from exporter.verify.check import Candidate, DrawnTokens, NoMoreTokens, judge_candidates, read_all_weights
+from exporter.verify.check import (
+    Candidate,
+    DrawnTokens,
+    NoMoreTokens,
+    judge_candidates,
+    read_all_weights,
+    scratch_folder,
+)
 from exporter.verify.gate import Verification
 from exporter.verify.limits import check_types, gate_for
 from exporter.verify.pack_record import check_belongs, read_description
@@ -146,7 +151,7 @@ def verify_published(
     candidates = _candidates(folder, manifest, serving, evaluation.gate, model.parameters, device, endpoint)
     with walk_imported(model):
         weights = read_all_weights(candidates, model, reporter, threads)
-    with _scratch(walk) as scratch:
+    with scratch_folder(walk) as scratch:
         reference = walk_reference(
             model, windows, device, reporter, threads=threads, scratch=scratch, keep_bytes=walk.keep_bytes
         )
@@ -226,21 +231,6 @@ def _answered(
     ]
     answered = answers_of(knowing, served, reporter)
     return [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
-
-
-@contextmanager
-def _scratch(walk: PlannedWalk) -> Iterator[Path | None]:
-    """A folder for hidden states that do not stay in memory, until the walk has ended; None where all do.
-
-    Raises:
-        NotEnoughDiskError: there is no room for them where temporary files go.
-    """
-    if not walk.spills:
-        yield None
-        return
-    with TemporaryDirectory(prefix="exporter-") as folder:
-        check_disk([(Path(folder) / "states", walk.scratch_bytes)])
-        yield Path(folder)
 
 
 def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:

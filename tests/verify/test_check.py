@@ -26,6 +26,7 @@ from exporter.verify.limits import Gate
 from exporter.verify.metrics import compare
 from exporter.verify.reference import score_reference
 from exporter.verify.scored import score_in
+from exporter.verify.standalone import walk_reference
 from tests.exports import export_to, recipe
 from tests.folders import copy, edit_json, edit_tensors, listing
 from tests.merged import merged_model
@@ -273,8 +274,21 @@ def test_one_window_is_never_enough() -> None:
     assert (found.verdict, runtime.scored) == ("passed", [1, 1])
 
 
-def test_an_export_draws_windows_that_nothing_was_calibrated_on(make_base: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("spills", [False, True])
+def test_an_export_draws_windows_that_nothing_was_calibrated_on(
+    make_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spills: bool
+) -> None:
     base = make_base("qwen2", hidden=256, intermediate=512, head_dim=64)
+    folders: list[Path | None] = []
+    walk = walk_reference
+
+    def walked(*arguments: Any, **options: Any) -> Any:
+        folders.append(options["scratch"])
+        return walk(*arguments, **options)
+
+    monkeypatch.setattr("exporter.verify.check.walk_reference", walked)
+    if spills:
+        monkeypatch.setattr("exporter.verify.check.states_budget", lambda: 0)
     result = export_to(
         tmp_path / "out", base, format="gguf", quant=("Q2_K", "F32"), name="model", verify=True, calibration=TEXT,
         # No interval ends at its figure, so this limit stays undecided.
@@ -288,3 +302,8 @@ def test_an_export_draws_windows_that_nothing_was_calibrated_on(make_base: Calla
     assert manifest["evaluation"]["tokens_scored"] == 62
     assert manifest["evaluation"]["drawn"]["windows"] == 6
     assert not result.passed
+    assert len(folders) == 2
+    for folder in folders:
+        # Beside the files of the export, and gone.
+        assert (folder is not None) == spills
+        assert folder is None or (folder.is_relative_to(tmp_path) and not folder.exists())

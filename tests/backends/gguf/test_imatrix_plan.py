@@ -18,11 +18,11 @@ from exporter.backends.gguf.types import FILE_TYPES, row_bytes
 from exporter.errors import BackendError, RecipeError
 from exporter.model import MergedModel
 from tests.backends.gguf.direct import write_gguf
+from tests.importances import random_importances
 from tests.merged import merged_model, metadata_of, tensor_bytes, tensor_types, write_header
 
 WIDE = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 2}
 NEEDING = [name for name, file_type in FILE_TYPES.items() if file_type.needs_imatrix]
-MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @pytest.fixture(scope="session")
@@ -37,16 +37,7 @@ def model(wide: Path) -> MergedModel:
 
 @pytest.fixture(scope="session")
 def entries() -> dict[str, Importance]:
-    """Random entries for every matrix of the layers."""
-    rng = np.random.default_rng(0)
-    names = [f"blk.{layer}.{kind}.weight" for layer in range(2) for kind in MATRICES]
-    return {
-        name: Importance(
-            (100 * rng.exponential(size=(1, 512 if "down" in name else 256)) ** 3).astype(np.float32),
-            np.array([2048], np.float32),
-        )
-        for name in names
-    }
+    return random_importances()
 
 
 @pytest.fixture
