@@ -208,6 +208,7 @@ def reference_recipe_from(
     name: str | None,
     calibration: str | None,
     eval_tokens: int | None,
+    max_eval_tokens: int | None,
     eval_window: int | None,
     no_answers: bool,
     force: bool,
@@ -233,7 +234,9 @@ def reference_recipe_from(
             "force": force,
             **_given(compute_dtype=compute_dtype, reference_dtype=reference_dtype),
             "calibration": _given(text=calibration),
-            "evaluation": _given(tokens=eval_tokens, n_ctx=eval_window, answers=not no_answers),
+            "evaluation": _given(
+                tokens=eval_tokens, max_tokens=max_eval_tokens, n_ctx=eval_window, answers=not no_answers
+            ),
         }
     )
 

@@ -161,7 +161,7 @@ def check_decidable(known: Windows, further: int = 0) -> None:
             f"evaluation text {known.source}",
             found=f"one window of {known.n_ctx} tokens, which has no interval, so that nothing can pass",
             expected=f"at least {2 * known.n_ctx} tokens, two windows",
-            remedy="Raise --eval-tokens (or --max-eval-tokens of an export), or give a longer text with --calibration.",
+            remedy="Raise --eval-tokens or --max-eval-tokens, or give a longer text with --calibration.",
         )
 
 

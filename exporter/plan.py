@@ -156,7 +156,8 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     pack = None
     if kept and tokens.evaluation:
         most = most_windows(recipe.evaluation, tokens.evaluation)
-        pack = PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation, most)
+        first = len(tokens.evaluation.ids)
+        pack = PackPlan.of(recipe, kept, base_source, adapter_sources, model, tokens.evaluation, most, first)
     held, prompts = (pack.held_bytes, pack.prompt_lengths) if pack else (0, ())
     plan = ExportPlan(
         recipe=recipe,

@@ -484,6 +484,8 @@ def test_reference_pack_from_one_command_to_the_next(workplace: Path, inputs: Ar
     assert result.stderr.splitlines()[-1].startswith("held against a reference pack: of the weights")
     unasked = invoke("verify", "out", "--reference", "kept", "--gate", "1", "--json", "--no-answers")
     assert json.loads(unasked.stdout)["safetensors bf16"]["answers"] is None
+    more = invoke("reference", *inputs, *scored, "--max-eval-tokens", "256", "--out", "more", "--json", "--no-answers")
+    assert [json.loads(more.stdout)["evaluation"][name] for name in ("windows", "first")] == [4, 2]
     whole = invoke("verify", "out", *inputs[:4], *scored, "--gate", "1", "--no-answers")
     assert whole.exit_code == 0, whole.stderr
     assert "reference pack" not in whole.stderr

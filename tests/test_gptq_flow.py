@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, needs_gptqmodel]
 
 FEW: dict[str, Any] = {
     "calibration": {"tokens": 4096, "window": 256},
-    "evaluation": {"tokens": 2048, "n_ctx": 256, "gate": {"*": 1.0}},
+    "evaluation": {"tokens": 512, "n_ctx": 256, "gate": {"*": 1.0}},
 }
 
 
@@ -42,7 +42,7 @@ def test_ours_scores_as_its_unpacked_weights_do(demo: Path, tmp_path: Path, bits
     assert 0 < figures.divergence.mean < largest
     unpack_script().unpack_folder(tmp_path / "out", tmp_path / "unpacked")
     windows = make_windows(
-        Calibration(), Evaluation(tokens=2048, n_ctx=256), TokenizerFiles.choose(tmp_path / "unpacked", ())
+        Calibration(), Evaluation(tokens=512, n_ctx=256), TokenizerFiles.choose(tmp_path / "unpacked", ())
     )
     scores = Transformers().score(tmp_path / "unpacked", windows, lambda _: None)
     assert figures.perplexity == pytest.approx(np.exp(-scores.log_probabilities.mean()), rel=0.005)

@@ -66,13 +66,39 @@ class MoreTokens(Protocol):
         """The trained model on so many further windows, or on as many as there are; None if there are no more."""
 
 
-class NoMoreTokens:
-    """A reference pack has the tokens that it has."""
+class PackTokens:
+    """The windows of a reference pack, which has those that it has.
+
+    Args:
+        whole: the trained model on all of them.
+        first: how many are scored first.
+    """
+
+    def __init__(self, whole: Reference, first: int) -> None:
+        self._whole, self._known, self._first = whole, first, first
+
+    @property
+    def first(self) -> Reference:
+        """The trained model on the windows that are scored first."""
+        from exporter.verify.reference import part_of
+
+        return part_of(self._whole, slice(0, self._first))
+
+    @property
+    def drawn(self) -> Windows | None:
+        """All that were drawn; None if none were."""
+        ids = self._whole.windows.ids[self._first : self._known]
+        return windows_of(ids, self._whole.windows) if ids else None
 
     def draw(self, windows: int) -> Reference | None:
         """See `MoreTokens`."""
-        del windows
-        return None
+        from exporter.verify.reference import part_of
+
+        further = slice(self._known, self._known + windows)
+        if not self._whole.windows.ids[further]:
+            return None
+        self._known = min(further.stop, len(self._whole.windows.ids))
+        return part_of(self._whole, further)
 
 
 class DrawnTokens:

@@ -47,7 +47,8 @@ class PackPlan:
         base: the base's source.
         adapters: the adapters' sources.
         model: the merged model.
-        windows: what is scored.
+        windows: what is walked through; of an export, it may be joined by what is drawn.
+        first: how many of them an artifact is scored on first; the others are drawn while it is undecided.
         prompts: what artifacts go on with; none where answers are left out.
         most: how many windows it may hold: what is drawn while a verdict is undecided is kept as well.
         dtype: what hidden states are to be kept in: float32 or bfloat16.
@@ -59,6 +60,7 @@ class PackPlan:
     adapters: tuple[Source, ...]
     model: MergedModel
     windows: Windows
+    first: int
     prompts: tuple[Prompt, ...]
     most: int
     dtype: str
@@ -74,15 +76,16 @@ class PackPlan:
         model: MergedModel,
         windows: Windows,
         most: int,
+        first: int,
     ) -> PackPlan:
-        """What a recipe asks for, in `out`.
+        """What a recipe asks for, in `out`; see the attributes.
 
         Raises:
             TokenizerError: the tokenizer cannot be loaded.
         """
         prompts = prompts_of(model) if recipe.evaluation.answers else ()
         dtype = recipe.reference_dtype or "float32"
-        return cls(out, base, adapters, model, windows, prompts, most, dtype, recipe.compute_dtype)
+        return cls(out, base, adapters, model, windows, first, prompts, most, dtype, recipe.compute_dtype)
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:

@@ -46,6 +46,7 @@ class InputRecord(BaseModel):
 class _Evaluation(BaseModel):
     source: str
     windows: int = Field(ge=1)
+    first: int = Field(ge=1)
     n_ctx: int = Field(ge=3)
     first_scored: int
     tokens_scored: int
@@ -77,6 +78,8 @@ class Description(BaseModel):
     def _whole(self) -> Description:
         if missing := {*_TENSOR_FILES, *(f"{MODEL_FOLDER}/{name}" for name in (CONFIG, TENSORS))} - self.files.keys():
             raise ValueError(f"{min(missing)} is not among the files")
+        if self.evaluation.first > self.evaluation.windows:
+            raise ValueError("more windows are scored first than there are")
         if outside := [name for name in self.files if not is_inside(name)]:
             raise ValueError(f"{outside[0]} is outside of the folder")
         return self

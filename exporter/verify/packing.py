@@ -189,6 +189,7 @@ def _describe(
         "evaluation": {
             "source": windows.source,
             "windows": len(windows.ids),
+            "first": plan.first,
             "n_ctx": windows.n_ctx,
             "first_scored": windows.first_scored,
             "tokens_scored": windows.tokens_scored,

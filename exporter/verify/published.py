@@ -28,7 +28,7 @@ from exporter.verify.bare import bare_manifest, is_bare
 from exporter.verify.check import (
     Candidate,
     DrawnTokens,
-    NoMoreTokens,
+    PackTokens,
     judge_candidates,
     read_all_weights,
     scratch_folder,
@@ -211,13 +211,15 @@ def verify_with_pack(
     candidates = _candidates(folder, manifest, serving, gate, manifest.merge.parameters, device, endpoint)
     with opened_pack(pack, description, manifest.name, device, threads) as opened:
         weights = read_sketched(candidates, opened, reporter, threads)
-        verdicts = judge_candidates(candidates, weights, opened.reference, NoMoreTokens(), reporter)
+        more = PackTokens(opened.reference, description.evaluation.first)
+        verdicts = judge_candidates(candidates, weights, more.first, more, reporter)
         if answers:
             knowing = Packed(opened.model, opened.prompts, opened.reference)
             verdicts = _answered(knowing, candidates, verdicts, reporter)
-        windows = opened.reference.windows
-        notes = [BARE_NOTE] if bare else manifest.held_against_pack(windows.source, windows.tokens)
-        scored, by_label = evaluation_json(windows, None), _by_label(candidates, verdicts)
+        windows, drawn = more.first.windows, more.drawn
+        tokens = windows.tokens + (drawn.tokens if drawn else 0)
+        notes = [BARE_NOTE] if bare else manifest.held_against_pack(windows.source, tokens)
+        scored, by_label = evaluation_json(windows, drawn), _by_label(candidates, verdicts)
         return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), by_reference=True)
 
 

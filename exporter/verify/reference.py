@@ -143,6 +143,16 @@ def joined(first: Reference, further: Sequence[Reference]) -> Reference:
     return Reference(windows_of(ids, first.windows), hidden, first.head, scores, first.prompts)
 
 
+def part_of(whole: Reference, windows: slice) -> Reference:
+    """Some of the windows of a reference whose scores are known; states and head stay where they are."""
+    numbers = range(len(whole.windows.ids))[windows]
+    scores = TokenScores(whole.scores.log_probabilities[windows], whole.scores.top_tokens[windows])
+    ids = whole.windows.ids[windows]
+    return Reference(
+        windows_of(ids, whole.windows), lambda window: whole.hidden(numbers[window]), whole.head, scores, whole.prompts
+    )
+
+
 def window_logits(windows: Windows, hidden: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
     """Logits of one window's scored positions, a few at a time.
 

@@ -19,7 +19,7 @@ from exporter.hashing import InputHasher
 from exporter.model import MergedModel
 from exporter.plan import open_model
 from exporter.positions import check_windows
-from exporter.recipe import Execution, ReferenceRecipe
+from exporter.recipe import Evaluation, Execution, ReferenceRecipe
 from exporter.reporter import Reporter
 from exporter.room import check_device_memory, check_disk, check_memory, memory_errors, states_budget
 from exporter.tour.sizes import KEEP_BYTES
@@ -101,13 +101,23 @@ def plan_reference(recipe: ReferenceRecipe, keep_bytes: int) -> PackPlan:
     """
     base, adapters, model = open_model(recipe, [recipe.out])
     check_windows(model.config, evaluation=recipe.evaluation.n_ctx, calibration=None)
-    windows = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
+    first = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
+    windows = make_windows(recipe.calibration, _all_of(recipe.evaluation), model.tokenizer)
     check_decidable(windows)
-    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, len(windows.ids))
+    most = len(windows.ids)
+    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, most, len(first.ids))
     walk = _planned_walk(plan, keep_bytes)
     check_disk([(recipe.out, plan.nbytes + walk.scratch_bytes)])
     check_memory(walk.memory, walk.lighter)
     return plan
+
+
+def _all_of(evaluation: Evaluation) -> Evaluation:
+    """With all tokens that may be scored for those that are scored first. Where nothing is said of further ones there
+    are none: unlike an export, the walk takes them whether a verdict needs them or not."""
+    if "max_tokens" not in evaluation.model_fields_set:
+        return evaluation
+    return evaluation.model_copy(update={"tokens": max(evaluation.tokens, evaluation.max_tokens)})
 
 
 def walk_reference(

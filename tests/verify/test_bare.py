@@ -36,7 +36,7 @@ def base(make_base: Make) -> Path:
 @pytest.fixture(scope="session")
 def pack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pack") / "pack"
-    evaluation = Evaluation(tokens=128, n_ctx=64).model_dump()
+    evaluation = Evaluation(tokens=128, n_ctx=64).model_dump(exclude_unset=True)
     values = {"base": str(base), "out": out, "calibration": TEXT.model_dump(), "evaluation": evaluation}
     make_reference(ReferenceRecipe.build(values), Execution(device="cpu"))
     return out

@@ -46,7 +46,11 @@ def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
 def write(out: Path, base: Path, *adapters: Path, threads: int | None = None, **values: Any) -> Path:
     """A pack by itself."""
     settings: dict[str, Any] = {"base": str(base), "adapters": [str(adapter) for adapter in adapters], "out": out}
-    settings |= {"name": "model", "calibration": TEXT.model_dump(), "evaluation": EVALUATION.model_dump()}
+    settings |= {
+        "name": "model",
+        "calibration": TEXT.model_dump(),
+        "evaluation": EVALUATION.model_dump(exclude_unset=True),
+    }
     make_reference(ReferenceRecipe.build(settings | values), Execution(device="cpu", threads=threads))
     return out
 
@@ -54,7 +58,11 @@ def write(out: Path, base: Path, *adapters: Path, threads: int | None = None, **
 def export_with_pack(out: Path, base: Path, *adapters: Path, **values: Any) -> bool:
     """An export that keeps the reference; returns whether it passed."""
     settings: dict[str, Any] = {"verify": True, "keep_reference": True, "name": "model", "format": "gguf"}
-    settings |= {"quant": ("F32", "F16"), "calibration": TEXT.model_dump(), "evaluation": EVALUATION.model_dump()}
+    settings |= {
+        "quant": ("F32", "F16"),
+        "calibration": TEXT.model_dump(),
+        "evaluation": EVALUATION.model_dump(exclude_unset=True),
+    }
     return export_to(out, base, *adapters, **(settings | values)).passed
 
 
@@ -292,7 +300,7 @@ def test_the_size_of_the_model_is_the_manifests(published: Path, pack: Path, tmp
 
 
 def test_it_is_kept_when_the_gate_fails(inputs: tuple[Path, Path], pack: Path, tmp_path: Path) -> None:
-    strict = EVALUATION.model_dump() | {"gate": {"*": 0.0}, "max_tokens": EVALUATION.tokens}
+    strict = EVALUATION.model_dump(exclude_unset=True) | {"gate": {"*": 0.0}, "max_tokens": EVALUATION.tokens}
     assert not export_with_pack(tmp_path / "out", *inputs, quant="F16", evaluation=strict)
     assert {path.name for path in tmp_path.iterdir()} == {"out.rejected", "out.reference"}
     assert hashes(tmp_path / "out.reference") == hashes(pack)
@@ -308,7 +316,7 @@ def test_what_was_drawn_for_a_verdict_is_in_it_and_decides_again(
     inputs = base, make_adapter(base)
     # The upper end of the interval is 0.0092 over two windows and 0.0050 over four.
     gate = {"*": {"kl": 0.006, "change": 1.0, "same_top": 0.0}}
-    evaluation = EVALUATION.model_dump() | {"gate": gate, "answers": False}
+    evaluation = EVALUATION.model_dump(exclude_unset=True) | {"gate": gate, "answers": False}
     assert export_with_pack(tmp_path / "out", *inputs, quant=("Q4_0", "F16"), evaluation=evaluation)
     exported = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
     before = {artifact["quant"]: artifact["verification"] for artifact in exported["artifacts"]}
@@ -318,6 +326,10 @@ def test_what_was_drawn_for_a_verdict_is_in_it_and_decides_again(
     limits = Evaluation.model_validate(evaluation).gate
     found = verify_with_pack(tmp_path / "out", kept, limits, None, "cpu", Reporter())
     assert found.passed
+    # It looks as often as the export did.
+    assert [verdict.looks for verdict in found.verdicts.values()] == [(62, 124), (62,)]
+    assert found.evaluation is not None
+    assert found.evaluation["drawn"]["windows"] == 2
     again = found.as_json()["gguf Q4_0"]
     for name in ("perplexity", "delta", "same_top"):
         assert again[name] == pytest.approx(before["Q4_0"][name], rel=1e-6)
@@ -328,7 +340,8 @@ def test_what_was_drawn_for_a_verdict_is_in_it_and_decides_again(
     assert verdict.verdict == "undecided"
 
     # The drawn windows are the text's next ones here, so one that scores as many from the beginning says the same.
-    longer = write(tmp_path / "longer", *inputs, evaluation=EVALUATION.model_dump() | {"tokens": 256})
+    most = EVALUATION.model_dump(exclude_unset=True) | {"max_tokens": 256}
+    longer = write(tmp_path / "longer", *inputs, evaluation=most)
     assert description(kept)["evaluation"] == description(longer)["evaluation"]
     assert description(kept)["perplexity"] == pytest.approx(description(longer)["perplexity"], rel=1e-6)
     ours, theirs = tensors(kept), tensors(longer)

@@ -45,7 +45,7 @@ def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
 
 
 def write(out: Path, base: Path, adapter: Path, **evaluation: Any) -> Path:
-    scored = Evaluation(tokens=128, n_ctx=64, **evaluation).model_dump()
+    scored = Evaluation(tokens=128, n_ctx=64, **evaluation).model_dump(exclude_unset=True)
     values = {"base": str(base), "adapters": [str(adapter)], "out": out, "evaluation": scored}
     make_reference(ReferenceRecipe.build(values | {"calibration": TEXT.model_dump()}), Execution(device="cpu"))
     return out

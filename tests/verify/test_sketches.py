@@ -118,7 +118,7 @@ def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def pack(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pack") / "pack"
-    scored = Evaluation(tokens=128, n_ctx=64, answers=False).model_dump()
+    scored = Evaluation(tokens=128, n_ctx=64, answers=False).model_dump(exclude_unset=True)
     values = {"base": str(inputs[0]), "adapters": [str(inputs[1])], "out": out, "evaluation": scored}
     text = Calibration(text=Path(__file__)).model_dump()
     make_reference(ReferenceRecipe.build(values | {"calibration": text}), Execution(device="cpu"))

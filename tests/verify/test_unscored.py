@@ -19,7 +19,7 @@ from exporter.reporter import Reporter
 from exporter.runtimes import transformers_session
 from exporter.runtimes.base import TokenScores
 from exporter.runtimes.transformers import Transformers
-from exporter.verify.check import Candidate, NoMoreTokens, judge_candidates
+from exporter.verify.check import Candidate, PackTokens, judge_candidates
 from exporter.verify.limits import Gate
 from exporter.verify.unscored import unscored_reason
 from tests.commands import invoke
@@ -273,7 +273,9 @@ class Scoring:
 
 def judged(*runtimes: Scoring, served: bool = True) -> list[Any]:
     candidates = [Candidate("made", "made", Path("model"), one, Gate(0.5, 0.5), None, served) for one in runtimes]
-    return judge_candidates(candidates, [None] * len(candidates), REFERENCE, NoMoreTokens(), Reporter())
+    return judge_candidates(
+        candidates, [None] * len(candidates), REFERENCE, PackTokens(REFERENCE, len(REFERENCE.windows.ids)), Reporter()
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
