@@ -90,7 +90,8 @@ class PublishedResult:
         """The report of this verification."""
         from exporter.report.again import scored_page
 
-        return scored_page(self.folder, self.verdicts, self.evaluation, self.notes)
+        notes = [*self.notes, *([f"{BY_REFERENCE[0].upper()}{BY_REFERENCE[1:]}."] if self.by_reference else [])]
+        return scored_page(self.folder, self.verdicts, self.evaluation, notes)
 
     def show(self, console: Console) -> None:
         """Print the verdict table."""

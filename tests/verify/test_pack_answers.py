@@ -158,6 +158,7 @@ def test_a_published_folder_whose_manifest_fits_is_judged_so_too(
     assert done.exit_code == 3, done.stderr
     assert "rms_norm_eps" in done.stderr
     assert "The files are not what base and adapter make." in page.read_text()
+    assert "Held against a reference pack" in page.read_text()
 
 
 def test_answers_may_be_left_out(made: Path, pack: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:
