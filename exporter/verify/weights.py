@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.backends.base import Backend
-from exporter.backends.reading import ReadingBackend, StoredWeight, WeightReader
+from exporter.backends.reading import CheckingReader, Misfits, ReadingBackend, StoredWeight, WeightReader
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
 from exporter.verify.sums import Sums, block_sums, total
@@ -33,10 +33,12 @@ class WeightsResult:
     Attributes:
         tensors: what is stored of each merged tensor, with its sums; in model order.
         faults: what is wrong with the files themselves.
+        misfits: of tensors in which there are any, what no quantizer makes of the merge, by the merged tensor's name.
     """
 
     tensors: tuple[tuple[StoredWeight, Sums], ...]
     faults: tuple[str, ...]
+    misfits: Mapping[str, Misfits] = field(default_factory=dict)
 
     @cached_property
     def total(self) -> Sums:
@@ -66,7 +68,7 @@ class WeightsResult:
     @cached_property
     def broken(self) -> tuple[str, ...]:
         """What is wrong, in words; empty if nothing is."""
-        reasons = [reason for weight, sums in self.tensors for reason in _first_reason(weight, sums)]
+        reasons = [reason for weight, sums in self.tensors for reason in self._first_reason(weight, sums)]
         rest = len(reasons) - NAMED
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
@@ -75,13 +77,16 @@ class WeightsResult:
             reasons += [] if whole.kept else [whole.reason]
         return (*self.faults, *reasons)
 
-
-def _first_reason(weight: StoredWeight, sums: Sums) -> Iterator[str]:
-    """The first limit that a tensor breaks, in words, if it breaks one: the others follow from that."""
-    for held in held_figures(weight, sums):
-        if not held.kept:
-            yield held.reason
-            return
+    def _first_reason(self, weight: StoredWeight, sums: Sums) -> Iterator[str]:
+        """The first limit that a tensor breaks, in words: others and misfits follow from that; else its misfits."""
+        for held in held_figures(weight, sums):
+            if not held.kept:
+                yield held.reason
+                return
+        if misfits := self.misfits.get(weight.source):
+            rest = misfits.count - len(misfits.named)
+            more = f"; and {rest} more groups of columns" if rest else ""
+            yield f"{weight.source}: {'; '.join(misfits.named)}{more}"
 
 
 def read_weights(
@@ -121,13 +126,17 @@ def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> Wei
     from exporter.torch_threads import torch_threads_kept
 
     found: dict[str, Sums] = {}
+    unfit: dict[str, Misfits] = {}
     faults = list(reader.faults)
-    pending: deque[tuple[str, Future[Sums]]] = deque()
+    pending: deque[tuple[str, Future[tuple[Sums, Misfits]]]] = deque()
 
     def settle() -> None:
         name, future = pending.popleft()
         try:
-            found[name] = found.get(name, Sums()).plus(future.result())
+            sums, misfits = future.result()
+            found[name] = found.get(name, Sums()).plus(sums)
+            if misfits.count:
+                unfit[name] = unfit.get(name, Misfits()).plus(misfits)
         except ArtifactError as error:
             faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
 
@@ -148,25 +157,29 @@ def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> Wei
         while pending:
             settle()
     whole = ((reader.weights[one.name], found[one.name].whole()) for one in present if one.name in found)
-    return WeightsResult(tuple(whole), tuple(dict.fromkeys(faults)))
+    return WeightsResult(tuple(whole), tuple(dict.fromkeys(faults)), unfit)
 
 
 def _checker(
     merger: Merger, reader: WeightReader
-) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], Sums]:
-    """Takes the sums of row blocks, from several threads at once."""
+) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], tuple[Sums, Misfits]]:
+    """Takes the sums of row blocks, and looks for misfits where the reader can, from several threads at once."""
     import torch
 
     from exporter.merge import Workspace
 
     workspace = Workspace()
+    checking = reader if isinstance(reader, CheckingReader) else None
 
-    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> Sums:
+    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> tuple[Sums, Misfits]:
         weight = reader.weights[tensor.name]
-        stored = reader.rows(weight, block.first, block.count)
         shape = (block.count, tensor.source.columns)
         base = workspace.take("base", torch.float32, shape) if tensor.updates else None
-        merged = merger.block(tensor, block, factors, base=base)
-        return block_sums(stored, merged.numpy(), None if base is None else base.numpy(), weight, block.first)
+        merged = merger.block(tensor, block, factors, base=base).numpy()
+        if checking is None:
+            stored, misfits = reader.rows(weight, block.first, block.count), Misfits()
+        else:
+            stored, misfits = checking.checked_rows(weight, block.first, merged)
+        return block_sums(stored, merged, None if base is None else base.numpy(), weight, block.first), misfits
 
     return check
