@@ -106,15 +106,15 @@ class CheckingReader(WeightReader, Protocol):
     """A reader that also knows what its quantizer would have stored, exactly enough to see what rounding hides."""
 
     def checked_rows(
-        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32]
+        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
     ) -> tuple[npt.NDArray[np.float32], Misfits]:
         """What `rows` returns, read once, and what in it cannot come from the merge. Called from several threads.
 
         Args:
             weight: the weight.
             first: its first row.
-            merged: the merged rows: float32, shape (rows, columns), which are not changed. Their last bits may differ
-                from those that were quantized.
+            merged: the merged rows: float32, shape (rows, columns), which are not changed.
+            noise: how far the rows that were quantized may be off these, as a share of the largest values around each.
 
         Raises:
             ArtifactError: they contradict the format.

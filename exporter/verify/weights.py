@@ -166,7 +166,7 @@ def _checker(
     """Takes the sums of row blocks, and looks for misfits where the reader can, from several threads at once."""
     import torch
 
-    from exporter.merge import Workspace
+    from exporter.merge import Workspace, merge_noise
 
     workspace = Workspace()
     checking = reader if isinstance(reader, CheckingReader) else None
@@ -179,7 +179,7 @@ def _checker(
         if checking is None:
             stored, misfits = reader.rows(weight, block.first, block.count), Misfits()
         else:
-            stored, misfits = checking.checked_rows(weight, block.first, merged)
+            stored, misfits = checking.checked_rows(weight, block.first, merged, merge_noise(tensor))
         return block_sums(stored, merged, None if base is None else base.numpy(), weight, block.first), misfits
 
     return check

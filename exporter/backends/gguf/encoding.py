@@ -25,7 +25,7 @@ import torch
 
 from exporter.backends.gguf.blocks import CODINGS, Bytes, Floats
 from exporter.backends.gguf.scales import (
-    RELATIVE,
+    ROUNDED,
     Groups,
     Line,
     extreme_line,
@@ -43,6 +43,8 @@ _LARGEST_RATIO = 2.0**22
 _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Values that are looked at together: what is computed of them stays in a cache.
 _TILE = 1 << 17
+# How far what ggml and we compute of values to round them may be off, as a share of the largest.
+_NEAR = 4 * ROUNDED
 # Columns from which on torch takes the largest at full speed.
 _WIDE = 32
 # Eight true ones, as one number.
@@ -63,6 +65,7 @@ def misfits(
     stored: Floats,
     merged: Floats,
     *,
+    noise: float = 0.0,
     first: int = 0,
     weighed: bool = False,
     importance: Floats | None = None,
@@ -74,7 +77,8 @@ def misfits(
         kind: the type; of types that are not checked, nothing is found.
         raw: stored rows, uint8 [rows, bytes of a row], contiguous.
         stored: their values, float32 [rows, columns], contiguous.
-        merged: the merged rows, likewise; its last bits may differ from those that were quantized.
+        merged: the merged rows, likewise.
+        noise: how far those that were quantized may be off these, as a share of the largest of their group.
         first: number of the first row.
         weighed: whether they were quantized with an importance.
         importance: that, float32 [columns] or [rows, columns]; None if it is not known. Types whose scales depend on
@@ -97,16 +101,19 @@ def misfits(
     values = torch.from_numpy(merged).view(-1, coding.group)
     unfit: tuple[_Unfit, ...] = ()
     if kind.startswith("IQ4"):
-        unfit = (_far_uneven(groups, values, _rounded_by(blocks)),)
+        unfit = (_far_uneven(groups, values, _rounded_by(blocks) + (noise + _NEAR)),)
     elif kind.endswith("_K"):
-        unfit = (_far(groups, values, None, workspace or Workspace()),)
+        unfit = (_far(groups, values, _Rule.of(groups, None, noise), workspace or Workspace()),)
     elif not weighed or kind == "Q8_0":
-        line = extreme_line(groups, values)
-        unfit = (_wrong(groups, [line]), _far(groups, values, line, workspace or Workspace()))
+        line = extreme_line(groups, values, noise)
+        unfit = (
+            _wrong(groups, [line]),
+            _far(groups, values, _Rule.of(groups, line, noise), workspace or Workspace()),
+        )
     elif importance is not None:
         weights = weights_of(torch.from_numpy(merged), torch.from_numpy(importance)).view(-1, coding.group)
-        lines = [fitted_scale(groups, values, weights)] if offset is None else fitted_lines(groups, values, weights)
-        unfit = (_wrong(groups, lines),)
+        fit = (groups, values, weights, noise)
+        unfit = (_wrong(groups, [fitted_scale(*fit)] if offset is None else fitted_lines(*fit)),)
     return _named(unfit, coding.group, first, merged.shape[1])
 
 
@@ -129,16 +136,17 @@ class _Rule:
     limit: torch.Tensor
 
     @classmethod
-    def of(cls, groups: Groups, line: Line | None) -> _Rule:
+    def of(cls, groups: Groups, line: Line | None, noise: float) -> _Rule:
         """By scales and offsets before they were rounded or, if that is None, by the stored ones."""
         scale, offset, factor, shift = groups.scale, groups.offset, None, None
         if line is not None:
             scale, factor = line.scale, line.scale / groups.scale
             if line.offset is not None and offset is not None:
                 offset, shift = line.offset, line.offset - offset * factor
-        limit = scale.abs() * (0.5 + RELATIVE * max(-groups.coding.lowest, groups.coding.highest))
+        noise += _NEAR
+        limit = scale.abs() * (0.5 + noise * max(-groups.coding.lowest, groups.coding.highest))
         if offset is not None:
-            limit += RELATIVE * offset.abs()
+            limit += noise * offset.abs()
         return cls(scale, offset, factor, shift, limit)
 
     def part(self, which: slice | torch.Tensor) -> _Rule:
@@ -160,9 +168,8 @@ class _Rule:
         out.abs_()
 
 
-def _far(groups: Groups, values: torch.Tensor, line: Line | None, workspace: Workspace) -> _Unfit:
-    """Groups with a code that is not the nearest by `line` or, if that is None, by the stored scales."""
-    rule = _Rule.of(groups, line)
+def _far(groups: Groups, values: torch.Tensor, rule: _Rule, workspace: Workspace) -> _Unfit:
+    """Groups with a code that is not the nearest."""
     far = torch.empty(len(values), dtype=torch.bool)
     step = _TILE // groups.coding.group
     for first in range(0, len(values), step):
@@ -206,22 +213,22 @@ def _far_of_few(groups: Groups, values: torch.Tensor, rule: _Rule, few: torch.Te
     return _with_codes(few[found], beyond & ~(sizes > _LARGEST_RATIO * scale[found].abs()))
 
 
-def _far_uneven(groups: Groups, values: torch.Tensor, rounded_by: torch.Tensor) -> _Unfit:
+def _far_uneven(groups: Groups, values: torch.Tensor, off: torch.Tensor) -> _Unfit:
     """The same of IQ4, whose codes stand for sixteen values that are not evenly spaced.
 
     Args:
         groups: groups as they are stored.
         values: the merge, float32 [groups, columns].
-        rounded_by: of each block, by what share of its scale that may have been rounded, float32 [blocks, 1].
+        off: of each block, by what share its scale may have been rounded or values be off, float32 [blocks, 1].
     """
     scale = groups.scale
-    slack = (rounded_by + RELATIVE).expand(-1, len(scale) // len(rounded_by)).reshape(-1, 1)
+    slack = off.expand(-1, len(scale) // len(off)).reshape(-1, 1)
     inverse = torch.where(scale == 0, 0, 1 / scale)[:, None]
     ratios, codes = values * inverse, (groups.values * inverse).round_()
     valid = codes.abs() <= 127
     index = torch.where(valid, codes, 0).to(torch.int32).add_(127)
     lower, upper = (torch.from_numpy(edges)[index] for edges in _edges())
-    room = ratios.abs() * slack + RELATIVE * 127
+    room = ratios.abs() * slack + _NEAR * 127
     beyond = ~valid | ~(ratios + room >= lower) | ~(ratios - room <= upper)
     beyond &= (scale != 0)[:, None]
     few = beyond.any(1).nonzero().view(-1)

@@ -231,7 +231,7 @@ class GgufReader:
         return self._values(weight, self._raw(weight, first, count))
 
     def checked_rows(
-        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32]
+        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
     ) -> tuple[npt.NDArray[np.float32], Misfits]:
         """See `CheckingReader`."""
         from exporter.backends.gguf.encoding import misfits
@@ -245,8 +245,8 @@ class GgufReader:
             each = prod(weight.shape[:-1]) // len(found.counts)
             importance = found.mean().reshape(len(found.counts), -1)[np.arange(first, first + len(raw)) // each]
         return stored, misfits(
-            weight.type, raw, stored, merged, first=first, weighed=self._importance is None or found is not None,
-            importance=importance, workspace=self._workspace,
+            weight.type, raw, stored, merged, noise=noise, first=first,
+            weighed=self._importance is None or found is not None, importance=importance, workspace=self._workspace,
         )  # fmt: skip
 
     def _raw(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.uint8]:

@@ -17,11 +17,10 @@ import torch
 
 from exporter.backends.gguf.blocks import Coding
 
-# How far merged values, and what is computed from them in float32, may differ, as a share of the largest value of their
-# group: 33 times the spacing of a float32. Merges of other processors differ by a few of those.
-RELATIVE = 4e-6
-# ggml's sums over a group are of 32 terms in float32, one after the other.
-_SUMMED = 2 * RELATIVE
+# How far what ggml computes of a few values may be off ours, as a share of the largest of them.
+ROUNDED = 2.0**-22
+# And of its sums over a group, which are of 32 terms in float32, one after the other.
+_SUMMED = 8e-6
 # Sums of weights below this have lost their bits: they say nothing.
 _SMALLEST_SUM = 1e-30
 
@@ -66,21 +65,27 @@ def rounds_to(stored: torch.Tensor, exact: torch.Tensor, noise: torch.Tensor) ->
     return (low <= stored) & (stored <= high)
 
 
-def extreme_line(groups: Groups, values: torch.Tensor) -> Line:
-    """The line from the smallest to the largest of the values, float32 [groups, columns]."""
+def extreme_line(groups: Groups, values: torch.Tensor, noise: float) -> Line:
+    """The line from the smallest to the largest value.
+
+    Args:
+        groups: groups as they are stored.
+        values: float32 [groups, columns].
+        noise: how far values may be off, as a share of the largest of their group.
+    """
     high, low = values.amax(1), values.amin(1)
     lowest, highest = groups.coding.lowest, groups.coding.highest
-    peak = torch.maximum(high, -low)
+    peak, noise = torch.maximum(high, -low), noise + ROUNDED
     if groups.offset is not None:
-        return Line((high - low) / highest, 3 * RELATIVE / highest * peak, low, RELATIVE * peak)
+        return Line((high - low) / highest, 2 * noise / highest * peak, low, noise * peak)
     if lowest == -highest:
-        return Line(peak / highest, RELATIVE / highest * peak)
+        return Line(peak / highest, noise / highest * peak)
     # The largest magnitude is the smallest code. Of two that differ in their signs alone, the first in the group is:
     # either will do.
     sign = torch.copysign(torch.ones_like(peak), groups.scale)
     side = torch.maximum(high * -sign, low * -sign)
-    sign *= 2 * (side >= peak * (1 - 2 * RELATIVE)).float() - 1
-    return Line(sign * peak / -lowest, RELATIVE / -lowest * peak)
+    sign *= 2 * (side >= peak * (1 - 2 * noise)).float() - 1
+    return Line(sign * peak / -lowest, noise / -lowest * peak)
 
 
 def weights_of(merged: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -96,19 +101,29 @@ def weights_of(merged: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     return squares.mul_(importance / importance.max().clamp_min(_SMALLEST_SUM))
 
 
-def fitted_scale(groups: Groups, values: torch.Tensor, weights: torch.Tensor) -> Line:
-    """The scale that fits weighted values to the stored codes best; both float32 [groups, columns]."""
+def fitted_scale(groups: Groups, values: torch.Tensor, weights: torch.Tensor, noise: float) -> Line:
+    """The scale that fits weighted values to the stored codes best.
+
+    Args:
+        groups: groups as they are stored.
+        values: float32 [groups, columns].
+        weights: what their errors count, likewise.
+        noise: see `extreme_line`.
+    """
     weighed = weights * groups.values
     products, squares = _sums(weighed, values), _sums(weighed, groups.values)
     scale = groups.scale * (products / squares)
     # Without codes, or weights, there is nothing to fit.
     known = (squares > _SMALLEST_SUM) & (groups.scale != 0)
     scale = torch.where(known, scale, groups.scale)
-    return Line(scale, _SUMMED * scale.abs())
+    return Line(scale, (_SUMMED + 2 * noise) * scale.abs())
 
 
-def fitted_lines(groups: Groups, values: torch.Tensor, weights: torch.Tensor) -> Sequence[Line]:
-    """The lines that ggml chooses from: fitted, fitted through zero, and from the smallest to the largest value."""
+def fitted_lines(groups: Groups, values: torch.Tensor, weights: torch.Tensor, noise: float) -> Sequence[Line]:
+    """The lines that ggml chooses from: fitted, fitted through zero, and from the smallest to the largest value.
+
+    Arguments as those of `fitted_scale`.
+    """
     if groups.offset is None:
         raise ValueError("a line without an offset is a scale")
     unscaled = groups.scale == 0
@@ -123,7 +138,8 @@ def fitted_lines(groups: Groups, values: torch.Tensor, weights: torch.Tensor) ->
     low, high, highest = values.amin(1).clamp_max(0), values.amax(1), groups.coding.highest
     peak = torch.maximum(high, -low).double()
     # Where what is subtracted is nearly the same, bits are lost.
-    lost = _SUMMED * w / determinant
+    summed = _SUMMED + 2 * noise
+    lost = summed * w / determinant
     slope_noise, start_noise = lost * (c * peak + cc * slope.abs()), lost * cc * (peak + start.abs())
     unknown, none = ~(determinant > _SMALLEST_SUM) | unscaled, torch.zeros_like(slope)
     fitted = Line(
@@ -132,8 +148,9 @@ def fitted_lines(groups: Groups, values: torch.Tensor, weights: torch.Tensor) ->
         torch.where(unknown, groups.offset, start),
         torch.where(unknown, none, start_noise),
     )
-    through_zero = Line(cx / cc, _SUMMED * (c * peak + cx.abs()) / cc, none, none)
-    ends = Line((high - low) / highest, 3 * RELATIVE / highest * peak, low, RELATIVE * peak)
+    through_zero = Line(cx / cc, summed * (c * peak + cx.abs()) / cc, none, none)
+    noise += ROUNDED
+    ends = Line((high - low) / highest, 2 * noise / highest * peak, low, noise * peak)
     return fitted, through_zero, ends
 
 
