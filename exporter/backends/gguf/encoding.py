@@ -180,6 +180,8 @@ def _far(groups: Groups, values: torch.Tensor, rule: _Rule, workspace: Workspace
         far[tile] = _any_above(errors, part.limit, workspace)
     # Without a scale codes mean nothing.
     few = (far & (groups.scale != 0)).nonzero().view(-1)
+    if not len(few):
+        return _with_codes(few, torch.empty(0, values.shape[1], dtype=torch.bool))
     return _far_of_few(groups, values, rule.part(few), few)
 
 
