@@ -42,8 +42,8 @@ from statements import (
 FORMATS = ("gguf", "safetensors", "gptq")
 FOLDERS = ("safetensors", "gptq")
 SCALED = ("gguf", "gptq")
-# Bits of a scale that must be seen: of a float16 the sign, the exponent and the upper bit of the mantissa. The others
-# move a group by less than rounding it did.
+# Bits of a scale that are seen by limits on errors: of a float16 the sign, the exponent and the upper bit of the
+# mantissa. The others move a group by less than rounding it did, and are flipped in several matrices at once.
 SEEN_BITS = range(15, 8, -1)
 
 
@@ -59,7 +59,8 @@ class Fault:
         made: the inputs that the files come from.
         judged: the inputs that verification is given, and whose manifest the folder gets.
         quant: the type that the files are of, if not the one that they are passed off as.
-        information: whether it may be missed by design.
+        parts: weights that are damaged, each of which is to be named.
+        hidden: the formats in which it may be missed by design, in all of them or in some.
         shards: a file of the folder, by its place, that alone comes from `made`; None for all.
     """
 
@@ -70,7 +71,8 @@ class Fault:
     made: str = "sound"
     judged: str = "sound"
     quant: str | None = None
-    information: bool = False
+    parts: int = 1
+    hidden: tuple[str, ...] = ()
     shard: int | None = None
 
     def fits(self, format_: str, quant: str) -> bool:
@@ -274,7 +276,9 @@ def _bits() -> Iterator[Fault]:
         yield Fault(f"bit {bit} of a scale flipped ({what})", partial(flip_bit, bit=bit), SCALED)
     for bits in ((8, 7, 6, 5, 4), (3, 2, 1, 0)):
         each = ", ".join(f"{bit} ({part.split('.')[1]})" for bit, part in zip(bits, MATRICES, strict=False))
-        yield Fault(f"bits of scales flipped: {each}", partial(flip_bits, bits=bits), SCALED, information=True)
+        yield Fault(
+            f"bits of scales flipped: {each}", partial(flip_bits, bits=bits), SCALED, parts=len(bits), hidden=("gptq",)
+        )
     for bit in (15, 14, 7, 6, 0):
         yield Fault(f"bit {bit} of an element flipped", partial(flip_bit, bit=bit), ("safetensors",))
 

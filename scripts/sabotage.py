@@ -77,7 +77,12 @@ class Verdict:
         """Whether that is as it should be."""
         if self.fault is None:
             return self.status == 0
-        return self.caught or (self.fault.information and self.status == 0)
+        return self.caught or (self.hidden and self.status == 0)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the fault may be missed by design in this format."""
+        return self.fault is not None and self.type.split()[0] in self.fault.hidden
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Verdict:
@@ -91,7 +96,7 @@ class Verdict:
         """For the file of results."""
         return {
             "fault": self.fault.name if self.fault else None,
-            "information": bool(self.fault and self.fault.information),
+            "hidden": self.hidden,
             "type": self.type,
             "status": self.status,
             "reasons": list(self.reasons),
@@ -372,13 +377,13 @@ def tables(verdicts: Sequence[Verdict]) -> str:
 
 
 def _word(verdict: Verdict | None) -> str:
-    """What became of a fault. Of several bits, each in a matrix of its own, how many were named."""
+    """What became of a fault. Of several bits, each in a matrix of its own, how many were named if not all were."""
     if verdict is None:
         return ""
     assert verdict.fault is not None
-    if verdict.fault.information and verdict.right:
-        return f"caught in part ({len(verdict.reasons)})" if verdict.caught else "missed, by design"
-    return "caught" if verdict.caught else "**missed**"
+    if verdict.caught and verdict.fault.parts > len(verdict.reasons):
+        return f"caught in part ({len(verdict.reasons)})"
+    return "caught" if verdict.caught else "missed, by design" if verdict.right else "**missed**"
 
 
 def _row(*cells: str) -> str:

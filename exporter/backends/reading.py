@@ -57,6 +57,27 @@ class StoredWeight:
     tolerance: Tolerance
 
 
+# Groups of a tensor that are named; more are counted.
+NAMED_MISFITS = 3
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """Groups of stored weights that are close to the merge, and are not what a quantizer makes of it.
+
+    Attributes:
+        count: how many.
+        named: where the first of them are, what was found and what was expected, in words.
+    """
+
+    count: int = 0
+    named: tuple[str, ...] = ()
+
+    def plus(self, other: Misfits) -> Misfits:
+        """Both together."""
+        return Misfits(self.count + other.count, (*self.named, *other.named)[:NAMED_MISFITS])
+
+
 class WeightReader(Protocol):
     """Reads stored weights back from the files of an artifact, by nothing but what is in them."""
 
@@ -78,6 +99,26 @@ class WeightReader(Protocol):
 
     def close(self) -> None:
         """Close every file."""
+
+
+@runtime_checkable
+class CheckingReader(WeightReader, Protocol):
+    """A reader that also knows what its quantizer would have stored, exactly enough to see what rounding hides."""
+
+    def checked_rows(
+        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
+    ) -> tuple[npt.NDArray[np.float32], Misfits]:
+        """What `rows` returns, read once, and what in it cannot come from the merge. Called from several threads.
+
+        Args:
+            weight: the weight.
+            first: its first row.
+            merged: the merged rows: float32, shape (rows, columns), which are not changed.
+            noise: how far the rows that were quantized may be off these, as a share of the largest values around each.
+
+        Raises:
+            ArtifactError: they contradict the format.
+        """
 
 
 @runtime_checkable

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.backends.reading import ReadingBackend, WeightReader
-from exporter.errors import ArtifactError
+from exporter.backends.reading import Misfits, ReadingBackend, WeightReader
 from exporter.merge import DEFAULT_BLOCK_BYTES, RowBlock, Workspace, make_merger, row_blocks
 from exporter.model import MergedModel, MergedTensor
 from exporter.reporter import Reporter
 from exporter.tensor_reader import TensorReader
 from exporter.torch_threads import torch_threads_kept
 from exporter.verify.sketches import estimated_sums, held_estimates, sketch
-from exporter.verify.sums import Sums, different_values
-from exporter.verify.weights import WeightsResult
+from exporter.verify.sums import different_values
+from exporter.verify.weights import Part, WeightsResult, gathered
 
 if TYPE_CHECKING:
     from exporter.verify.check import Candidate
@@ -103,35 +102,24 @@ def check_sketches(model: MergedModel, reader: WeightReader, sketches: StoredSke
         sketches: what is known of the merge.
         threads: threads that compute.
     """
-    found: dict[str, Sums] = {}
-    faults = list(reader.faults)
-    pending: deque[tuple[str, Future[Sums]]] = deque()
+    present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
 
-    def part(name: str, block: RowBlock) -> Sums:
+    def part(name: str, block: RowBlock) -> Part:
         weight = reader.weights[name]
         stored = reader.rows(weight, block.first, block.count)
-        return estimated_sums(stored, *sketches.rows(name, block.first, block.count), weight, block.first)
+        known = sketches.rows(name, block.first, block.count)
+        return estimated_sums(stored, *known, weight, block.first), Misfits()
 
-    def settle() -> None:
-        name, future = pending.popleft()
-        try:
-            found[name] = found.get(name, Sums()).plus(future.result())
-        except ArtifactError as error:
-            faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
-
-    present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
-    with torch_threads_kept(), ThreadPoolExecutor(threads, thread_name_prefix="sketches") as pool:
-        for tensor in present:
-            for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu"):
-                while len(pending) >= 2 * threads:
-                    settle()
-                pending.append((tensor.name, pool.submit(part, tensor.name, block)))
-        while pending:
-            settle()
+    parts = (
+        (tensor.name, partial(part, tensor.name, block))
+        for tensor in present
+        for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu")
+    )
+    found, misfits, faults = gathered(reader, parts, threads)
     tensors = []
     for tensor in present:
         if tensor.name in found:
             different, looked_at = sketches.base_values(tensor.name)
             whole = replace(found[tensor.name].whole(), different=different, looked_at=looked_at)
             tensors.append((reader.weights[tensor.name], whole))
-    return WeightsResult(tuple(tensors), tuple(dict.fromkeys(faults)), held_estimates)
+    return WeightsResult(tuple(tensors), faults, misfits, held_estimates)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.backends.base import Backend
-from exporter.backends.reading import ReadingBackend, StoredWeight, WeightReader
+from exporter.backends.reading import CheckingReader, Misfits, ReadingBackend, StoredWeight, WeightReader
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
 from exporter.verify.sums import Sums, block_sums, total
@@ -33,11 +33,13 @@ class WeightsResult:
     Attributes:
         tensors: what is stored of each merged tensor, with its sums; in model order.
         faults: what is wrong with the files themselves.
+        misfits: of tensors in which there are any, what no quantizer makes of the merge, by the merged tensor's name.
         held: what a weight is held to.
     """
 
     tensors: tuple[tuple[StoredWeight, Sums], ...]
     faults: tuple[str, ...]
+    misfits: Mapping[str, Misfits] = field(default_factory=dict)
     held: Callable[[StoredWeight, Sums], Iterator[Held]] = held_figures
 
     @cached_property
@@ -78,11 +80,15 @@ class WeightsResult:
         return (*self.faults, *reasons)
 
     def _first_reason(self, weight: StoredWeight, sums: Sums) -> Iterator[str]:
-        """The first limit that a tensor breaks, in words, if it breaks one: the others follow from that."""
+        """The first limit that a tensor breaks, in words: others and misfits follow from that; else its misfits."""
         for held in self.held(weight, sums):
             if not held.kept:
                 yield held.reason
                 return
+        if misfits := self.misfits.get(weight.source):
+            rest = misfits.count - len(misfits.named)
+            more = f"; and {rest} more groups of columns" if rest else ""
+            yield f"{weight.source}: {'; '.join(misfits.named)}{more}"
 
 
 def read_weights(
@@ -106,11 +112,53 @@ def read_weights(
         reader.close()
 
 
-def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> WeightsResult:
-    """Merge again, on the CPU, and hold what is stored against it.
+# Sums and misfits of some rows.
+Part = tuple[Sums, Misfits]
 
-    Sums are taken in the order of the blocks, whose size is fixed: the figures do not depend on the number of threads.
-    Memory is a few blocks a thread.
+
+def gathered(
+    reader: WeightReader, parts: Iterable[tuple[str, Callable[[], Part]]], threads: int
+) -> tuple[dict[str, Sums], dict[str, Misfits], tuple[str, ...]]:
+    """Look at parts of stored weights on several threads, a few at a time.
+
+    Sums are added up in the order of the parts: the figures do not depend on the number of threads.
+
+    Args:
+        reader: reads them.
+        parts: the merged tensor's name, and what looks at some of its rows.
+        threads: how many.
+
+    Returns:
+        Sums of each tensor, misfits of those that have any, and what is wrong with the files.
+    """
+    sums: dict[str, Sums] = {}
+    misfits: dict[str, Misfits] = {}
+    faults = list(reader.faults)
+    pending: deque[tuple[str, Future[Part]]] = deque()
+
+    def settle() -> None:
+        name, future = pending.popleft()
+        try:
+            found, unfit = future.result()
+        except ArtifactError as error:
+            faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
+            return
+        sums[name] = sums.get(name, Sums()).plus(found)
+        if unfit.count:
+            misfits[name] = misfits.get(name, Misfits()).plus(unfit)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+        for name, part in parts:
+            while len(pending) >= 2 * threads:
+                settle()
+            pending.append((name, pool.submit(part)))
+        while pending:
+            settle()
+    return sums, misfits, tuple(dict.fromkeys(faults))
+
+
+def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> WeightsResult:
+    """Merge again, on the CPU, and hold what is stored against it. Memory is a few blocks a thread.
 
     Args:
         model: the merged model.
@@ -121,53 +169,42 @@ def check_weights(model: MergedModel, reader: WeightReader, threads: int) -> Wei
     from exporter.tensor_reader import TensorReader
     from exporter.torch_threads import torch_threads_kept
 
-    found: dict[str, Sums] = {}
-    faults = list(reader.faults)
-    pending: deque[tuple[str, Future[Sums]]] = deque()
-
-    def settle() -> None:
-        name, future = pending.popleft()
-        try:
-            found[name] = found.get(name, Sums()).plus(future.result())
-        except ArtifactError as error:
-            faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
-
     present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
-    with (
-        torch_threads_kept(),
-        TensorReader() as bases,
-        ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool,
-    ):
+    with torch_threads_kept(), TensorReader() as bases:
         merger = make_merger("cpu", bases)
         check = _checker(merger, reader)
-        for tensor in sorted(present, key=lambda one: (str(one.source.file), one.source.start)):
-            factors = merger.factors(tensor)
-            for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu"):
-                while len(pending) >= 2 * threads:
-                    settle()
-                pending.append((tensor.name, pool.submit(check, tensor, block, factors)))
-        while pending:
-            settle()
+
+        def parts() -> Iterator[tuple[str, Callable[[], Part]]]:
+            for tensor in sorted(present, key=lambda one: (str(one.source.file), one.source.start)):
+                factors = merger.factors(tensor)
+                for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu"):
+                    yield tensor.name, partial(check, tensor, block, factors)
+
+        found, misfits, faults = gathered(reader, parts(), threads)
     whole = ((reader.weights[one.name], found[one.name].whole()) for one in present if one.name in found)
-    return WeightsResult(tuple(whole), tuple(dict.fromkeys(faults)))
+    return WeightsResult(tuple(whole), faults, misfits)
 
 
 def _checker(
     merger: Merger, reader: WeightReader
-) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], Sums]:
-    """Takes the sums of row blocks, from several threads at once."""
+) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], Part]:
+    """Takes the sums of row blocks, and looks for misfits where the reader can, from several threads at once."""
     import torch
 
-    from exporter.merge import Workspace
+    from exporter.merge import Workspace, merge_noise
 
     workspace = Workspace()
+    checking = reader if isinstance(reader, CheckingReader) else None
 
-    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> Sums:
+    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> Part:
         weight = reader.weights[tensor.name]
-        stored = reader.rows(weight, block.first, block.count)
         shape = (block.count, tensor.source.columns)
         base = workspace.take("base", torch.float32, shape) if tensor.updates else None
-        merged = merger.block(tensor, block, factors, base=base)
-        return block_sums(stored, merged.numpy(), None if base is None else base.numpy(), weight, block.first)
+        merged = merger.block(tensor, block, factors, base=base).numpy()
+        if checking is None:
+            stored, misfits = reader.rows(weight, block.first, block.count), Misfits()
+        else:
+            stored, misfits = checking.checked_rows(weight, block.first, merged, merge_noise(tensor))
+        return block_sums(stored, merged, None if base is None else base.numpy(), weight, block.first), misfits
 
     return check

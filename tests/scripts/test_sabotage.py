@@ -55,8 +55,9 @@ def test_what_counts_is_a_reason_in_words(found: CompletedProcess[str], reasons:
         (FAULTS[0], 0, (), False),
         (FAULTS[0], 3, (), False),
         (FAULTS[0], -11, (), False),
-        (Fault("low bit", information=True), 0, (), True),
-        (Fault("low bit", information=True), 1, (), False),
+        (Fault("low bit", hidden=("gguf",)), 0, (), True),
+        (Fault("low bit", hidden=("gguf",)), 1, (), False),
+        (Fault("low bit", hidden=("gptq",)), 0, (), False),
         (None, 0, (), True),
         (None, 3, ("a",), False),
     ],
@@ -66,7 +67,7 @@ def test_a_verdict_is_right_or_not(fault: Fault | None, status: int, reasons: tu
 
 
 def test_the_tables_are_markdown() -> None:
-    low = next(fault for fault in FAULTS if fault.information)
+    low = next(fault for fault in FAULTS if fault.hidden)
     verdicts = [
         Verdict(None, "gguf Q8_0", 0, (), 1.0),
         Verdict(None, "gguf F16", 0, (), 1.0),
@@ -75,14 +76,15 @@ def test_the_tables_are_markdown() -> None:
         Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0),
         Verdict(FAULTS[0], "gguf F16", 3, ("c is 9% off, column 5 of row 2 the most; F16 leaves 1%",), 1.0),
         Verdict(low, "gguf Q8_0", 3, ("d", "e"), 1.0),
-        Verdict(low, "gguf F16", 0, (), 1.0),
+        Verdict(low, "gguf F16", 3, ("d",) * low.parts, 1.0),
+        Verdict(low, "gptq gptq-int4-g128", 0, (), 1.0),
     ]
     assert tables(verdicts).splitlines() == [
-        "| fault | gguf Q8_0 | gguf F16 | by what |",
-        "| --- | --- | --- | --- |",
-        f"| {FAULTS[0].name} | **missed** | caught | c is 9% off, F16 leaves 1% |",
-        f"| {FAULTS[1].name} | caught |  | \\<\\|a\\|> |",
-        f"| {low.name} | caught in part (2) | missed, by design | d |",
+        "| fault | gguf Q8_0 | gguf F16 | gptq gptq-int4-g128 | by what |",
+        "| --- | --- | --- | --- | --- |",
+        f"| {FAULTS[0].name} | **missed** | caught |  | c is 9% off, F16 leaves 1% |",
+        f"| {FAULTS[1].name} | caught |  |  | \\<\\|a\\|> |",
+        f"| {low.name} | caught in part (2) | caught | missed, by design | d |",
         "",
         "| sound artifacts | passed | wrongly failed |",
         "| --- | --- | --- |",

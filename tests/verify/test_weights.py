@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.backends.gguf.ggml import TYPE_NUMBERS, library, quantize_rows
+from exporter.backends.gguf.imatrix import Importance, imatrix_bytes
 from exporter.backends.gguf.reading import GAUSSIAN_ERRORS, read_header, tolerance
 from exporter.backends.gguf.types import BLOCK_SIZES
 from exporter.backends.reading import StoredWeight, Tolerance
@@ -558,15 +560,69 @@ def seen_bits(model: MergedModel, file: Path, quant: str, tmp_path: Path, byte: 
 
 
 @pytest.mark.parametrize(
-    ("quant", "byte", "lowest"), [("Q8_0", 34, 6), ("Q6_K", 208, 8), ("Q4_0", 18, 10), ("Q4_K_M", 0, 10)]
+    ("quant", "byte", "missed"),
+    [("Q8_0", 34, 0), ("Q5_1", 26, 0), ("Q6_K", 208, 0), ("Q4_K_M", 0, 2), ("Q4_K_M", 2, 2), ("Q2_K", 80, 5)],
 )
-def test_a_bit_of_a_scale_is_seen_unless_it_is_a_low_one(
-    model: MergedModel, files: Callable[[str], Path], tmp_path: Path, quant: str, byte: int, lowest: int
+def test_a_bit_of_a_scale_is_seen(
+    model: MergedModel, files: Callable[[str], Path], tmp_path: Path, quant: str, byte: int, missed: int
 ) -> None:
-    """Sign and exponent (bits 10 to 15) always; of the mantissa, what moves the scale by more than rounding does."""
+    """Every one where scales are known; elsewhere but for some of the lowest, which may move no code."""
     seen = seen_bits(model, files(quant), quant, tmp_path, byte)
-    assert set(range(lowest, 16)) <= set(seen)
-    assert 0 not in seen
+    assert set(range(missed, 16)) <= set(seen)
+
+
+def test_a_bit_of_a_scale_that_was_found_by_importances_is_seen_while_these_are_at_hand(
+    model: MergedModel, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    entries = {
+        gguf_names(model)[tensor.name]: Importance(
+            np.exp(generator.standard_normal((1, tensor.shape[-1]))).astype(np.float32), np.array([3], np.float32)
+        )
+        for tensor in model.tensors
+        if "self_attn" in tensor.name and "norm" not in tensor.name
+    }
+    given = tmp_path / "given.gguf"
+    given.write_bytes(imatrix_bytes(entries, ("text",), 1, 512))
+    out = tmp_path / "out"
+    export_to(out, *inputs, format="gguf", quant="Q5_0", name="model", options={"imatrix": str(given)})
+    file = out / "model-Q5_0.gguf"
+    # Some tensors have importances, and some have none.
+    assert check(model, file, quant="Q5_0").broken == ()
+    (beside,) = out.glob("*imatrix*")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    shutil.copyfile(beside, damaged / beside.name)
+    assert set(range(1, 16)) <= set(seen_bits(model, file, "Q5_0", damaged, 22))
+    beside.rename(tmp_path / "elsewhere")
+    assert check(model, file, quant="Q5_0").broken == ()
+    assert 0 not in seen_bits(model, file, "Q5_0", tmp_path, 22)
+    beside.write_bytes(b"GGUF")
+    (reason,) = check(model, file, quant="Q5_0").broken
+    assert reason.startswith(f"{beside.name} is not readable: ")
+
+
+def test_misfits_are_named_by_tensor_and_place_unless_a_limit_is_broken(
+    model: MergedModel, files: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def flip(raw: npt.NDArray[np.uint8]) -> None:
+        raw[5, 34] ^= 1
+        raw[7, :] ^= np.tile(np.array([1] + [0] * 33, np.uint8), raw.shape[1] // 34)
+
+    file = edited(
+        files("Q8_0"), tmp_path, {"blk.1.attn_q.weight": flip, "blk.1.attn_k.weight": lambda raw: raw.fill(0)}
+    )
+    result = check(model, file, quant="Q8_0")
+    zeros, flipped = sorted(result.broken)
+    assert zeros.startswith(f"{Q_PROJ.replace('q_proj', 'k_proj')} is 100.00% off, ")
+    assert re.fullmatch(
+        rf"{Q_PROJ}: columns 32 to 63 of row 5: the scale is \S+ and should be \S+; "
+        r"columns 0 to 31 of row 7: the scale .*; columns 32 to 63 of row 7: .*; and 6 more groups of columns",
+        flipped,
+    )
+    summary = weights_json(result)
+    assert summary is not None
+    assert summary["broken"] == list(result.broken)
 
 
 # --- GPTQ ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Reads the weights of a GGUF file back: its own header says where they are, the gguf package dequantizes them.
 
-Nothing is shared with the writer but the rules that say which type a tensor of a file type has.
+Nothing is shared with the writer but the rules that say which type a tensor of a file type has, and the importance
+matrix that lies beside the file.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from exporter.backends.gguf.imatrix import ImatrixError, Importance, read_imatrix
 from exporter.backends.gguf.stated import header_faults
 from exporter.backends.gguf.stated_modelfile import modelfile_faults
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, ModelShape, tensor_type
-from exporter.backends.reading import StoredWeight, Tolerance
+from exporter.backends.reading import Misfits, StoredWeight, Tolerance
 from exporter.backends.shards import contradiction, float_weight
 from exporter.errors import ArtifactError
 from exporter.families import Family
@@ -165,7 +167,7 @@ class _Parser:
 
 
 class GgufReader:
-    """The weights of one GGUF file; see `WeightReader`.
+    """The weights of one GGUF file; see `CheckingReader`.
 
     Args:
         file: the file.
@@ -185,8 +187,13 @@ class GgufReader:
         model: MergedModel,
         family: Family,
     ) -> None:
+        from exporter.merge import Workspace
+
         self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        self._workspace = Workspace()
         self._tensors: Mapping[str, HeaderTensor] = {}
+        # None if there is an importance matrix that is not known.
+        self._importance: Mapping[str, Importance] | None = {}
         self.weights: dict[str, StoredWeight] = {}
         try:
             header = read_header(file)
@@ -199,6 +206,9 @@ class GgufReader:
             faults.append(f"{file.name} says file type {header.file_type}, {quant} is {file_type.number}")
         faults += header_faults(header.metadata, model, family)
         faults += modelfile_faults(file, quant, model)
+        if header.imatrix:
+            self._importance, unreadable = _importance(file, header)
+            faults += unreadable
         for name, tensor in named:
             wanted, _ = tensor_type(name, tensor.shape, file_type, shape, imatrix=header.imatrix)
             found = header.tensors.get(name)
@@ -218,19 +228,57 @@ class GgufReader:
 
     def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
         """See `WeightReader`."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+        return self._values(weight, self._raw(weight, first, count))
 
+    def checked_rows(
+        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
+    ) -> tuple[npt.NDArray[np.float32], Misfits]:
+        """See `CheckingReader`."""
+        from exporter.backends.gguf.encoding import misfits
+
+        raw = self._raw(weight, first, len(merged))
+        stored = self._values(weight, raw)
+        found = None if self._importance is None else self._importance.get(weight.name)
+        importance = None
+        if found is not None:
+            # A row's expert has importances of its own, in the order of the experts.
+            each = prod(weight.shape[:-1]) // len(found.counts)
+            importance = found.mean().reshape(len(found.counts), -1)[np.arange(first, first + len(raw)) // each]
+        return stored, misfits(
+            weight.type, raw, stored, merged, noise=noise, first=first,
+            weighed=self._importance is None or found is not None, importance=importance, workspace=self._workspace,
+        )  # fmt: skip
+
+    def _raw(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """Rows as they are stored."""
         tensor = self._tensors[weight.name]
         raw = np.empty((count, tensor.row_bytes), dtype=np.uint8)
         if os.preadv(self._descriptor, [raw.data], tensor.start + first * tensor.row_bytes) != raw.nbytes:
             raise contradiction(weight.name, "a file that ends early", f"{raw.nbytes} bytes from row {first} on")
-        values: npt.NDArray[np.float32] = dequantize(raw, GGMLQuantizationType[tensor.type])
+        return raw
+
+    def _values(self, weight: StoredWeight, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        values: npt.NDArray[np.float32] = dequantize(raw, GGMLQuantizationType[weight.type])
         return values.astype(np.float32, copy=False)
 
     def close(self) -> None:
         """See `WeightReader`."""
         os.close(self._descriptor)
+
+
+def _importance(file: Path, header: Header) -> tuple[Mapping[str, Importance] | None, list[str]]:
+    """The importance matrix that a file names, by its tensors' names; None if it is not there or not readable."""
+    name = header.metadata.get("quantize.imatrix.file")
+    # A name of the exporter's own; of llama-quantize, a path of the machine that it ran on.
+    if not isinstance(name, str) or Path(name).name != name or not (beside := file.parent / name).is_file():
+        return None, []
+    try:
+        return read_imatrix(beside).entries, []
+    except ImatrixError as error:
+        return None, [f"{name} is not readable: {error.found}"]
 
 
 def _weight(tensor: HeaderTensor, source: str, *, imatrix: bool) -> StoredWeight:
