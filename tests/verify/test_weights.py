@@ -692,6 +692,25 @@ def test_a_damaged_gptq_folder_is_flagged(
     assert all(module in reason for reason in stated)
 
 
+@pytest.mark.parametrize("bit", [0, 1, 2])
+def test_a_bit_of_a_scale_that_our_solver_never_sets_is_flagged(
+    packed: tuple[MergedModel, Path], tmp_path: Path, bit: int
+) -> None:
+    model, folder = packed
+    broken, module = copy(folder, tmp_path / "broken"), Q_PROJ.removesuffix(".weight")
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        for row in (7, 40):
+            tensors[f"{module}.scales"].view(torch.int16)[1, row] ^= 1 << bit
+
+    edit_tensors(broken / "model.safetensors", flip)
+    (reason,) = check(model, broken, "gptq", QUANT).broken
+    assert reason.startswith(f"{Q_PROJ}: columns 32 to 63 of row 7: the scale is ")
+    assert "columns 32 to 63 of row 40" in reason
+    # Whoever else wrote it may have such scales.
+    assert check(model, broken, "gptqmodel", QUANT).broken == ()
+
+
 def test_a_gptq_folder_that_contradicts_itself_is_flagged(packed: tuple[MergedModel, Path], tmp_path: Path) -> None:
     model, folder = packed
     module = Q_PROJ.removesuffix(".weight")

@@ -14,7 +14,7 @@ from exporter.backends.gptq.names import WORD_BITS, parse_quant, quant_name
 from exporter.backends.gptq.stated import stated_faults
 from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
 from exporter.backends.index import stray_faults
-from exporter.backends.reading import StoredWeight, Tolerance
+from exporter.backends.reading import NAMED_MISFITS, Misfits, StoredWeight, Tolerance
 from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, float_rows, float_weight
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
@@ -31,17 +31,22 @@ TOLERANCES: Mapping[int, Tolerance] = {
     2: Tolerance(0.85, 20.0, 0.9, 2.0**-15, clipped=True),
 }
 
+# Bits of a normal float16 that bfloat16, whose mantissa is three bits shorter, has none of.
+_BEYOND_BFLOAT16 = 0b111
+
 
 class GptqReader:
-    """The weights of a folder of packed layers and floats; see `WeightReader`.
+    """The weights of a folder of packed layers and floats; see `CheckingReader`.
 
     Args:
         model: the merged model.
         quant: the folder's type.
         folder: the folder.
+        own_scales: whether scales must be numbers as our own solver makes them (`exporter.backends.gptq.grid`).
     """
 
-    def __init__(self, model: MergedModel, quant: str, folder: Path) -> None:
+    def __init__(self, model: MergedModel, quant: str, folder: Path, *, own_scales: bool = True) -> None:
+        self._own_scales = own_scales
         self._shards = Shards(folder)
         self.weights: dict[str, StoredWeight] = {}
         self._bits, self._group_size, self._format = 0, -1, "gptq"
@@ -115,6 +120,22 @@ class GptqReader:
         """
         if weight.name == weight.source:
             return float_rows(self._shards, weight, first, count)
+        return self._unpacked(weight, first, count)[0]
+
+    def checked_rows(
+        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
+    ) -> tuple[npt.NDArray[np.float32], Misfits]:
+        """See `CheckingReader`. Of scales that our solver made it is known that bfloat16 holds them, too."""
+        del noise
+        if weight.name == weight.source or not self._own_scales:
+            return self.rows(weight, first, len(merged)), Misfits()
+        values, scales = self._unpacked(weight, first, len(merged))
+        return values, foreign_scales(scales, weight.group, first)
+
+    def _unpacked(
+        self, weight: StoredWeight, first: int, count: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
+        """Values of some rows, and their scales: float16, shape (count, groups)."""
         module, bits = weight.name.removesuffix(".qweight"), int(weight.type.removeprefix("INT"))
         # Whole words of zero points.
         start = first - first % WORD_BITS
@@ -130,9 +151,28 @@ class GptqReader:
             parts["g_idx"] = self._shards.read(f"{module}.g_idx", slice(0, None))
         arrays = {name: part.numpy() for name, part in parts.items()}
         try:
-            return unpack_layer(arrays, bits, self._group_size, self._format)[first - start :][:count]
+            values = unpack_layer(arrays, bits, self._group_size, self._format)[first - start :][:count]
+            return values, arrays["scales"].T[first - start :][:count]
         except ArtifactError as error:
             raise contradiction(module, error.found, error.expected) from None
 
     def close(self) -> None:
         """See `WeightReader`: nothing stays open."""
+
+
+def foreign_scales(scales: npt.NDArray[np.float16], group: int, first: int = 0) -> Misfits:
+    """Scales that our solver does not make: of a float16 that bfloat16 holds, the three lowest bits are zero.
+
+    Args:
+        scales: float16, shape (rows, groups).
+        group: columns of a group.
+        first: number of the first row.
+    """
+    bits = np.ascontiguousarray(scales, dtype=np.float16).view(np.uint16)
+    found = np.argwhere(bits & _BEYOND_BFLOAT16 != 0)
+    named = tuple(
+        f"columns {number * group} to {(number + 1) * group - 1} of row {first + row}: the scale is "
+        f"{float(scales[row, number]):.5g} and should be a number that bfloat16 holds"
+        for row, number in found[:NAMED_MISFITS].tolist()
+    )
+    return Misfits(len(found), named)

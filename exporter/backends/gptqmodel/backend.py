@@ -127,7 +127,9 @@ class GptqModelBackend:
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
         """See `ReadingBackend`."""
-        return GptqBackend().read(model, quant, entry)
+        from exporter.backends.gptq.reading import GptqReader
+
+        return GptqReader(model, quant, entry, own_scales=False)
 
 
 def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> TensorPlan:
