@@ -88,10 +88,16 @@ def estimated_sums(stored: Floats, merged: Floats, delta: Floats | None, weight:
     norms = _by_run(stored, stored)
     allowed = np.float32(RUN_SHARE * weight.tolerance.resolution * math.sqrt(min(RUN, stored.shape[1])))
     # Of what was stored as zeros, the merge's own sketch says how much it should have been.
-    ratio = np.maximum(np.abs(error) - allowed, 0) / (np.sqrt(np.maximum(norms, merged**2)) + np.float32(_TINY))
+    sizes, finite = np.sqrt(np.maximum(norms, merged**2)) + np.float32(_TINY), np.isfinite(norms)
+    # What has no finite square is as far off as may be, and all of the rows with it.
+    ratio = np.full_like(error, np.inf)
+    np.divide(np.maximum(np.abs(error) - allowed, 0), sizes, out=ratio, where=finite)
+    known = bool(finite.all())
+    squares = _product(error, error) if known else math.inf
+    size = (known and float(norms.sum(dtype=np.float64))) or _product(merged, merged)
     row, run = divmod(int(ratio.argmax()), ratio.shape[1])
     sums = Sums(
-        error.size, _product(error, error), float(norms.sum(dtype=np.float64)) or _product(merged, merged),
+        error.size, squares, size,
         group=Worst(float(ratio[row, run]), first + row, run * RUN),
     )  # fmt: skip
     if delta is None:

@@ -101,6 +101,11 @@ def test_what_it_sees() -> None:
     assert broken(rows, merged) == ["group"]
     # A zero block that should be zero is not off, and one that should not be is, wherever it is.
     assert broken(np.zeros_like(merged), np.zeros_like(merged)) == []
+    for huge in (1e30, np.inf):
+        wrong = sound.copy()
+        wrong[7, 3] = huge
+        assert broken(wrong, merged, delta)[:2] == ["relative_error", "group"]
+        assert np.isinf(estimated_sums(wrong, sketch(merged), None, weight(2 * RUN)).relative_error)
     nan = sound.copy()
     nan[5, 5] = np.nan
     assert broken(nan, merged, delta) != []
