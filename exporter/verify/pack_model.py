@@ -10,6 +10,7 @@ are. Files of the tokenizer are the source's own, byte for byte; `config.json` i
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -52,18 +53,26 @@ def model_documents(model: MergedModel) -> dict[str, bytes]:
     return {f"{MODEL_FOLDER}/{name}": content for name, content in sorted(found.items())}
 
 
-def packed_model(pack: Path, name: str) -> MergedModel:
+def packed_model(pack: Path, name: str, listed: Collection[str]) -> MergedModel:
     """The merged model of a pack, none of whose weights can be read; its files must have been checked.
 
     Args:
         pack: the folder.
         name: what the model is called.
+        listed: names of the pack's files; what else lies there is not its.
 
     Raises:
-        ReferencePackError: the tensors are not described as they should be.
+        ReferencePackError: the tensors are not described as they should be, or there is a file of the model's that is
+            not listed.
         CheckpointError: the configuration is no JSON object.
     """
     folder = pack / MODEL_FOLDER
+    for added in NAMES:
+        if (folder / added).is_file() and f"{MODEL_FOLDER}/{added}" not in listed:
+            raise ReferencePackError(
+                f"{MODEL_FOLDER}/{added}", found="a file that the pack does not list",
+                expected="its own files alone", remedy="Remove it, or copy the pack again.",
+            )  # fmt: skip
     file = folder / TENSORS
     try:
         described = _Tensors.model_validate_json(file.read_bytes())
@@ -79,7 +88,7 @@ def packed_model(pack: Path, name: str) -> MergedModel:
     # There is no file that holds them.
     nowhere = folder / "weights"
     stored = {name: StoredTensor(name, one.dtype, one.shape, nowhere, 0) for name, one in described.tensors.items()}
-    files = {name: folder / name for name in sorted(TOKENIZER_NAMES) if (folder / name).is_file()}
+    files = {name: folder / name for name in sorted(TOKENIZER_NAMES) if f"{MODEL_FOLDER}/{name}" in listed}
     return MergedModel(
         base=Checkpoint(folder, read_json(folder / CONFIG), stored, ()),
         adapters=(),

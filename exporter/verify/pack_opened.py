@@ -156,7 +156,7 @@ def opened_pack(folder: Path, description: Description, name: str, device: str, 
             # As the walk does, whose logits these are to be again.
             use_threads(threads)
         head, last = StoredHead(stored["head"], reader, device), _array(reader, stored["prompt_states"], "<f4")
-        model = packed_model(folder, name)
+        model = packed_model(folder, name, description.files)
         yield OpenedPack(
             model,
             StoredSketches(stored, model, reader),

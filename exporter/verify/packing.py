@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from exporter.merge import DTYPES
 from exporter.runtimes.base import TokenScores, score_logits
 from exporter.tour.sizes import HEAD_ROWS
 from exporter.verify.pack import DESCRIPTION_NAME, SCHEMA_VERSION, PackPlan
-from exporter.verify.pack_model import model_documents
+from exporter.verify.pack_model import MODEL_FOLDER, model_documents
 from exporter.verify.pack_sketches import SKETCHES_FILE
 from exporter.verify.pack_tensor import lay_out
 from exporter.verify.reference import Reference
@@ -94,8 +95,10 @@ def write_pack(
             data = (part for tensor in inside for part in _data(tensor, plan, reference, dtype))
         _write(staging.files / name, chain([header], data))
     documents = model_documents(plan.model)
+    # Not every model has the same files, and a killed run may have been of another.
+    shutil.rmtree(staging.files / MODEL_FOLDER, ignore_errors=True)
+    (staging.files / MODEL_FOLDER).mkdir()
     for name, content in documents.items():
-        (staging.files / name).parent.mkdir(exist_ok=True)
         write_durably(staging.files / name, content)
     files = hash_all(staging.files, [*lay_out(tensors), *documents], threads)
     description = _describe(plan, reference, hashes, device, dtype, loss)

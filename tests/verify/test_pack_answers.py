@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from exporter.artifact.staging import sha256
+from exporter.errors import ReferencePackError
 from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
 from exporter.reporter import Reporter
 from exporter.runtimes.base import Continuation
@@ -25,11 +26,12 @@ from exporter.verify.gate import Verification
 from exporter.verify.pack_model import model_documents, packed_model
 from exporter.verify.pack_opened import opened_pack
 from exporter.verify.pack_record import read_description
+from exporter.verify.packing import STAGING_KEY
 from exporter.verify.published import verify_with_pack
 from exporter.verify.standalone import make_reference
 from tests.commands import invoke
 from tests.exports import export_to
-from tests.folders import copy, edit_json
+from tests.folders import copy, edit_json, hashes
 from tests.merged import merged_model
 
 # A short text, so that tokenizing it takes no time: this file.
@@ -191,7 +193,7 @@ def test_its_first_tokens_are_those_of_the_walk(inputs: tuple[Path, Path], pack:
 
 
 def test_a_packed_model_is_the_merged_one_without_weights(inputs: tuple[Path, Path], pack: Path) -> None:
-    ours, theirs = packed_model(pack, "model"), merged_model(*inputs)
+    ours, theirs = packed_model(pack, "model", read_description(pack).files), merged_model(*inputs)
     assert [(one.name, one.shape, one.source.dtype) for one in ours.tensors] == [
         (one.name, one.shape, one.source.dtype) for one in theirs.tensors
     ]
@@ -200,6 +202,21 @@ def test_a_packed_model_is_the_merged_one_without_weights(inputs: tuple[Path, Pa
     assert ours.tokenizer.special_tokens == theirs.tokenizer.special_tokens
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
     assert not ours.tensors[0].source.file.exists()
+
+
+def test_a_file_that_was_added_to_its_model_is_refused(made: Path, pack: Path, tmp_path: Path) -> None:
+    changed = copy(pack, tmp_path / "changed")
+    (changed / "model" / "added_tokens.json").write_text("{}")
+    with pytest.raises(ReferencePackError, match=r"model/added_tokens\.json"):
+        judged(made / "model.gguf", changed, answers=False)
+
+
+def test_files_of_a_killed_run_are_not_in_it(inputs: tuple[Path, Path], pack: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".pack.staging"
+    (left / "files" / "model").mkdir(parents=True)
+    (left / "files" / "model" / "added_tokens.json").write_text("{}")
+    (left / "key").write_text(STAGING_KEY)
+    assert hashes(write(tmp_path / "pack", *inputs)) == hashes(pack)
 
 
 def test_where_the_base_lay_is_not_in_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
