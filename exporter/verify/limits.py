@@ -79,7 +79,7 @@ _MEASURED: Mapping[str, Gate] = {
         (8, Gate(0.010, 0.95, 0.004)),
         (4, Gate(0.150, 0.80, 0.15)),
         (3, Gate(0.600, 0.60, 0.45)),
-        (2, Gate(1.000, 0.50, 2.0)),
+        (2, Gate(2.500, 0.50, 2.0)),
     )
     for group in GROUP_SIZES
 }
