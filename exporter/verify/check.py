@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +35,10 @@ from exporter.verify.weights import WeightsResult, read_weights
 
 if TYPE_CHECKING:
     from exporter.verify.reference import Reference
+
+
+# What the names of folders for hidden states of drawn windows begin with.
+_SCRATCH = "exporter-"
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,10 @@ def scratch_folder(walk: PlannedWalk, parent: Path | None = None) -> Iterator[Pa
     if not walk.spills:
         yield None
         return
-    with TemporaryDirectory(prefix="exporter-", dir=parent) as folder:
+    for left in parent.glob(f"{_SCRATCH}*") if parent else ():
+        # Of a run that was killed.
+        rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=_SCRATCH, dir=parent) as folder:
         check_disk([(Path(folder) / "states", walk.scratch_bytes)])
         yield Path(folder)
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
 from exporter.backends.documents import UNREAD
 from exporter.backends.folder import json_document
-from exporter.checkpoint import DTYPE_BYTES, Checkpoint, StoredTensor, read_json
+from exporter.checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor, read_json
 from exporter.errors import ReferencePackError
 from exporter.model import MergedModel, MergedTensor
 from exporter.stopping import GENERATION_CONFIG
@@ -26,11 +27,13 @@ from exporter.tokenizer import TOKENIZER_NAMES, TokenizerFiles
 MODEL_FOLDER = "model"
 CONFIG, TENSORS = "config.json", "tensors.json"
 NAMES = (CONFIG, GENERATION_CONFIG, TENSORS, *TOKENIZER_NAMES)
+# Without these nothing can be judged.
+NEEDED = (CONFIG, TENSORS, "tokenizer.json")
 
 
 class _Tensor(BaseModel):
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class _Tensors(BaseModel):
@@ -76,7 +79,7 @@ def packed_model(pack: Path, name: str, listed: Collection[str]) -> MergedModel:
     file = folder / TENSORS
     try:
         described = _Tensors.model_validate_json(file.read_bytes())
-        if unknown := {one.dtype for one in described.tensors.values()} - DTYPE_BYTES.keys():
+        if unknown := {one.dtype for one in described.tensors.values()} - FLOAT_DTYPES:
             raise ValueError(f"the dtype {min(unknown)!r}")
     except (OSError, ValueError) as error:
         raise ReferencePackError(

@@ -24,7 +24,7 @@ from exporter.verify.pack import (
     PackShape,
     pack_tensors,
 )
-from exporter.verify.pack_model import CONFIG, MODEL_FOLDER, TENSORS
+from exporter.verify.pack_model import MODEL_FOLDER, NEEDED
 from exporter.verify.pack_sketches import SKETCHES_FILE
 from exporter.verify.pack_tensor import PackTensor
 
@@ -76,7 +76,7 @@ class Description(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Description:
-        if missing := {*_TENSOR_FILES, *(f"{MODEL_FOLDER}/{name}" for name in (CONFIG, TENSORS))} - self.files.keys():
+        if missing := {*_TENSOR_FILES, *(f"{MODEL_FOLDER}/{name}" for name in NEEDED)} - self.files.keys():
             raise ValueError(f"{min(missing)} is not among the files")
         if self.evaluation.first > self.evaluation.windows:
             raise ValueError("more windows are scored first than there are")

@@ -205,13 +205,18 @@ def verify_with_pack(
         check_belongs(description, folder.resolve().name, manifest.inputs)
         check_files(folder, manifest.files)
     from exporter.verify.pack_opened import opened_pack
-    from exporter.verify.sketching import read_sketched
+    from exporter.verify.sketching import read_foreign, read_sketched
 
     threads = Execution().workers
     # The pack is of the same inputs, so the artifact's count of parameters is its model's.
     candidates = _candidates(folder, manifest, serving, gate, manifest.merge.parameters, device, endpoint)
     with opened_pack(pack, description, manifest.name, device, threads) as opened:
-        weights = read_sketched(candidates, opened, reporter, threads)
+        said: list[str] = []
+        if bare:
+            found, said = read_foreign(candidates[0], opened, reporter, threads)
+            weights = [found]
+        else:
+            weights = read_sketched(candidates, opened, reporter, threads)
         more = PackTokens(opened.reference, description.evaluation.first)
         verdicts = judge_candidates(candidates, weights, more.first, more, reporter)
         if answers:
@@ -219,7 +224,7 @@ def verify_with_pack(
             verdicts = _answered(knowing, candidates, verdicts, reporter)
         windows, drawn = more.first.windows, more.drawn
         tokens = windows.tokens + (drawn.tokens if drawn else 0)
-        notes = [BARE_NOTE] if bare else manifest.held_against_pack(windows.source, tokens)
+        notes = [BARE_NOTE, *said] if bare else manifest.held_against_pack(windows.source, tokens)
         scored, by_label = evaluation_json(windows, drawn), _by_label(candidates, verdicts)
         return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes), by_reference=True)
 

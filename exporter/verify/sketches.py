@@ -65,7 +65,8 @@ def sketch(values: Floats) -> Floats:
 
 
 def _by_run(left: Floats, right: Floats) -> Floats:
-    """Inner products of each run, in an order that depends on nothing but the columns: float32, (rows, runs)."""
+    """Inner products of each run: float32, (rows, runs). Their last bits depend on the columns and on the processor's
+    kind, and not on threads or blocks of rows."""
     rows, columns = left.shape
     found = np.empty((rows, runs_of(columns)), dtype=np.float32)
     for number, first in enumerate(range(0, columns, RUN)):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from exporter.backends.reading import Misfits, ReadingBackend, WeightReader
+from exporter.errors import UnsupportedModelError
 from exporter.merge import DEFAULT_BLOCK_BYTES, RowBlock, Workspace, make_merger, row_blocks
 from exporter.model import MergedModel, MergedTensor
 from exporter.reporter import Reporter
@@ -91,6 +92,25 @@ def read_sketched(
         finally:
             reader.close()
     return found
+
+
+def read_foreign(
+    candidate: Candidate, pack: OpenedPack, reporter: Reporter, threads: int
+) -> tuple[WeightsResult | None, list[str]]:
+    """The same of one artifact that came without a manifest, and may be another program's: what its files say
+    otherwise than the pack is told and is no fault, since they may say it in other words.
+
+    Returns:
+        What is in its weights, and what to say of its files.
+    """
+    try:
+        (found,) = read_sketched([candidate], pack, reporter, threads)
+    except UnsupportedModelError as error:
+        return None, [f"its weights were not looked at: {error.thing} is {error.found}"]
+    if found is None or not found.faults:
+        return found, []
+    more = f" and {len(found.faults) - 3} more" if len(found.faults) > 3 else ""
+    return replace(found, faults=()), [f"its files say otherwise than the pack: {'; '.join(found.faults[:3])}{more}"]
 
 
 def check_sketches(model: MergedModel, reader: WeightReader, sketches: StoredSketches, threads: int) -> WeightsResult:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from exporter.artifact.staging import sha256
-from exporter.errors import ReferencePackError
+from exporter.errors import ReferencePackError, UnsupportedModelError
 from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
 from exporter.reporter import Reporter
 from exporter.runtimes.base import Continuation
@@ -60,22 +60,21 @@ def pack(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def made(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an artifact of two formats, without manifests: no hash tells that they were changed."""
+    """A folder with a published folder of each of two formats; and a GGUF file without one, `model.gguf`."""
     parent = tmp_path_factory.mktemp("made")
     for format_, quant in (("gguf", "F32"), ("safetensors", "fp32")):
         export_to(parent / format_, *inputs, format=format_, quant=quant, name="model")
-        (parent / format_ / "export.json").unlink()
-    shutil.move(parent / "gguf" / "model-F32.gguf", parent / "model.gguf")
+    shutil.copy(parent / "gguf" / "model-F32.gguf", parent / "model.gguf")
     return parent
 
 
 def judged(artifact: Path, pack: Path, *, answers: bool = True) -> Verification:
-    runtime = "llamacpp" if artifact.is_file() else "transformers"
+    runtime = "transformers" if (artifact / "config.json").is_file() else "llamacpp"
     (found,) = verify_with_pack(artifact, pack, {}, runtime, "cpu", Reporter(), answers=answers).verdicts.values()
     return found
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "safetensors"])
+@pytest.mark.parametrize("name", ["model.gguf", "gguf", "safetensors"])
 def test_a_sound_artifact_passes_and_is_asked(made: Path, pack: Path, name: str) -> None:
     found = judged(made / name, pack)
     assert found.passed, found.broken
@@ -89,19 +88,22 @@ def test_a_sound_artifact_passes_and_is_asked(made: Path, pack: Path, name: str)
     assert "short not before 1" in found.answers.summary()
 
 
-def changed(made: Path, tmp_path: Path, file: str, **changes: Any) -> Path:
-    folder = copy(made / "safetensors", tmp_path / "changed")
-    edit_json(folder / file, **changes)
-    return folder
+def changed(folder: Path, target: Path, file: str, change: Callable[[Path], object]) -> Path:
+    """A copy of a published folder, a file of which was changed before its hash was taken: as of a faulty exporter."""
+    copy(folder, target)
+    change(target / file)
+    files = json.loads((target / "export.json").read_text())["files"]
+    files[file] = {"bytes": (target / file).stat().st_size, "sha256": sha256(target / file)}
+    edit_json(target / "export.json", files=files)
+    return target
 
 
-def patched(made: Path, tmp_path: Path, old: bytes, new: bytes) -> Path:
-    """The GGUF file with some bytes replaced by as many others."""
-    content = (made / "model.gguf").read_bytes()
+def patch(file: Path, old: bytes, new: bytes) -> None:
+    """Replace some bytes by as many others."""
+    content = file.read_bytes()
     assert len(old) == len(new)
     assert old in content
-    (tmp_path / "patched.gguf").write_bytes(content.replace(old, new, 1))
-    return tmp_path / "patched.gguf"
+    file.write_bytes(content.replace(old, new, 1))
 
 
 @pytest.mark.parametrize(
@@ -115,44 +117,78 @@ def patched(made: Path, tmp_path: Path, old: bytes, new: bytes) -> Path:
 def test_a_folder_that_says_something_else_fails(
     made: Path, pack: Path, tmp_path: Path, file: str, changes: dict[str, Any], reason: str
 ) -> None:
-    found = judged(changed(made, tmp_path, file, **changes), pack, answers=False)
+    folder = changed(made / "safetensors", tmp_path / "out", file, lambda path: edit_json(path, **changes))
+    found = judged(folder, pack, answers=False)
     assert not found.passed
     assert any(reason in one for one in found.broken), found.broken
 
 
 def test_another_chat_template_fails_by_file_and_by_rendering(made: Path, pack: Path, tmp_path: Path) -> None:
-    folder = copy(made / "safetensors", tmp_path / "changed")
-    template = folder / "chat_template.jinja"
-    template.write_text("Once. " + template.read_text())
+    folder = changed(
+        made / "safetensors",
+        tmp_path / "out",
+        "chat_template.jinja",
+        lambda path: path.write_text("Once. " + path.read_text()),
+    )
     found = judged(folder, pack)
     assert "chat_template.jinja is not the source's" in found.broken
     assert any("conversations otherwise" in one for one in found.broken), found.broken
 
 
 def test_a_header_that_says_something_else_fails(made: Path, pack: Path, tmp_path: Path) -> None:
-    found = judged(patched(made, tmp_path, b"<|im_start|>", b"<|im_stort|>"), pack)
+    folder = changed(
+        made / "gguf", tmp_path / "out", "model-F32.gguf", lambda file: patch(file, b"<|im_start|>", b"<|im_stort|>")
+    )
+    found = judged(folder, pack)
     assert not found.passed
     assert any("tokenizer.ggml.tokens" in one for one in found.broken), found.broken
 
 
 def test_a_tensor_that_is_cut_off_fails(made: Path, pack: Path, tmp_path: Path) -> None:
-    folder = copy(made / "safetensors", tmp_path / "changed")
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
-    # Its own header is read for its type before anything else is.
-    done = invoke("verify", folder, "--reference", pack, "--runtime", "transformers")
-    assert done.exit_code == 2, done.stderr
+    folder = changed(
+        made / "safetensors",
+        tmp_path / "out",
+        "model.safetensors",
+        lambda file: file.write_bytes(file.read_bytes()[:-8]),
+    )
+    found = judged(folder, pack, answers=False)
+    assert "is cut off" in found.broken[0]
+    assert found.not_scored is not None
 
 
-def test_a_published_folder_whose_manifest_fits_is_judged_so_too(
-    inputs: tuple[Path, Path], pack: Path, tmp_path: Path
+def test_what_a_file_without_a_manifest_says_in_other_words_is_told(made: Path, pack: Path, tmp_path: Path) -> None:
+    """It may be another program's, which writes other keys, or have a Modelfile of somebody's beside it."""
+    shutil.copy(made / "model.gguf", tmp_path / "model.gguf")
+    (tmp_path / "Modelfile").write_text("FROM ./another.gguf\nSYSTEM Be brief.\n")
+    done = invoke("verify", tmp_path / "model.gguf", "--reference", pack)
+    assert done.exit_code == 0, done.stderr
+    assert "its files say otherwise than the pack: Modelfile: FROM" in done.stderr
+    folder = copy(made / "safetensors", tmp_path / "folder")
+    (folder / "export.json").unlink()
+    edit_json(folder / "config.json", transformers_version="4.0.0", rms_norm_eps=1e-5)
+    result = verify_with_pack(folder, pack, {}, "transformers", "cpu", Reporter(), answers=False)
+    assert any("transformers_version" in note and "rms_norm_eps" in note for note in result.notes)
+    (verdict,) = result.verdicts.values()
+    assert verdict.weights is not None
+    assert verdict.weights.faults == ()
+
+
+def test_another_architecture_without_a_manifest_is_scored(
+    made: Path, pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a faulty exporter: hashes are right, and what is hashed is wrong."""
-    out = tmp_path / "out"
-    export_to(out, *inputs, quant="fp32", name="model")
-    edit_json(out / "config.json", rms_norm_eps=1e-5)
-    files = json.loads((out / "export.json").read_text())["files"]
-    files["config.json"] = {"bytes": (out / "config.json").stat().st_size, "sha256": sha256(out / "config.json")}
-    edit_json(out / "export.json", files=files)
+    def unknown(*_: object) -> None:
+        raise UnsupportedModelError("OtherForCausalLM", found="no family", expected="one", remedy="None.")
+
+    monkeypatch.setattr("exporter.backends.gguf.backend.GgufBackend.read", unknown)
+    result = verify_with_pack(made / "model.gguf", pack, {}, None, "cpu", Reporter(), answers=False)
+    assert result.passed
+    assert any("its weights were not looked at" in note for note in result.notes)
+
+
+def test_the_command_fails_it_and_its_page_says_why(made: Path, pack: Path, tmp_path: Path) -> None:
+    out = changed(
+        made / "safetensors", tmp_path / "out", "config.json", lambda file: edit_json(file, rms_norm_eps=1e-5)
+    )
     page = tmp_path / "page.html"
     done = invoke(
         "verify", out, "--reference", pack, "--runtime", "transformers", "--no-answers", "--report", page
@@ -245,9 +281,11 @@ def verdict(tokens: tuple[int, ...], shortfall: list[float]) -> tuple[str, ...]:
         (tuple(range(32)), 8 * MAX_SHORTFALL - 0.1, ""),
         (tuple(range(32)), 8 * MAX_SHORTFALL + 0.1, "less likely"),
         ((0,) * 32, 0.0, ""),
-        ((0,) * 32, MAX_SHORTFALL + 0.1, "over and over"),
+        # As if the reference chose the second token of the way in itself: the whole would not fail by less.
+        ((0,) * 32, 2 * MAX_SHORTFALL - 0.1, ""),
+        ((0,) * 32, 2 * MAX_SHORTFALL + 0.1, "over and over"),
         # It loops after its first token, of which alone something is known.
-        ((1, *(0,) * 31), MAX_SHORTFALL + 0.1, ""),
+        ((1, *(0,) * 31), 2 * MAX_SHORTFALL + 0.1, ""),
         (tuple(range(32)), float("nan"), "less likely"),
     ],
 )
@@ -268,3 +306,14 @@ def test_head_and_states_of_one_prompt_do(pack: Path) -> None:
     (one,) = found.values()
     assert one.likeliest[0] == int(torch.argmax(logits))
     assert one.shortfall[0] == pytest.approx(float(logits.max() - logits[5]), abs=1e-4)
+
+
+def test_a_token_beyond_the_head_is_never_the_references(pack: Path) -> None:
+    description = read_description(pack)
+    with opened_pack(pack, description, "model", "cpu", 1) as opened:
+        (prompt, *_), reference = opened.prompts, opened.reference
+        assert reference.prompts is not None
+        wanted = [(prompt.ids, (description.vocabulary, 1))]
+        (found,) = follow_first(reference.head, reference.prompts[:1], [prompt.ids], wanted).values()
+    assert found.shortfall.tolist() == [np.inf]
+    assert found.first_divergence == 0

@@ -190,7 +190,8 @@ def test_sketches_that_do_not_fit_the_model_are_refused(inputs: tuple[Path, Path
     rehashed(changed, "model/tensors.json")
     with pytest.raises(ReferencePackError, match=r"merged model\.more\.weight"):
         judged(file, changed)
-    for content in ("[]", '{"untied": false, "tokenizer": "base", "tensors": {"w": {"dtype": "I9", "shape": [1]}}}'):
+    whole = '{"untied": false, "tokenizer": "base", "tensors": {"w": {"dtype": "%s", "shape": [%d]}}}'
+    for content in ("[]", whole % ("I9", 1), whole % ("F32", -4)):
         (changed / "model" / "tensors.json").write_text(content)
         rehashed(changed, "model/tensors.json")
         with pytest.raises(ReferencePackError, match=r"model/tensors\.json"):

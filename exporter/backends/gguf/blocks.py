@@ -82,6 +82,8 @@ def _iq4_xs(blocks: Bytes) -> Scales:
     return _halves(blocks, 0) * ((low | high << 4).astype(np.int8) - np.int8(32)), None
 
 
+# Types whose scales are known from values and importances.
+WEIGHED_TYPES = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1"})
 CODINGS: Mapping[str, Coding] = {
     "Q4_0": Coding(32, 18, -8, 7, _plain()),
     "Q4_1": Coding(32, 20, 0, 15, _with_minimum),

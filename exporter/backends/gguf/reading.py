@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from exporter.backends.gguf.blocks import WEIGHED_TYPES
 from exporter.backends.gguf.imatrix import ImatrixError, Importance, read_imatrix
 from exporter.backends.gguf.stated import header_faults
 from exporter.backends.gguf.stated_modelfile import modelfile_faults
@@ -238,15 +239,14 @@ class GgufReader:
 
         raw = self._raw(weight, first, len(merged))
         stored = self._values(weight, raw)
-        found = None if self._importance is None else self._importance.get(weight.name)
+        weighed = self._importance is None or weight.name in self._importance
         importance = None
-        if found is not None:
-            # A row's expert has importances of its own, in the order of the experts.
-            each = prod(weight.shape[:-1]) // len(found.counts)
-            importance = found.mean().reshape(len(found.counts), -1)[np.arange(first, first + len(raw)) // each]
+        # Only these are computed with it; of many experts, importances for each row take room.
+        if weight.type in WEIGHED_TYPES and self._importance is not None and weight.name in self._importance:
+            importance = row_importances(self._importance[weight.name], weight, first, len(raw))
         return stored, misfits(
             weight.type, raw, stored, merged, noise=noise, first=first,
-            weighed=self._importance is None or found is not None, importance=importance, workspace=self._workspace,
+            weighed=weighed, importance=importance, workspace=self._workspace,
         )  # fmt: skip
 
     def _raw(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.uint8]:
@@ -279,6 +279,20 @@ def _importance(file: Path, header: Header) -> tuple[Mapping[str, Importance] | 
         return read_imatrix(beside).entries, []
     except ImatrixError as error:
         return None, [f"{name} is not readable: {error.found}"]
+
+
+def row_importances(found: Importance, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32] | None:
+    """Importances of some rows, float32 (columns,) or (count, columns); None if there are not as many."""
+    experts, columns, values = prod(weight.shape[:-2]), weight.shape[-1], found.mean()
+    # Old files have those of all experts in one.
+    if values.size != experts * columns:
+        return None
+    if experts == 1:
+        return values.reshape(columns)
+    rows: npt.NDArray[np.float32] = values.reshape(experts, columns)[
+        np.arange(first, first + count) // weight.shape[-2]
+    ]
+    return rows
 
 
 def _weight(tensor: HeaderTensor, source: str, *, imatrix: bool) -> StoredWeight:

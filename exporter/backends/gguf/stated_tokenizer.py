@@ -93,6 +93,9 @@ def _added_type(entry: Mapping[str, Any]) -> int:
 
 def _list_faults(key: str, found: Sequence[Any], wanted: Mapping[int, Any], count: int) -> Iterator[str]:
     """The first that differs, and another number of them."""
+    if not isinstance(found, list):
+        yield f"{key} is {shown(found)} and should be a list"
+        return
     for index, piece in wanted.items():
         if index >= len(found) or found[index] != piece:
             there = found[index] if index < len(found) else None

@@ -118,7 +118,11 @@ def _group(number: int, prompt: Tokens, continuations: Sequence[Tokens]) -> Grou
 
 def _follow(logits: torch.Tensor, continuation: Tokens) -> Followed:
     top = logits.topk(2, dim=1)
-    chosen = logits.gather(1, torch.tensor(continuation, device=logits.device)[:, None])[:, 0]
+    tokens = torch.tensor(continuation, device=logits.device)
+    # An artifact may have more tokens than the head has rows: those are never the reference's.
+    known = tokens < logits.shape[1]
+    chosen = logits.gather(1, torch.where(known, tokens, 0)[:, None])[:, 0]
+    chosen = torch.where(known, chosen, -torch.inf)
     return Followed(
         likeliest=top.indices[:, 0].cpu().numpy(),
         shortfall=(top.values[:, 0].double() - chosen.double()).cpu().numpy(),

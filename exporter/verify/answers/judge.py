@@ -145,12 +145,12 @@ def _continuation_fault(found: Continuation, asked: Asked, followed: Followed) -
         return f"it goes on after the token that ends a turn, {asked.end_of_turn}"
     period, start = loop_of(found.tokens)
     if period:
-        # A reference that is led into a loop may well go on with it: what it says of the way in counts too. Where no
-        # more than the beginning of a continuation is known, a loop that does not begin there is only reported.
+        # A reference that is led into a loop may well go on with it: what it says of the way in counts too. What is not
+        # known of a continuation is taken for its choice, so that nothing fails by a beginning that the whole clears.
         inside = followed.shortfall[start:]
         known = len(followed.shortfall) == len(found.tokens)
         agreed = float((inside == 0).mean()) if known else 1.0
-        entry = float(inside[: 2 * period].mean()) if inside.size else 0.0
+        entry = float(inside[: 2 * period].sum()) / min(2 * period, len(found.tokens) - start)
         if agreed < 0.5 or entry > MAX_SHORTFALL:
             what = "one token" if period == 1 else f"{period} tokens"
             return f"it repeats {what} over and over, where the reference would not"

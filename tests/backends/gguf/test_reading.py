@@ -5,9 +5,12 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from exporter.backends.gguf.reading import read_header
+from exporter.backends.gguf.imatrix import Importance
+from exporter.backends.gguf.reading import read_header, row_importances
+from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.errors import ArtifactError
 
 
@@ -48,3 +51,20 @@ def test_a_header_that_lies_is_no_header(tmp_path: Path, raw: bytes, said: str) 
     with pytest.raises(ArtifactError) as caught:
         read_header(file)
     assert said in caught.value.found
+
+
+@pytest.mark.parametrize("entry", ["by expert", "all in one"])
+def test_rows_of_experts_have_importances_of_their_own(entry: str) -> None:
+    """Old files of importances have those of all experts in one entry."""
+    sums = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+    found = Importance(sums, np.ones(3, np.float32))
+    if entry == "all in one":
+        found = Importance(sums.reshape(1, 12), np.ones(1, np.float32))
+    weight = StoredWeight("w", "w", "Q4_0", (3, 2, 4), 4, 4, Tolerance(1, 1, 1, 0))
+    rows = row_importances(found, weight, 1, 4)
+    assert rows is not None
+    assert np.array_equal(rows, sums[[0, 1, 1, 2]])
+    assert row_importances(found, StoredWeight("w", "w", "Q4_0", (3, 2, 5), 5, 5, weight.tolerance), 0, 1) is None
+    whole = row_importances(found, StoredWeight("w", "w", "Q4_0", (7, 12), 4, 4, weight.tolerance), 3, 2)
+    assert whole is not None
+    assert np.array_equal(whole, sums.reshape(12))
