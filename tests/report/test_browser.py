@@ -44,6 +44,8 @@ BOXES = """() => [...document.querySelectorAll("svg")].filter(one => one.getClie
     left: one.getBoundingClientRect().left,
     letters: parseFloat(getComputedStyle(one).fontSize) * one.getBoundingClientRect().width / one.viewBox.baseVal.width
 }))"""
+# Milliseconds that a busy machine may take to open a page.
+PATIENCE = 180_000
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_it_opens(browser: Browser, folders: dict[str, Path], name: str, width: 
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(url)
+        page.goto(url, timeout=PATIENCE)
         verdict = page.locator(".verdict .word")
         assert verdict.inner_text().lower() == ("passed" if name == "gptq" else name)
         # The verdict, and what is broken, are on the first screen.
@@ -130,7 +132,7 @@ def test_a_comparison_is_read_on_a_phone(browser: Browser, tmp_path: Path, width
     file.write_text(plot_html(compare_folders([tmp_path / "one", *tmp_path.glob("another*")])), encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     try:
-        page.goto(file.as_uri())
+        page.goto(file.as_uri(), timeout=PATIENCE)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         boxes = page.evaluate(BOXES)
         assert len(boxes) == 1
