@@ -327,8 +327,8 @@ def test_no_token_that_was_calibrated_on_is_scored_however_many_are_asked_for(
         try:
             known = make_windows(calibration, evaluation, files, cut=cut)
         except RecipeError:
-            # Nowhere is there room for a window.
-            assert n_ctx > max(64, tokens)
+            # Nowhere is there room for a window, and so not in the whole windows that were scored then.
+            assert n_ctx > max(64, tokens // 64 * 64)
             return
         more = more_windows(calibration, evaluation, files, known, cut=cut)
     scored = [token for one in (*known.ids, *more) for token in one]

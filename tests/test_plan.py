@@ -379,7 +379,8 @@ def test_outputs_of_the_same_type_have_runtimes_of_their_own(
 
 # --- the reference pack ----------------------------------------------------------------------------------------------
 
-KEPT: dict[str, Any] = {"verify": True, "keep_reference": True, "evaluation": {"n_ctx": 64, "tokens": 128}}
+UNASKED = {"n_ctx": 64, "tokens": 128, "answers": False}
+KEPT: dict[str, Any] = {"verify": True, "keep_reference": True, "evaluation": UNASKED}
 
 
 def test_kept_reference_counts_in_the_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,8 +388,18 @@ def test_kept_reference_counts_in_the_disk(base: Path, tmp_path: Path, monkeypat
     plan = make_plan(recipe(base, [], tmp_path / "out", **KEPT), Execution())
     assert plan.pack is not None
     assert plan.disk_bytes == without.disk_bytes + plan.pack.nbytes
-    alone = {"n_ctx": 64, "tokens": 128, "max_tokens": 128}
+    alone = UNASKED | {"max_tokens": 128}
     assert describe(plan)["reference"]["windows"] == {"first": 2, "most": 256}
+    # Prompts are walked along for a pack alone, and in it.
+    asking = make_plan(
+        recipe(base, [], tmp_path / "out", **(KEPT | {"evaluation": UNASKED | {"answers": True}})), Execution()
+    )
+    assert asking.pack is not None
+    prompted = 4 * asking.pack.hidden * sum(asking.pack.prompt_lengths)
+    assert prompted > 0
+    assert asking.walk.scratch_bytes == plan.walk.scratch_bytes + 2 * prompted
+    assert asking.walk.memory >= plan.walk.memory + prompted
+    assert asking.pack.nbytes > plan.pack.nbytes + 4 * sum(asking.pack.prompt_lengths)
     # With every window that may be drawn, whose states are held until the pack is written.
     first = make_plan(recipe(base, [], tmp_path / "out", **(KEPT | {"evaluation": alone})), Execution())
     assert first.pack is not None
