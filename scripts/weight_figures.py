@@ -155,7 +155,7 @@ def print_artifact(
         if sketches is None:
             result = check_weights(model, reader, threads)
         else:
-            result = check_sketches(model, reader, sketches, threads)
+            result = check_sketches(model, reader, threads, sketches)
         seconds = time.process_time() - started
         lost = lost_by_type(model, reader) if sketches is None else {}
     finally:

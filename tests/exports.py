@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from exporter import ExportResult, Recipe, RefusalError, export
-from exporter.recipe import Execution
+from exporter.recipe import Execution, ReferenceRecipe
+from exporter.verify.standalone import make_reference
 from tests.folders import hashes, listing
 
 Refusal = TypeVar("Refusal", bound=RefusalError)
@@ -37,6 +38,13 @@ def export_to(
     """Export to a folder."""
     execution = Execution(device=device, block_bytes=block_bytes, threads=threads)
     return export(recipe(base, adapters, out, **values), execution)
+
+
+def pack_to(out: Path, base: Path, *adapters: Path, threads: int | None = None, **values: Any) -> Path:
+    """Write a reference pack."""
+    settings = {"base": str(base), "adapters": [str(adapter) for adapter in adapters], "out": out}
+    make_reference(ReferenceRecipe.build(settings | values), Execution(device="cpu", threads=threads))
+    return out
 
 
 def merge_with_us(

@@ -40,6 +40,14 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(values))
 
 
+def rehash(document: Path, name: str) -> None:
+    """Say in `export.json` or `reference.json` what a file beside it is now: as of a faulty exporter, not a disk."""
+    file = document.parent / name
+    files = json.loads(document.read_text())["files"]
+    files[name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    edit_json(document, files=files)
+
+
 def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Load a safetensors file, let `change` alter the mapping, and save it."""
     tensors = load_file(file)

@@ -31,7 +31,7 @@ from exporter.verify.limits import Gate, gate_for
 from exporter.verify.scored import Scored, score_in
 from exporter.verify.standalone import walk_reference
 from exporter.verify.unscored import is_of_the_run, unscored_reason
-from exporter.verify.weights import WeightsResult, read_weights
+from exporter.verify.weights import Check, WeightsResult, check_weights, read_weights
 
 if TYPE_CHECKING:
     from exporter.verify.reference import Reference
@@ -217,7 +217,11 @@ def scratch_folder(walk: PlannedWalk, parent: Path | None = None) -> Iterator[Pa
 
 
 def read_all_weights(
-    candidates: Sequence[Candidate], model: MergedModel, reporter: Reporter, threads: int
+    candidates: Sequence[Candidate],
+    model: MergedModel,
+    reporter: Reporter,
+    threads: int,
+    check: Check = check_weights,
 ) -> list[WeightsResult | None]:
     """Read back the weights of every artifact; None of those that nothing here can read.
 
@@ -226,12 +230,13 @@ def read_all_weights(
         model: the merged model.
         reporter: told about every artifact.
         threads: threads that compute.
+        check: see `read_weights`.
     """
     found: list[WeightsResult | None] = []
     for one in candidates:
         if one.backend is not None:
             reporter.doing(f"weights of {one.label}")
-        found.append(read_weights(one.backend, model, one.quant, one.entry, threads))
+        found.append(read_weights(one.backend, model, one.quant, one.entry, threads, check))
     return found
 
 

@@ -17,6 +17,7 @@ and top tokens are those of the float32 states, whatever the states are kept in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from exporter.calibration import Windows
@@ -119,7 +120,7 @@ class PackPlan:
         updated = {tensor.name for tensor in self.model.tensors if tensor.updates}
         return pack_tensors(shape, dtype, stored) | sketch_tensors(self.model, updated)
 
-    @property
+    @cached_property
     def files(self) -> dict[str, int]:
         """Bytes of each file at most, by name: with all windows that may be drawn, and hidden states in float32, which
         they may turn out to be kept in. The description is not among them."""

@@ -92,11 +92,12 @@ def packed_model(pack: Path, name: str, listed: Collection[str]) -> MergedModel:
     nowhere = folder / "weights"
     stored = {name: StoredTensor(name, one.dtype, one.shape, nowhere, 0) for name, one in described.tensors.items()}
     files = {name: folder / name for name in sorted(TOKENIZER_NAMES) if f"{MODEL_FOLDER}/{name}" in listed}
+    config = read_json(folder / CONFIG)
     return MergedModel(
-        base=Checkpoint(folder, read_json(folder / CONFIG), stored, ()),
+        base=Checkpoint(folder, config, stored, ()),
         adapters=(),
         tensors=tuple(MergedTensor(tensor.name, tensor) for tensor in stored.values()),
-        config=read_json(folder / CONFIG),
+        config=config,
         untied=described.untied,
         tokenizer=TokenizerFiles(files, described.tokenizer),
         name=name,

@@ -205,7 +205,7 @@ def verify_with_pack(
         check_belongs(description, folder.resolve().name, manifest.inputs)
         check_files(folder, manifest.files)
     from exporter.verify.pack_opened import opened_pack
-    from exporter.verify.sketching import read_foreign, read_sketched
+    from exporter.verify.sketching import against, read_foreign
 
     threads = Execution().workers
     # The pack is of the same inputs, so the artifact's count of parameters is its model's.
@@ -216,7 +216,7 @@ def verify_with_pack(
             found, said = read_foreign(candidates[0], opened, reporter, threads)
             weights = [found]
         else:
-            weights = read_sketched(candidates, opened, reporter, threads)
+            weights = read_all_weights(candidates, opened.model, reporter, threads, against(opened))
         more = PackTokens(opened.reference, description.evaluation.first)
         verdicts = judge_candidates(candidates, weights, more.first, more, reporter)
         if answers:

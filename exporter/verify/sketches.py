@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -103,10 +104,8 @@ def estimated_sums(stored: Floats, merged: Floats, delta: Floats | None, weight:
     )  # fmt: skip
     if delta is None:
         return sums
-    return Sums(
-        sums.elements, sums.error, sums.merged, _product(delta, delta), _product(error, delta),
-        _product(merged - delta, delta), group=sums.group,
-    )  # fmt: skip
+    squared, error_delta, base_delta = _product(delta, delta), _product(error, delta), _product(merged - delta, delta)
+    return replace(sums, delta=squared, error_delta=error_delta, base_delta=base_delta)
 
 
 def _product(left: Floats, right: Floats) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -12,19 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.backends.reading import Misfits, ReadingBackend, WeightReader
+from exporter.backends.reading import Misfits, WeightReader
 from exporter.errors import UnsupportedModelError
 from exporter.merge import DEFAULT_BLOCK_BYTES, RowBlock, Workspace, make_merger, row_blocks
 from exporter.model import MergedModel, MergedTensor
 from exporter.reporter import Reporter
 from exporter.tensor_reader import TensorReader
 from exporter.torch_threads import torch_threads_kept
+from exporter.verify.check import Candidate, read_all_weights
 from exporter.verify.sketches import estimated_sums, held_estimates, sketch
 from exporter.verify.sums import different_values
-from exporter.verify.weights import Part, WeightsResult, gathered
+from exporter.verify.weights import Check, Part, WeightsResult, gathered
 
 if TYPE_CHECKING:
-    from exporter.verify.check import Candidate
     from exporter.verify.pack_opened import OpenedPack, StoredSketches
 
 Floats = npt.NDArray[np.float32]
@@ -69,42 +69,23 @@ def sketch_data(model: MergedModel, threads: int) -> Iterator[memoryview]:
     yield np.array(base_values, dtype="<i4").data.cast("B")
 
 
-def read_sketched(
-    candidates: Sequence[Candidate], pack: OpenedPack, reporter: Reporter, threads: int
-) -> list[WeightsResult | None]:
-    """Read back the weights of every artifact and hold them against a pack; None of those that nothing here can read.
-
-    Args:
-        candidates: the artifacts.
-        pack: what is known of the trained model.
-        reporter: told about every artifact.
-        threads: threads that compute.
-    """
-    found: list[WeightsResult | None] = []
-    for one in candidates:
-        if one.backend is None or not isinstance(one.backend, ReadingBackend):
-            found.append(None)
-            continue
-        reporter.doing(f"weights of {one.label}")
-        reader = one.backend.read(pack.model, one.quant, one.entry)
-        try:
-            found.append(check_sketches(pack.model, reader, pack.sketches, threads))
-        finally:
-            reader.close()
-    return found
-
-
 def read_foreign(
     candidate: Candidate, pack: OpenedPack, reporter: Reporter, threads: int
 ) -> tuple[WeightsResult | None, list[str]]:
-    """The same of one artifact that came without a manifest, and may be another program's: what its files say
-    otherwise than the pack is told and is no fault, since they may say it in other words.
+    """Read back an artifact that came without a manifest, and may be another program's: what its files say otherwise
+    than the pack is told and is no fault, since they may say it in other words.
+
+    Args:
+        candidate: the artifact.
+        pack: what is known of the trained model.
+        reporter: told about it.
+        threads: threads that compute.
 
     Returns:
         What is in its weights, and what to say of its files.
     """
     try:
-        (found,) = read_sketched([candidate], pack, reporter, threads)
+        (found,) = read_all_weights([candidate], pack.model, reporter, threads, against(pack))
     except UnsupportedModelError as error:
         return None, [f"its weights were not looked at: {error.thing} is {error.found}"]
     if found is None or not found.faults:
@@ -113,14 +94,19 @@ def read_foreign(
     return replace(found, faults=()), [f"its files say otherwise than the pack: {'; '.join(found.faults[:3])}{more}"]
 
 
-def check_sketches(model: MergedModel, reader: WeightReader, sketches: StoredSketches, threads: int) -> WeightsResult:
+def against(pack: OpenedPack) -> Check:
+    """Holds what an artifact stores against the sketches of a pack."""
+    return partial(check_sketches, sketches=pack.sketches)
+
+
+def check_sketches(model: MergedModel, reader: WeightReader, threads: int, sketches: StoredSketches) -> WeightsResult:
     """Hold what an artifact stores against the sketches of a pack.
 
     Args:
         model: the merged model, without weights.
         reader: the artifact's weights.
-        sketches: what is known of the merge.
         threads: threads that compute.
+        sketches: what is known of the merge.
     """
     present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
 

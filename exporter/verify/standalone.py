@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.inputs import model_files
 from exporter.artifact.staging import Staging
-from exporter.calibration import Windows, check_decidable, make_windows
+from exporter.calibration import Windows, check_decidable, evaluation_tokens, make_windows
 from exporter.errors import RefusalError
 from exporter.estimate import PlannedWalk
 from exporter.hashing import InputHasher
@@ -101,11 +101,11 @@ def plan_reference(recipe: ReferenceRecipe, keep_bytes: int) -> PackPlan:
     """
     base, adapters, model = open_model(recipe, [recipe.out])
     check_windows(model.config, evaluation=recipe.evaluation.n_ctx, calibration=None)
-    first = make_windows(recipe.calibration, recipe.evaluation, model.tokenizer)
     windows = make_windows(recipe.calibration, _all_of(recipe.evaluation), model.tokenizer)
     check_decidable(windows)
     most = len(windows.ids)
-    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, most, len(first.ids))
+    first = min(most, evaluation_tokens(recipe.evaluation) // windows.n_ctx)
+    plan = PackPlan.of(recipe, recipe.out, base, adapters, model, windows, most, first)
     walk = _planned_walk(plan, keep_bytes)
     check_disk([(recipe.out, plan.nbytes + walk.scratch_bytes)])
     check_memory(walk.memory, walk.lighter)
@@ -159,7 +159,7 @@ def _planned_walk(plan: PackPlan, keep_bytes: int) -> PlannedWalk:
 
 
 def _key(plan: PackPlan, device: str) -> str:
-    """Identifies what a walk is for: inputs (by size and time), windows, versions and kind of device."""
+    """Identifies what a walk is for: inputs (by size and time), windows, prompts, versions and kind of device."""
     inputs = [(role, path.name, path.stat().st_size, path.stat().st_mtime_ns) for role, path in model_files(plan.model)]
     versions = {package: version(package) for package in ("exporter", "torch")}
     prompts = [prompt.ids for prompt in plan.prompts]

@@ -91,29 +91,9 @@ class WeightsResult:
             yield f"{weight.source}: {'; '.join(misfits.named)}{more}"
 
 
-def read_weights(
-    backend: Backend | None, model: MergedModel, quant: str, entry: Path, threads: int
-) -> WeightsResult | None:
-    """Check an artifact's stored weights; None if its backend cannot read them back, or is not here.
-
-    Args:
-        backend: what wrote it; None if that is not here.
-        model: the merged model.
-        quant: the artifact's type, resolved.
-        entry: what a runtime loads.
-        threads: threads that compute.
-    """
-    if backend is None or not isinstance(backend, ReadingBackend):
-        return None
-    reader = backend.read(model, quant, entry)
-    try:
-        return check_weights(model, reader, threads)
-    finally:
-        reader.close()
-
-
 # Sums and misfits of some rows.
 Part = tuple[Sums, Misfits]
+Check = Callable[[MergedModel, WeightReader, int], WeightsResult]
 
 
 def gathered(
@@ -208,3 +188,25 @@ def _checker(
         return block_sums(stored, merged, None if base is None else base.numpy(), weight, block.first), misfits
 
     return check
+
+
+def read_weights(
+    backend: Backend | None, model: MergedModel, quant: str, entry: Path, threads: int, check: Check = check_weights
+) -> WeightsResult | None:
+    """Check an artifact's stored weights; None if its backend cannot read them back, or is not here.
+
+    Args:
+        backend: what wrote it; None if that is not here.
+        model: the merged model.
+        quant: the artifact's type, resolved.
+        entry: what a runtime loads.
+        threads: threads that compute.
+        check: holds what is stored against what is known of the model.
+    """
+    if backend is None or not isinstance(backend, ReadingBackend):
+        return None
+    reader = backend.read(model, quant, entry)
+    try:
+        return check(model, reader, threads)
+    finally:
+        reader.close()

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from exporter.artifact.manifest import MANIFEST_NAME
-from exporter.artifact.staging import sha256
 from exporter.errors import ArtifactError, OutputExistsError
 from exporter.report.again import check_report, refused_page
 from exporter.report.html import REPORT_NAME
 from tests.commands import invoke
 from tests.exports import export_to
-from tests.folders import copy, hashes
+from tests.folders import copy, hashes, rehash
 from tests.report.page import Page, numbers
 
 SCORED = {"tokens": 128, "n_ctx": 64, "answers": False}
@@ -47,9 +46,7 @@ def broken(sound: Path, tmp_path: Path) -> Path:
     (tensor,) = (one for one in GGUFReader(file, "r+").tensors if one.name == "blk.1.ffn_up.weight")
     tensor.data[...] = 0
     del tensor
-    manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    manifest["files"][file.name]["sha256"] = sha256(file)
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    rehash(folder / MANIFEST_NAME, file.name)
     assert Page.of((folder / REPORT_NAME).read_bytes()).texts("p", "word") == ["passed"]
     return folder
 

@@ -19,10 +19,8 @@ if str(SCRIPTS) not in sys.path:
 import weight_figures  # noqa: E402
 
 from exporter.backends.reading import StoredWeight, Tolerance  # noqa: E402
-from exporter.recipe import Execution, ReferenceRecipe  # noqa: E402
-from exporter.verify.standalone import make_reference  # noqa: E402
 from exporter.verify.weight_limits import Held  # noqa: E402
-from tests.exports import export_to  # noqa: E402
+from tests.exports import export_to, pack_to  # noqa: E402
 
 
 def test_groups_that_lost_more_than_a_fifth_by_hand() -> None:
@@ -81,10 +79,8 @@ def test_what_the_script_prints_of_a_sound_folder(
         assert 0 < figures[measure]["value"] < figures[measure]["limit"]
     assert found["survival"] == pytest.approx(1, abs=0.1)
     shown = capsys.readouterr().out
-    pack = tmp_path / "pack"
     scored = {"tokens": 128, "n_ctx": 64, "answers": False}
-    values = {"base": str(base), "adapters": [str(adapter)], "out": pack, "evaluation": scored}
-    make_reference(ReferenceRecipe.build(values), Execution(device="cpu"))
+    pack = pack_to(tmp_path / "pack", base, adapter, evaluation=scored)
     monkeypatch.setattr(sys, "argv", list(map(str, ["weight_figures.py", out, "--reference", pack, "--json", file])))
     assert weight_figures.main() == 0
     (estimated,) = json.loads(file.read_text(encoding="utf-8")).values()

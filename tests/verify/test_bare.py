@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from exporter.errors import ArtifactError, ReferencePackError
-from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
+from exporter.recipe import Calibration
 from exporter.reporter import Reporter
 from exporter.verify.bare import NOTE, bare_manifest
 from exporter.verify.published import PublishedResult, verify_with_pack
-from exporter.verify.standalone import make_reference
 from tests.commands import invoke
-from tests.exports import export_to
+from tests.exports import export_to, pack_to
 from tests.folders import copy, edit_json
 from tests.merged import merged_model
 
@@ -35,11 +34,8 @@ def base(make_base: Make) -> Path:
 
 @pytest.fixture(scope="session")
 def pack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pack") / "pack"
-    evaluation = Evaluation(tokens=128, n_ctx=64).model_dump(exclude_unset=True)
-    values = {"base": str(base), "out": out, "calibration": TEXT.model_dump(), "evaluation": evaluation}
-    make_reference(ReferenceRecipe.build(values), Execution(device="cpu"))
-    return out
+    scored = {"tokens": 128, "n_ctx": 64}
+    return pack_to(tmp_path_factory.mktemp("pack") / "pack", base, calibration=TEXT.model_dump(), evaluation=scored)
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.errors import ArtifactError, RecipeError, ReferencePackError
-from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
+from exporter.recipe import Calibration, Evaluation
 from exporter.reporter import Reporter
 from exporter.verify import packing
 from exporter.verify.pack import TOKENS_FILE
 from exporter.verify.pack_model import NAMES, NEEDED
 from exporter.verify.published import PublishedResult, verify_published, verify_with_pack
-from exporter.verify.standalone import make_reference
 from tests.commands import run
-from tests.exports import export_to
-from tests.folders import DELETED, copy, edit_json, hashes, listing
+from tests.exports import export_to, pack_to
+from tests.folders import DELETED, copy, edit_json, hashes, listing, rehash
 from tests.merged import load_peft
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,14 +44,12 @@ def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
 
 def write(out: Path, base: Path, *adapters: Path, threads: int | None = None, **values: Any) -> Path:
     """A pack by itself."""
-    settings: dict[str, Any] = {"base": str(base), "adapters": [str(adapter) for adapter in adapters], "out": out}
-    settings |= {
+    settings = {
         "name": "model",
         "calibration": TEXT.model_dump(),
         "evaluation": EVALUATION.model_dump(exclude_unset=True),
     }
-    make_reference(ReferenceRecipe.build(settings | values), Execution(device="cpu", threads=threads))
-    return out
+    return pack_to(out, base, *adapters, threads=threads, **(settings | values))
 
 
 def export_with_pack(out: Path, base: Path, *adapters: Path, **values: Any) -> bool:
@@ -495,12 +492,7 @@ def test_tokens_that_are_not_those_described_are_refused(
     values = load_file(folder / TOKENS_FILE)
     values[name][0, 0] = 3 if name == "ids" and values["ids"][0, 0] != 3 else np.nan if name != "ids" else 4
     save_file(values, folder / TOKENS_FILE)
-    files = description(folder)["files"]
-    files[TOKENS_FILE] = {
-        "bytes": (folder / TOKENS_FILE).stat().st_size,
-        "sha256": hashes(folder)[TOKENS_FILE],
-    }
-    edit_json(folder / "reference.json", files=files)
+    rehash(folder / "reference.json", TOKENS_FILE)
     assert refused(published, folder, monkeypatch).thing == f"{TOKENS_FILE}: {name}"
 
 

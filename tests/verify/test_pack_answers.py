@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.artifact.staging import sha256
 from exporter.errors import ReferencePackError, UnsupportedModelError
-from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
+from exporter.recipe import Calibration
 from exporter.reporter import Reporter
 from exporter.runtimes.base import Continuation
 from exporter.stopping import StopTokens
@@ -28,10 +26,9 @@ from exporter.verify.pack_opened import opened_pack
 from exporter.verify.pack_record import read_description
 from exporter.verify.packing import STAGING_KEY
 from exporter.verify.published import verify_with_pack
-from exporter.verify.standalone import make_reference
 from tests.commands import invoke
-from tests.exports import export_to
-from tests.folders import copy, edit_json, hashes
+from tests.exports import export_to, pack_to
+from tests.folders import copy, edit_json, hashes, rehash
 from tests.merged import merged_model
 
 # A short text, so that tokenizing it takes no time: this file.
@@ -47,10 +44,8 @@ def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
 
 
 def write(out: Path, base: Path, adapter: Path, **evaluation: Any) -> Path:
-    scored = Evaluation(tokens=128, n_ctx=64, **evaluation).model_dump(exclude_unset=True)
-    values = {"base": str(base), "adapters": [str(adapter)], "out": out, "evaluation": scored}
-    make_reference(ReferenceRecipe.build(values | {"calibration": TEXT.model_dump()}), Execution(device="cpu"))
-    return out
+    scored = {"tokens": 128, "n_ctx": 64} | evaluation
+    return pack_to(out, base, adapter, calibration=TEXT.model_dump(), evaluation=scored)
 
 
 @pytest.fixture(scope="session")
@@ -92,9 +87,7 @@ def changed(folder: Path, target: Path, file: str, change: Callable[[Path], obje
     """A copy of a published folder, a file of which was changed before its hash was taken: as of a faulty exporter."""
     copy(folder, target)
     change(target / file)
-    files = json.loads((target / "export.json").read_text())["files"]
-    files[file] = {"bytes": (target / file).stat().st_size, "sha256": sha256(target / file)}
-    edit_json(target / "export.json", files=files)
+    rehash(target / "export.json", file)
     return target
 
 

@@ -13,18 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.artifact.staging import sha256
 from exporter.backends.reading import StoredWeight, Tolerance
 from exporter.errors import ReferencePackError
-from exporter.recipe import Calibration, Evaluation, Execution, ReferenceRecipe
+from exporter.recipe import Calibration
 from exporter.reporter import Reporter
 from exporter.verify.gate import Verification
 from exporter.verify.published import verify_with_pack
 from exporter.verify.sketches import RUN, estimated_sums, held_estimates, signs, sketch
-from exporter.verify.standalone import make_reference
 from exporter.verify.sums import Sums
-from tests.exports import export_to
-from tests.folders import copy, edit_json, edit_tensors
+from tests.exports import export_to, pack_to
+from tests.folders import copy, edit_tensors, rehash
 
 Make = Callable[..., Path]
 # What a type of 4 bits leaves at most.
@@ -122,12 +120,9 @@ def inputs(make_base: Make, make_adapter: Make) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def pack(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pack") / "pack"
-    scored = Evaluation(tokens=128, n_ctx=64, answers=False).model_dump(exclude_unset=True)
-    values = {"base": str(inputs[0]), "adapters": [str(inputs[1])], "out": out, "evaluation": scored}
+    scored = {"tokens": 128, "n_ctx": 64, "answers": False}
     text = Calibration(text=Path(__file__)).model_dump()
-    make_reference(ReferenceRecipe.build(values | {"calibration": text}), Execution(device="cpu"))
-    return out
+    return pack_to(tmp_path_factory.mktemp("pack") / "pack", *inputs, calibration=text, evaluation=scored)
 
 
 def bare(out: Path, quant: str, *inputs: Path) -> Path:
@@ -166,13 +161,6 @@ def test_one_matrix_of_zeros_in_a_folder(inputs: tuple[Path, Path], pack: Path, 
     assert [reason.split(" off by its sketch")[0] for reason in found.broken] == [f"{name} is about 100.00%"]
 
 
-def rehashed(pack: Path, name: str) -> None:
-    """The description says what the file is now: someone wrote the pack so."""
-    said = json.loads((pack / "reference.json").read_text())["files"]
-    said[name] = {"bytes": (pack / name).stat().st_size, "sha256": sha256(pack / name)}
-    edit_json(pack / "reference.json", files=said)
-
-
 def test_sketches_that_do_not_fit_the_model_are_refused(inputs: tuple[Path, Path], pack: Path, tmp_path: Path) -> None:
     file = bare(tmp_path / "sound", "F32", *inputs)
     changed = copy(pack, tmp_path / "changed")
@@ -180,19 +168,19 @@ def test_sketches_that_do_not_fit_the_model_are_refused(inputs: tuple[Path, Path
         changed / "sketches.safetensors",
         lambda tensors: tensors.update({"merged model.norm.weight": torch.zeros(1, 2)}),
     )
-    rehashed(changed, "sketches.safetensors")
+    rehash(changed / "reference.json", "sketches.safetensors")
     with pytest.raises(ReferencePackError, match=r"sketches\.safetensors: merged model\.norm\.weight"):
         judged(file, changed)
     changed = copy(pack, tmp_path / "more")
     tensors = json.loads((changed / "model" / "tensors.json").read_text())
     tensors["tensors"]["model.more.weight"] = {"dtype": "F32", "shape": [4, 4]}
     (changed / "model" / "tensors.json").write_text(json.dumps(tensors))
-    rehashed(changed, "model/tensors.json")
+    rehash(changed / "reference.json", "model/tensors.json")
     with pytest.raises(ReferencePackError, match=r"merged model\.more\.weight"):
         judged(file, changed)
     whole = '{"untied": false, "tokenizer": "base", "tensors": {"w": {"dtype": "%s", "shape": [%d]}}}'
     for content in ("[]", whole % ("I9", 1), whole % ("F32", -4)):
         (changed / "model" / "tensors.json").write_text(content)
-        rehashed(changed, "model/tensors.json")
+        rehash(changed / "reference.json", "model/tensors.json")
         with pytest.raises(ReferencePackError, match=r"model/tensors\.json"):
             judged(file, changed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from exporter.verify.limits import Gate
 from exporter.verify.unscored import unscored_reason
 from tests.commands import invoke
 from tests.exports import export_to
-from tests.folders import copy, listing
+from tests.folders import copy, listing, rehash
 from tests.predictions import reference_of
 from tests.report.page import Page
 
@@ -53,11 +52,8 @@ def exported(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 def damage(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     """Change a file, and the manifest with it: what is simulated is a faulty exporter, and not a disk."""
-    manifest = json.loads((folder / "export.json").read_text())
-    raw = change((folder / name).read_bytes())
-    (folder / name).write_bytes(raw)
-    manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "export.json").write_text(json.dumps(manifest))
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    rehash(folder / "export.json", name)
 
 
 def verify(folder: Path, inputs: tuple[Path, Path], *options: str | Path) -> Any:

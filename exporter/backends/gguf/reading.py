@@ -239,11 +239,12 @@ class GgufReader:
 
         raw = self._raw(weight, first, len(merged))
         stored = self._values(weight, raw)
-        weighed = self._importance is None or weight.name in self._importance
+        found = (self._importance or {}).get(weight.name)
+        weighed = self._importance is None or found is not None
         importance = None
         # Only these are computed with it; of many experts, importances for each row take room.
-        if weight.type in WEIGHED_TYPES and self._importance is not None and weight.name in self._importance:
-            importance = row_importances(self._importance[weight.name], weight, first, len(raw))
+        if weight.type in WEIGHED_TYPES and found is not None:
+            importance = row_importances(found, weight, first, len(raw))
         return stored, misfits(
             weight.type, raw, stored, merged, noise=noise, first=first,
             weighed=weighed, importance=importance, workspace=self._workspace,
