@@ -109,8 +109,9 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
         drawn: Windows | None = None
         pack: Staging | None = None
         if toured.reference is not None:
+            checksums = [{label: one.checksums for label, one in written.items()} for written in toured.written]
             verified = verify_artifacts(
-                plan, staged, toured.reference, toured.device, reporter, scratch=stagings[0].scratch
+                plan, staged, checksums, toured.reference, toured.device, reporter, scratch=stagings[0].scratch
             )
             verdicts, drawn = verified.verdicts, verified.drawn
             pack = _stage_pack(plan, verified.reference, toured.device, inputs, stack)

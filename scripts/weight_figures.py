@@ -100,7 +100,7 @@ def lost_by_type(model: MergedModel, reader: WeightReader) -> dict[str, Lost]:
             factors = merger.factors(tensor)
             for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu"):
                 merged = merger.block(tensor, block, factors).numpy()
-                part = lost_groups(reader.rows(weight, block.first, block.count), merged, weight)
+                part = lost_groups(reader.rows(weight, block.first, block.count).values, merged, weight)
                 found[weight.type] = found.get(weight.type, Lost()).plus(part)
     return found
 
@@ -155,7 +155,7 @@ def print_artifact(
         if sketches is None:
             result = check_weights(model, reader, threads)
         else:
-            result = check_sketches(model, reader, threads, sketches)
+            result = check_sketches(model, reader, threads, {}, sketches)
         seconds = time.process_time() - started
         lost = lost_by_type(model, reader) if sketches is None else {}
     finally:

@@ -79,6 +79,7 @@ def _artifact(name: str, format_: str, quant: str) -> dict[str, Any]:
         "types": {_TYPES.get(format_, "I32"): {"tensors": 46, "bytes": _BYTES[quant], "share": 1.0}},
         "notes": [],
         "tensors": [],
+        "checksums": {},
         "quantization": None,
         "weights": {"survival": 0.9964, "survival_stderr": 0.0002, "broken": []},
         "verification": {

@@ -170,6 +170,11 @@ def _artifact(
             | figures.get(tensor.name, {})
             for tensor in artifact.tensors
         ],
+        "checksums": {
+            tensor.source: written.checksums[tensor.source]
+            for tensor in artifact.tensors
+            if tensor.source in written.checksums
+        },
         "quantization": _quantization(written.findings),
         "weights": weights_json(weights),
         "verification": verification_json(verdict),

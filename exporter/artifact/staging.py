@@ -86,30 +86,35 @@ class Staging:
         self.files.mkdir()
         write_durably(self._folder / "key", key.encode())
 
-    def _read_journal(self) -> set[tuple[str, str]]:
-        done: set[tuple[str, str]] = set()
+    def _read_journal(self) -> dict[tuple[str, str], str | None]:
+        done: dict[tuple[str, str], str | None] = {}
         journal = self._folder / "journal"
         for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else ():
             try:
-                artifact, tensor = json.loads(line)
+                artifact, tensor, checksum = json.loads(line)
             except ValueError:
                 # The last line of a run that was killed in the middle of it.
                 continue
-            done.add((artifact, tensor))
+            done[artifact, tensor] = checksum
         return done
 
     def done(self, artifact: str) -> set[str]:
         """Names of an artifact's tensors that this run or an earlier one brought to the disk."""
         return {tensor for label, tensor in self._done if label == artifact}
 
-    def record(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Note tensors as done, by artifact and name. Their data must be on the disk already."""
+    def checksums(self, artifact: str) -> dict[str, str]:
+        """Checksums of an artifact's tensors that are done, by name, as far as they were taken."""
+        return {tensor: found for (label, tensor), found in self._done.items() if label == artifact and found}
+
+    def record(self, entries: Iterable[tuple[str, str, str | None]]) -> None:
+        """Note tensors as done, by artifact, name and checksum, if one was taken. Their data must be on the disk
+        already."""
         noted = list(entries)
         # A leading newline closes whatever half a line a killed run left.
         self._journal.write("\n" + "\n".join(json.dumps(entry) for entry in noted) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
-        self._done.update(noted)
+        self._done |= {(artifact, tensor): checksum for artifact, tensor, checksum in noted}
 
     def publish(self) -> Path:
         """Sync everything and rename the files to the output folder."""

@@ -159,6 +159,8 @@ class Finding:
         attempts: factorizations of the Hessian that were tried; more than one if the damping had to be raised.
         dead: input columns that were always zero.
         rounded: whether it was rounded to nearest, because calibration saw too few inputs.
+        checksum: of the values that a server will compute with (`exporter.checksums`), taken before they were packed;
+            None if the solver takes none.
     """
 
     name: str
@@ -168,6 +170,7 @@ class Finding:
     attempts: int
     dead: int
     rounded: bool
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,15 @@ class HashingWriter(Protocol):
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of its files, hexadecimal, by name; called once, when every tensor is written."""
+
+
+@runtime_checkable
+class ChecksummingWriter(Writer, Protocol):
+    """A writer that knows checksums of tensors as they left its encoder (`exporter.checksums`). Its backend's reader
+    must give the same bytes: see `StoredRows` in `exporter.backends.reading`."""
+
+    def checksum(self, tensor: str) -> str:
+        """Of a tensor of the plan, by its name; called once, when all of its rows are written."""
 
 
 class Backend(Protocol):

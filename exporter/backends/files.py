@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from exporter.backends.base import OutputPlan, TensorPlan
 from exporter.backends.following import FollowingHash
+from exporter.checksums import TensorChecksums
 from exporter.errors import WriteError
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class OffsetWriter:
         self._encode = encode
         self._descriptors: dict[str, int] = {}
         self._hashes: dict[str, FollowingHash] = {}
+        self._checksums = TensorChecksums()
         self._hash_pool = ThreadPoolExecutor(1, thread_name_prefix="hash-output")
         buffer = bytearray(_HASH_BYTES)
         # The kernel lets one thread at a time write to a file, and the others spin; waiting here, they sleep.
@@ -60,7 +64,12 @@ class OffsetWriter:
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
-        self._put(tensor, first_row, block.shape[0], self._encode(tensor, block))
+        rows, data = block.shape[0], self._encode(tensor, block)
+        self._put(tensor, first_row, rows, data)
+        # Of what the encoder returned, whatever lies in the file by now.
+        self._checksums.add(
+            tensor.name, tensor.rows, first_row, np.frombuffer(data, dtype=np.uint8).reshape(rows, tensor.row_bytes)
+        )
 
     def store(self, tensor: TensorPlan, data: memoryview) -> None:
         """Store all rows of a tensor as they are.
@@ -98,6 +107,10 @@ class OffsetWriter:
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file, hexadecimal. Every tensor must be written."""
         return {name: following.finish() for name, following in self._hashes.items()}
+
+    def checksum(self, tensor: str) -> str:
+        """See `ChecksummingWriter`: of a tensor whose rows came through `write`."""
+        return self._checksums.take(tensor)
 
     def close(self) -> None:
         """See `Writer`."""

@@ -78,6 +78,20 @@ class Misfits:
         return Misfits(self.count + other.count, (*self.named, *other.named)[:NAMED_MISFITS])
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """Some rows of a weight as they were read.
+
+    Attributes:
+        values: what a runtime computes with: float32, shape (rows, columns).
+        encoded: what checksums of them are taken of (`exporter.checksums`): uint8, shape (rows, bytes of a row),
+            contiguous. The rows as they are stored; where several rows are packed together, their values.
+    """
+
+    values: npt.NDArray[np.float32]
+    encoded: npt.NDArray[np.uint8]
+
+
 class WeightReader(Protocol):
     """Reads stored weights back from the files of an artifact, by nothing but what is in them."""
 
@@ -90,8 +104,8 @@ class WeightReader(Protocol):
         """What is wrong with the files, in words: a tensor that is missing, cut off, or not of the type that the
         artifact's name promises."""
 
-    def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
-        """Values that a runtime computes with: float32, shape (count, columns). Called from several threads.
+    def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
+        """Read some rows. Called from several threads.
 
         Raises:
             ArtifactError: they contradict the format.
@@ -105,19 +119,17 @@ class WeightReader(Protocol):
 class CheckingReader(WeightReader, Protocol):
     """A reader that also knows what its quantizer would have stored, exactly enough to see what rounding hides."""
 
-    def checked_rows(
-        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
-    ) -> tuple[npt.NDArray[np.float32], Misfits]:
-        """What `rows` returns, read once, and what in it cannot come from the merge. Called from several threads.
+    def misfits(
+        self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
+    ) -> Misfits:
+        """What in some rows cannot come from the merge. Called from several threads.
 
         Args:
             weight: the weight.
-            first: its first row.
+            first: number of the first row.
+            stored: what `rows` returned of these.
             merged: the merged rows: float32, shape (rows, columns), which are not changed.
             noise: how far the rows that were quantized may be off these, as a share of the largest values around each.
-
-        Raises:
-            ArtifactError: they contradict the format.
         """
 
 

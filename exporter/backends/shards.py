@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from exporter.backends.documents import document_faults
 from exporter.backends.index import index_faults, stray_faults
-from exporter.backends.reading import StoredWeight, Tolerance
+from exporter.backends.reading import StoredRows, StoredWeight, Tolerance
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel
 
@@ -133,7 +132,7 @@ class FloatReader:
         faults += stray_faults(self._shards.tensors, dtypes)
         self.faults = tuple(faults)
 
-    def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
+    def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
         """See `WeightReader`."""
         return float_rows(self._shards, weight, first, count)
 
@@ -150,8 +149,10 @@ def float_fault(name: str, found: ShardTensor | None, shape: tuple[int, ...], dt
     return None
 
 
-def float_rows(shards: Shards, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
+def float_rows(shards: Shards, weight: StoredWeight, first: int, count: int) -> StoredRows:
     """Rows of a tensor of floats, of any number of dimensions; see `WeightReader.rows`."""
+    import torch
+
     if len(weight.shape) < 2:
         part = shards.read(weight.name, slice(0, None))
     elif len(weight.shape) == 2:
@@ -161,8 +162,9 @@ def float_rows(shards: Shards, weight: StoredWeight, first: int, count: int) -> 
         each = int(np.prod(weight.shape[1:-1]))
         outer = slice(first // each, -(-(first + count) // each))
         part = shards.read(weight.name, outer).reshape(-1, weight.shape[-1])[first - outer.start * each :][:count]
-    values: npt.NDArray[np.float32] = part.float().numpy().reshape(count, -1)
-    return values
+    # A view as bytes needs a dimension.
+    encoded = part.reshape(count, -1).view(torch.uint8).numpy()
+    return StoredRows(part.float().numpy().reshape(count, -1), encoded)
 
 
 def contradiction(thing: str, found: str, expected: str) -> ArtifactError:

@@ -48,11 +48,13 @@ class Written:
         digests: SHA-256 of the files whose writer took it, by name.
         made: what the writer made at the end.
         findings: what became of each matrix that was solved for.
+        checksums: of its tensors as they were encoded, by the merged tensor's name, as far as they were taken.
     """
 
     digests: Mapping[str, str]
     made: Made
     findings: Sequence[Finding]
+    checksums: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,16 @@ class _Boarded:
             )
         made = self.writer.finish(plan.tokens.calibration) if isinstance(self.writer, FinishingWriter) else Made(())
         digests = self.writer.digests() if isinstance(self.writer, HashingWriter) else {}
-        return Written(digests, made, mine)
+        return Written(digests, made, mine, self._checksums(mine))
+
+    def _checksums(self, findings: Sequence[Finding]) -> dict[str, str]:
+        """By the merged tensor's name: of what rode, and of what was solved for."""
+        found: dict[str, str] = {}
+        for rider in (self.rider, self.observer):
+            if rider is not None:
+                known = rider.staging.checksums(rider.label)
+                found |= {name: known[one.name] for name, one in rider.tensors.items() if one.name in known}
+        return found | {one.name: one.checksum for one in findings if one.checksum is not None}
 
     def _check_written(self) -> None:
         """Every tensor that rides must be in the journal, or zeros would be published in its place."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from exporter.artifact.staging import Staging
-from exporter.backends.base import TensorPlan, Writer
+from exporter.backends.base import ChecksummingWriter, TensorPlan, Writer
 from exporter.merge import Merger, RowBlock, check_finite, row_blocks
 from exporter.model import MergedModel, MergedTensor
 
@@ -243,4 +243,9 @@ class _Commits:
         for rider in self._riders:
             if stored := [name for owner, name in waiting if owner is rider]:
                 rider.writer.sync()
-                rider.staging.record((rider.label, name) for name in stored)
+                rider.staging.record((rider.label, name, _checksum(rider.writer, name)) for name in stored)
+
+
+def _checksum(writer: Writer, tensor: str) -> str | None:
+    """Of a tensor that is written, if the writer takes any."""
+    return writer.checksum(tensor) if isinstance(writer, ChecksummingWriter) else None

@@ -8,9 +8,9 @@ where they are log-normal and as unlike as a real model's KL divergences (`scrip
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -53,6 +53,7 @@ class Candidate:
         gate: its limits.
         backend: what wrote it and can read its weights back; None if that is not here, or not to be done.
         served: whether it is made for that runtime; of another, it is no fault that it cannot load it.
+        checksums: of its tensors as they were encoded, by the merged tensor's name, as far as they are known.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Candidate:
     gate: Gate
     backend: Backend | None
     served: bool = True
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
 
 class MoreTokens(Protocol):
@@ -236,7 +238,7 @@ def read_all_weights(
     for one in candidates:
         if one.backend is not None:
             reporter.doing(f"weights of {one.label}")
-        found.append(read_weights(one.backend, model, one.quant, one.entry, threads, check))
+        found.append(read_weights(one.backend, model, one.quant, one.entry, threads, one.checksums, check))
     return found
 
 
@@ -330,6 +332,7 @@ class Verified:
 def verify_artifacts(
     plan: ExportPlan,
     staged: Sequence[tuple[FolderPlan, Path]],
+    checksums: Sequence[Mapping[str, Mapping[str, str]]],
     reference: Reference,
     device: str,
     reporter: Reporter,
@@ -340,6 +343,7 @@ def verify_artifacts(
     Args:
         plan: the run's plan.
         staged: every output folder with the place where its files are now.
+        checksums: for each of them, by artifact label, what `Candidate` has.
         reference: the trained model.
         device: where transformers computes.
         reporter: told about every window and verdict.
@@ -356,8 +360,9 @@ def verify_artifacts(
             load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
             gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate, plan.model.parameters),
             folder.backend,
+            checksums=known[artifact.label],
         )
-        for folder, files in staged
+        for (folder, files), known in zip(staged, checksums, strict=True)
         for artifact in folder.artifacts
     ]
     more = DrawnTokens(

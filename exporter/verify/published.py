@@ -291,6 +291,7 @@ def _candidates(
             # A folder may be of a package that is not here.
             load_backend(artifact.format) if artifact.format in here else None,
             served=name in artifact.runtimes,
+            checksums=artifact.checksums,
         )
         for artifact, name in zip(manifest.artifacts, serving, strict=True)
     ]

@@ -27,6 +27,7 @@ class PublishedArtifact(BaseModel):
     entry: str
     runtimes: list[str]
     bytes: int
+    checksums: dict[str, str] = {}
 
     @property
     def label(self) -> str:

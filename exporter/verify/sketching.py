@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -99,13 +99,16 @@ def against(pack: OpenedPack) -> Check:
     return partial(check_sketches, sketches=pack.sketches)
 
 
-def check_sketches(model: MergedModel, reader: WeightReader, threads: int, sketches: StoredSketches) -> WeightsResult:
+def check_sketches(
+    model: MergedModel, reader: WeightReader, threads: int, checksums: Mapping[str, str], sketches: StoredSketches
+) -> WeightsResult:
     """Hold what an artifact stores against the sketches of a pack.
 
     Args:
         model: the merged model, without weights.
         reader: the artifact's weights.
         threads: threads that compute.
+        checksums: see `check_weights`.
         sketches: what is known of the merge.
     """
     present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
@@ -114,18 +117,19 @@ def check_sketches(model: MergedModel, reader: WeightReader, threads: int, sketc
         weight = reader.weights[name]
         stored = reader.rows(weight, block.first, block.count)
         known = sketches.rows(name, block.first, block.count)
-        return estimated_sums(stored, *known, weight, block.first), Misfits()
+        sums = estimated_sums(stored.values, *known, weight, block.first)
+        return Part.of(stored, sums, Misfits(), checked=name in checksums)
 
     parts = (
         (tensor.name, partial(part, tensor.name, block))
         for tensor in present
         for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu")
     )
-    found, misfits, faults = gathered(reader, parts, threads)
+    found = gathered(reader, parts, threads)
     tensors = []
     for tensor in present:
-        if tensor.name in found:
+        if tensor.name in found.sums:
             different, looked_at = sketches.base_values(tensor.name)
-            whole = replace(found[tensor.name].whole(), different=different, looked_at=looked_at)
+            whole = replace(found.sums[tensor.name].whole(), different=different, looked_at=looked_at)
             tensors.append((reader.weights[tensor.name], whole))
-    return WeightsResult(tuple(tensors), faults, misfits, held_estimates)
+    return found.result(tensors, checksums, held_estimates)

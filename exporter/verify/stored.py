@@ -84,6 +84,7 @@ def verify_files(folder: Path, base: str, adapters: tuple[str, ...], reporter: R
     for artifact in manifest.artifacts:
         reporter.doing(f"weights of {artifact.label}")
         backend = load_backend(artifact.format) if artifact.format in here else None
-        found[artifact.label] = read_weights(backend, model, artifact.quant, artifact.path(folder), threads)
+        path, known = artifact.path(folder), artifact.checksums
+        found[artifact.label] = read_weights(backend, model, artifact.quant, path, threads, known)
     reporter.scored()
     return FilesResult(folder, found)

@@ -93,20 +93,22 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_same_key_goes_on(out: Path) -> None:
     first = staged(out)
     assert not first.resumed
-    first.record([("gguf Q8_0", "a"), ("gguf Q8_0", "b"), ("gguf Q4_0", "a")])
+    first.record([("gguf Q8_0", "a", "00000001"), ("gguf Q8_0", "b", None), ("gguf Q4_0", "a", "00000002")])
     first.close()
     second = Staging(out, "key")
     assert second.resumed
     assert second.done("gguf Q8_0") == {"a", "b"}
     assert second.done("gguf Q4_0") == {"a"}
     assert second.done("gguf F16") == set()
+    assert second.checksums("gguf Q8_0") == {"a": "00000001"}
+    assert second.checksums("gguf Q4_0") == {"a": "00000002"}
     assert (second.files / "model.bin").read_text() == "new"
     second.close()
 
 
 def test_another_key_starts_anew(out: Path) -> None:
     first = staged(out)
-    first.record([("gguf Q8_0", "a")])
+    first.record([("gguf Q8_0", "a", None)])
     first.close()
     second = Staging(out, "another key")
     assert not second.resumed
@@ -122,7 +124,7 @@ def test_journal_cut_anywhere_names_only_what_was_recorded(out: Path) -> None:
     names = ["model.layers.0.mlp", 'with "quotes"', "with\nbreak", "é"]
     first = staged(out)
     for name in names:
-        first.record([("a b", name)])
+        first.record([("a b", name, None)])
     first.close()
     journal = out.parent / ".out.staging" / "journal"
     whole = journal.read_bytes()
@@ -133,7 +135,7 @@ def test_journal_cut_anywhere_names_only_what_was_recorded(out: Path) -> None:
         done = staging.done("a b")
         assert before <= done <= set(names)
         # Recording goes on behind whatever half a line there is.
-        staging.record([("a b", "next")])
+        staging.record([("a b", "next", None)])
         staging.close()
         again = Staging(out, "key")
         assert again.done("a b") == done | {"next"}
@@ -167,7 +169,7 @@ def close_as_the_kernel_does(file: Path) -> None:
 def test_killed_while_an_older_run_is_cleared_away(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its journal must not outlive its files, or the next run of its kind publishes holes."""
     first = staged(out)
-    first.record([("gguf Q8_0", "a")])
+    first.record([("gguf Q8_0", "a", None)])
     first.close()
 
     def cleared_halfway(folder: Path, **_: object) -> None:

@@ -52,6 +52,7 @@ WEIGHTS: dict[str, Any] = {
     "survival_stderr": 0.00024,
     "survival_limit": 0.0213,
     "delta_error": 0.42,
+    "checksums": {"compared": 310, "different": 0},
     "judged": 28,
     "worst": [
         {"name": "model.layers.1.mlp.up_proj.weight", "type": "Q4_K", "relative_error": 0.08, "limit": 0.19},
@@ -116,6 +117,7 @@ def artifact(quant: str, seed: int, noise: float) -> dict[str, Any]:
             {"name": f"blk.{layer}.attn_q.weight", "type": "Q5_0", "shape": [64, 96], "wanted": "Q4_K"}
             for layer in range(3)
         ],
+        "checksums": {"model.norm.weight": "0badf00d"},
         "quantization": None,
         "weights": copy.deepcopy(WEIGHTS),
         "verification": verification(seed, noise),

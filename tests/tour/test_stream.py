@@ -108,7 +108,7 @@ def test_artifacts_of_one_label_are_told_apart(sources: tuple[Path, Path], tmp_p
     """Of two folders with the same type, one has what an earlier run wrote."""
     model = merged_model(*sources)
     written, fresh = Staging(tmp_path / "written", "key"), Staging(tmp_path / "fresh", "key")
-    written.record(("rider", tensor.name) for tensor in model.tensors)
+    written.record(("rider", tensor.name, None) for tensor in model.tensors)
     written.close()
     written = Staging(tmp_path / "written", "key")
     riders = [rider(model, written), rider(model, fresh)]

@@ -22,7 +22,7 @@ from exporter.backends.gguf.imatrix import ImatrixError, Importance, read_imatri
 from exporter.backends.gguf.stated import header_faults
 from exporter.backends.gguf.stated_modelfile import modelfile_faults
 from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, ModelShape, tensor_type
-from exporter.backends.reading import Misfits, StoredWeight, Tolerance
+from exporter.backends.reading import Misfits, StoredRows, StoredWeight, Tolerance
 from exporter.backends.shards import contradiction, float_weight
 from exporter.errors import ArtifactError
 from exporter.families import Family
@@ -227,26 +227,25 @@ class GgufReader:
         ]
         self.faults = tuple(faults)
 
-    def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
+    def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
         """See `WeightReader`."""
-        return self._values(weight, self._raw(weight, first, count))
+        raw = self._raw(weight, first, count)
+        return StoredRows(self._values(weight, raw), raw)
 
-    def checked_rows(
-        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
-    ) -> tuple[npt.NDArray[np.float32], Misfits]:
+    def misfits(
+        self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
+    ) -> Misfits:
         """See `CheckingReader`."""
         from exporter.backends.gguf.encoding import misfits
 
-        raw = self._raw(weight, first, len(merged))
-        stored = self._values(weight, raw)
         found = (self._importance or {}).get(weight.name)
         weighed = self._importance is None or found is not None
         importance = None
         # Only these are computed with it; of many experts, importances for each row take room.
         if weight.type in WEIGHED_TYPES and found is not None:
-            importance = row_importances(found, weight, first, len(raw))
-        return stored, misfits(
-            weight.type, raw, stored, merged, noise=noise, first=first,
+            importance = row_importances(found, weight, first, len(merged))
+        return misfits(
+            weight.type, stored.encoded, stored.values, merged, noise=noise, first=first,
             weighed=weighed, importance=importance, workspace=self._workspace,
         )  # fmt: skip
 

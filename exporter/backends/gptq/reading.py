@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from exporter.backends.gptq.names import WORD_BITS, parse_quant, quant_name
 from exporter.backends.gptq.stated import stated_faults
 from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
 from exporter.backends.index import stray_faults
-from exporter.backends.reading import NAMED_MISFITS, Misfits, StoredWeight, Tolerance
+from exporter.backends.reading import NAMED_MISFITS, Misfits, StoredRows, StoredWeight, Tolerance
 from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, float_rows, float_weight
 from exporter.errors import ArtifactError
 from exporter.model import MergedModel, MergedTensor
@@ -33,6 +34,17 @@ TOLERANCES: Mapping[int, Tolerance] = {
 
 # Bits of a normal float16 that bfloat16, whose mantissa is three bits shorter, has none of.
 _BEYOND_BFLOAT16 = 0b111
+
+
+@dataclass(frozen=True)
+class UnpackedRows(StoredRows):
+    """Rows of a packed weight.
+
+    Attributes:
+        scales: float16, shape (rows, groups).
+    """
+
+    scales: npt.NDArray[np.float16]
 
 
 class GptqReader:
@@ -112,7 +124,7 @@ class GptqReader:
         module = weight.removesuffix(".weight")
         return [f"{module}.{part}" for part in PARTS] if f"{module}.qweight" in self._shards.tensors else [weight]
 
-    def rows(self, weight: StoredWeight, first: int, count: int) -> npt.NDArray[np.float32]:
+    def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
         """See `WeightReader`. Only the columns of the packed tensors that hold these rows are read.
 
         Raises:
@@ -120,22 +132,18 @@ class GptqReader:
         """
         if weight.name == weight.source:
             return float_rows(self._shards, weight, first, count)
-        return self._unpacked(weight, first, count)[0]
+        return self._unpacked(weight, first, count)
 
-    def checked_rows(
-        self, weight: StoredWeight, first: int, merged: npt.NDArray[np.float32], noise: float
-    ) -> tuple[npt.NDArray[np.float32], Misfits]:
+    def misfits(
+        self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
+    ) -> Misfits:
         """See `CheckingReader`. Of scales that our solver made it is known that bfloat16 holds them, too."""
-        del noise
-        if weight.name == weight.source or not self._own_scales:
-            return self.rows(weight, first, len(merged)), Misfits()
-        values, scales = self._unpacked(weight, first, len(merged))
-        return values, foreign_scales(scales, weight.group, first)
+        del merged, noise
+        if not self._own_scales or not isinstance(stored, UnpackedRows):
+            return Misfits()
+        return foreign_scales(stored.scales, weight.group, first)
 
-    def _unpacked(
-        self, weight: StoredWeight, first: int, count: int
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
-        """Values of some rows, and their scales: float16, shape (count, groups)."""
+    def _unpacked(self, weight: StoredWeight, first: int, count: int) -> UnpackedRows:
         module, bits = weight.name.removesuffix(".qweight"), int(weight.type.removeprefix("INT"))
         # Whole words of zero points.
         start = first - first % WORD_BITS
@@ -151,8 +159,9 @@ class GptqReader:
             parts["g_idx"] = self._shards.read(f"{module}.g_idx", slice(0, None))
         arrays = {name: part.numpy() for name, part in parts.items()}
         try:
-            values = unpack_layer(arrays, bits, self._group_size, self._format)[first - start :][:count]
-            return values, arrays["scales"].T[first - start :][:count]
+            unpacked = unpack_layer(arrays, bits, self._group_size, self._format)
+            values = np.ascontiguousarray(unpacked[first - start :][:count])
+            return UnpackedRows(values, values.view(np.uint8), arrays["scales"].T[first - start :][:count])
         except ArtifactError as error:
             raise contradiction(module, error.found, error.expected) from None
 

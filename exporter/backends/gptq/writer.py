@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
 from exporter.backends.base import Finding, Solution, TensorPlan
@@ -17,6 +18,7 @@ from exporter.backends.gptq.hessian import Moments
 from exporter.backends.gptq.options import FEWEST_TOKENS, Scheme
 from exporter.backends.gptq.packing import CheckpointFormat, pack
 from exporter.backends.gptq.solver import Quantized, dequantize, round_to_nearest, solve
+from exporter.checksums import as_text, joined, row_checksums
 
 
 class GptqWriter(OffsetWriter):
@@ -60,8 +62,8 @@ class GptqWriter(OffsetWriter):
             rows = quantized.rows(first, weight.shape[0])
             first += weight.shape[0]
             self._store(name, rows, scheme.bits)
-            solved[name] = dequantize(rows)
-            findings.append(_finding(name, rows, moments.tokens, factor))
+            solved[name] = values = dequantize(rows)
+            findings.append(_finding(name, rows, moments.tokens, factor, _checksum(values)))
         return Solution(solved, tuple(findings))
 
     def _store(self, name: str, quantized: Quantized, bits: int) -> None:
@@ -76,7 +78,12 @@ def _factor(moments: Moments, scheme: Scheme) -> Factor:
     return factorize(moments.matrix(), scheme.group_size, ordering, scheme.damp)
 
 
-def _finding(name: str, quantized: Quantized, tokens: int, factor: Factor | None) -> Finding:
+def _checksum(values: torch.Tensor) -> str:
+    """Of a matrix as it is computed with: what its codes, scales, zeros and groups stand for before they are packed."""
+    return as_text(joined(row_checksums(values.cpu().numpy().view(np.uint8))))
+
+
+def _finding(name: str, quantized: Quantized, tokens: int, factor: Factor | None, checksum: str) -> Finding:
     return Finding(
         name=name,
         tokens=tokens,
@@ -85,6 +92,7 @@ def _finding(name: str, quantized: Quantized, tokens: int, factor: Factor | None
         attempts=factor.attempts if factor else 0,
         dead=quantized.dead,
         rounded=factor is None,
+        checksum=checksum,
     )
 
 
