@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from exporter.arguments import (
+    arguments_of,
+    check_files_only,
+    check_plot_file,
+    check_verify_options,
+    evaluation_from,
+    execution_from,
+    recipe_from,
+    reference_recipe_from,
+)
+from exporter.command_options import (
     Adapters,
     AsJson,
     Base,
@@ -50,16 +59,9 @@ from exporter.arguments import (
     Text,
     Threads,
     Window,
-    arguments_of,
-    check_files_only,
-    check_plot_file,
-    check_verify_options,
-    evaluation_from,
-    execution_from,
-    recipe_from,
-    reference_recipe_from,
 )
-from exporter.errors import ArtifactError, ExporterError
+from exporter.errors import ArtifactError
+from exporter.guarded import guarded
 from exporter.version import __version__
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ def export_command(
         return 0 if result.passed else 3
 
     arguments = arguments_of(locals())
-    _guarded(console, run, screen.stop)
+    guarded(console, run, screen.stop)
 
 
 @app.command("plan")
@@ -197,7 +199,7 @@ def plan_command(
             show_plan(stdout_console(), plan)
         return 0
 
-    _guarded(console, run)
+    guarded(console, run)
 
 
 @app.command("verify")
@@ -277,7 +279,7 @@ def verify_command(
         result.show(console)
         return 0 if result.passed else 3
 
-    _guarded(console, run, screen.stop)
+    guarded(console, run, screen.stop)
 
 
 @app.command("reference")
@@ -326,7 +328,7 @@ def reference_command(
         print(json.dumps(description, indent=2, ensure_ascii=False) if as_json else recipe.out)
         return 0
 
-    _guarded(console, run, screen.stop)
+    guarded(console, run, screen.stop)
 
 
 @app.command("compare")
@@ -366,7 +368,7 @@ def compare_command(
             out.write_text(draw(comparison), encoding="utf-8")
         return 0
 
-    _guarded(console, run, screen.stop)
+    guarded(console, run, screen.stop)
 
 
 @app.command("formats")
@@ -398,32 +400,7 @@ def formats_command(as_json: AsJson = False) -> None:
             console.print(f"  needs     {backend.needs}; installed: {', '.join(backend.packages)}", highlight=False)
         return 0
 
-    _guarded(Console(stderr=True), run)
-
-
-def _guarded(console: Console, run: Callable[[], int], stop: Callable[[], None] = lambda: None) -> None:
-    """Run a command; turn what a user can cause into a message and an exit status, never a traceback."""
-    try:
-        status = run()
-    except KeyboardInterrupt:
-        stop()
-        console.print("interrupted; the same command goes on from what is staged", highlight=False)
-        status = 130
-    except (ExporterError, OSError, MemoryError, RuntimeError) as raised:
-        from exporter.room import out_of_memory
-        from exporter.screen import show_error
-
-        stop()
-        error = out_of_memory(raised) or raised
-        if isinstance(error, ExporterError):
-            show_error(console, error)
-            status = error.exit_status
-        elif isinstance(error, OSError):
-            console.print(f"[bold red]failed[/]  {escape(str(error) or type(error).__name__)}", highlight=False)
-            status = 1
-        else:
-            raise
-    raise typer.Exit(status)
+    guarded(Console(stderr=True), run)
 
 
 def main() -> None:
