@@ -2,6 +2,8 @@
 
 Files are links to the sound artifact's until something in them is changed, so that a large model does not fill the
 disk. Hashes and sizes of what was changed go into `export.json` again: a faulty exporter is simulated, not a disk.
+Checksums that weights had as they were encoded are left out of it, as a fault of the encoder would be in them too; they
+stay if the fault is one that comes after it.
 """
 
 from __future__ import annotations
@@ -79,13 +81,19 @@ class Damaged:
             os.link(files / name, folder / renamed.get(name, name))
         self._known = {os.stat(files / name).st_ino: record for name, record in made["files"].items()}
 
-    def publish(self) -> None:
-        """Write a manifest that fits the files."""
+    def publish(self, *, checksums: bool) -> None:
+        """Write a manifest that fits the files.
+
+        Args:
+            checksums: whether it keeps those of the weights as they were encoded.
+        """
         files = {}
         for path in sorted(self.folder.iterdir()):
             record = self._known.get(path.stat().st_ino)
             files[path.name] = record or {"bytes": path.stat().st_size, "sha256": sha256(path)}
         manifest = {**self._manifest, "files": files}
+        if not checksums:
+            manifest["artifacts"] = [{**one, "checksums": {}} for one in manifest["artifacts"]]
         (self.folder / MANIFEST_NAME).write_text(json.dumps(manifest), encoding="utf-8")
 
     # --- files -------------------------------------------------------------------------------------------------------
