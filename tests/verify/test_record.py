@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
 
 
-def missing_kernel(bits: int, *, experts: bool) -> str | None:
+def missing_kernel(bits: Collection[int], *, experts: Collection[int]) -> str | None:
     """In place of vLLM's own."""
     if experts:
-        return "no kernel for experts"
-    return None if bits == 4 else f"no kernel for {bits} bits"
+        return f"no kernel for experts of {' and '.join(map(str, sorted(experts)))} bits"
+    return "no kernel for 8 bits" if 8 in bits else None
 
 
 def folder_of(folder: Path, quantization: Any) -> Path:
@@ -88,6 +88,27 @@ def test_packed_experts_are_seen_in_the_folder(tmp_path: Path) -> None:
     assert ARTIFACT.runtime(folder) == "vllm"
     save_file({"model.layers.0.mlp.experts.3.up_proj.qweight": torch.zeros(1)}, folder / "model-2.safetensors")
     assert ARTIFACT.runtime(folder) == "transformers"
+
+
+def test_bits_of_experts_are_read_from_the_shapes(tmp_path: Path) -> None:
+    """Rules may give them others than the model's, and others than those of the layers beside them."""
+    folder = folder_of(tmp_path / "out", {"bits": 8, "dynamic": {"+:^.*experts.*$": {"bits": 4}}})
+    experts, other = "model.layers.0.mlp.experts.3.up_proj", "model.layers.0.self_attn.q_proj"
+    shapes = {experts: (4, 8), other: (8, 8)}
+    tensors = {f"{name}.qweight": torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model-1.safetensors")
+    with pytest.raises(RecipeError, match="experts of 8 bits"):
+        ARTIFACT.runtime(folder, wanted="vllm")
+    # Codes and indices of a layer may be in different files.
+    indices = {f"{name}.g_idx": torch.zeros(32, dtype=torch.int32) for name in shapes}
+    save_file(indices, folder / "model-2.safetensors")
+    with pytest.raises(RecipeError, match="experts of 4 bits"):
+        ARTIFACT.runtime(folder, wanted="vllm")
+    # What contradicts itself is told by whoever loads it.
+    save_file({name: torch.zeros(0, dtype=torch.int32) for name in indices}, folder / "model-2.safetensors")
+    assert ARTIFACT.runtime(folder, wanted="transformers") == "transformers"
+    with pytest.raises(RecipeError, match="for 8 bits"):
+        ARTIFACT.runtime(folder, wanted="vllm")
 
 
 @pytest.mark.parametrize("options", [{}, {"overrides": {".*down_proj": {"bits": 8}}}])

@@ -16,10 +16,11 @@ from exporter.backends.gptq.serving import (
     MARLIN_IN,
     MARLIN_OUT,
     check_servable,
+    experts_bits,
     experts_of,
     module_patterns,
     notes_of,
-    packs_experts,
+    on_cpu,
     runtimes_of,
     served_together,
     vllm_refusals,
@@ -98,8 +99,8 @@ class GptqBackend:
             documents=documents,
             copies=copies_of(model),
             runtimes=runtimes_of(refusals, schemes, mixed="dynamic" in quantization),
-            packed_bits=max(scheme.bits for scheme in schemes.values()),
-            packed_experts=packs_experts(schemes),
+            packed_bits=frozenset(scheme.bits for scheme in schemes.values()),
+            packed_experts=experts_bits(schemes),
             notes=_notes(model, schemes, refusals, mixed="dynamic" in quantization),
             needs="hessians",
             calibrated=frozenset(schemes),
@@ -254,12 +255,10 @@ def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str
     tensors = [tensor for tensor in model.tensors if tensor.name in schemes]
     if not refusals:
         unfit = [tensor for tensor in tensors if tensor.shape[0] % MARLIN_OUT or tensor.shape[1] % MARLIN_IN]
-        bits = sorted({scheme.bits for scheme in schemes.values()})
         notes.append(
             "vLLM serves it: on a GPU with its Marlin kernel"
             + (f" ({len(unfit)} matrices are padded or slower: not multiples of 128 by 64)" if unfit else "")
-            + (", on the CPU too" if bits == [4] else "; vLLM on the CPU takes 4 bits only")
-            + (", and experts on processors with AMX" if packs_experts(schemes) else "")
+            + on_cpu({scheme.bits for scheme in schemes.values()}, experts_bits(schemes))
         )
     notes += notes_of(refusals, schemes, mixed=mixed)
     kept = sum(1 for tensor in model.tensors if len(tensor.shape) == 2 and tensor.name not in schemes)

@@ -105,6 +105,26 @@ def packs_experts(packed: Iterable[str]) -> bool:
     return any(experts_of(name) for name in packed)
 
 
+def experts_bits(schemes: Mapping[str, Scheme]) -> frozenset[int]:
+    """Every number of bits that packed experts have; empty if none are packed."""
+    return frozenset(scheme.bits for name, scheme in schemes.items() if experts_of(name))
+
+
+def on_cpu(bits: Collection[int], experts: Collection[int]) -> str:
+    """How a note that vLLM serves a folder goes on about its build for processors, which has a kernel for 4 bits only.
+
+    Args:
+        bits: every number of bits that packed weights have.
+        experts: likewise of the experts among them.
+    """
+    if 8 in experts:
+        return "; not on the CPU, where it has no kernel for experts of 8 bits"
+    amx = ", and experts on processors with AMX" if experts else ""
+    if 8 not in bits:
+        return f", on the CPU too{amx}"
+    return f", on the CPU with our plugin exporter-vllm-cpu-gptq8 alone, which unpacks 8 bits to 16 when loading{amx}"
+
+
 def check_servable(label: str, refusals: Sequence[str], *, force: bool) -> None:
     """Refuse what no server takes, unless it was asked for.
 

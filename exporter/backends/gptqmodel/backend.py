@@ -17,7 +17,7 @@ from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.gptq.backend import GptqBackend, is_quantized
 from exporter.backends.gptq.names import QUANTS, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
-from exporter.backends.gptq.serving import check_servable, notes_of, packs_experts, runtimes_of, vllm_refusals
+from exporter.backends.gptq.serving import check_servable, experts_bits, notes_of, runtimes_of, vllm_refusals
 from exporter.backends.reading import WeightReader
 from exporter.backends.safetensors import SafetensorsBackend
 from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
@@ -103,8 +103,8 @@ class GptqModelBackend:
             documents={name: text for name, text in merged.documents.items() if name == GENERATION_CONFIG},
             copies=merged.copies,
             runtimes=runtimes_of(refusals, packed),
-            packed_bits=bits,
-            packed_experts=packs_experts(packed),
+            packed_bits=frozenset({bits}),
+            packed_experts=experts_bits(packed),
             notes=(*_notes(merged), *notes_of(refusals, packed)),
             needs=self.needs,
             made={
