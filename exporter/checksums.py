@@ -3,8 +3,8 @@
 A hash of a file is taken of what lies on the disk, right or wrong. These are taken before anything is packed or
 written, and go with a journal's or a layer's entry over a kill, so whatever comes between is seen: a packer, an offset,
 a lost write, a flipped bit. The checksum of a tensor is the CRC-32 of those of its rows, each four bytes,
-little-endian, in order: rows may come and be read in any pieces. A change within 32 neighbouring bits is seen for
-certain, any other but for a chance of about 2^-32.
+little-endian, in order: rows may come and be read in any pieces. A change within 32 neighbouring bits of a row is seen
+for certain, any other but for a chance of about 2^-32.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class TensorChecksums:
 
     def __init__(self) -> None:
         self._rows: dict[str, npt.NDArray[np.uint32]] = {}
+        self._left: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def add(self, tensor: str, rows: int, first: int, data: npt.NDArray[np.uint8]) -> None:
@@ -62,13 +63,11 @@ class TensorChecksums:
         found = row_checksums(data)
         with self._lock:
             known = self._rows.setdefault(tensor, np.zeros(rows, dtype="<u4"))
-        known[first : first + len(found)] = found
+            known[first : first + len(found)] = found
+            self._left[tensor] = self._left.get(tensor, rows) - len(found)
 
-    def take(self, tensor: str) -> str:
-        """The checksum of a tensor of which all rows were taken, which is forgotten with it.
-
-        Raises:
-            KeyError: none was taken.
-        """
+    def take(self, tensor: str) -> str | None:
+        """The checksum of a tensor, which is forgotten with it; None if not all of its rows were taken."""
         with self._lock:
-            return as_text(joined(self._rows.pop(tensor)))
+            left, rows = self._left.pop(tensor, None), self._rows.pop(tensor, None)
+        return as_text(joined(rows)) if rows is not None and left == 0 else None

@@ -43,8 +43,8 @@ FORMATS = ("gguf", "safetensors", "gptq")
 FOLDERS = ("safetensors", "gptq")
 SCALED = ("gguf", "gptq")
 # Bits of a scale that are seen by limits on errors: of a float16 the sign, the exponent and the upper bit of the
-# mantissa. The others move a group by less than rounding it did, and are seen by the encoder's checksums for certain;
-# they are flipped in several matrices at once.
+# mantissa. The others move a group by less than rounding it did, and are what the encoder's checksums are for; they are
+# flipped in several matrices at once.
 SEEN_BITS = range(15, 8, -1)
 
 
@@ -60,9 +60,9 @@ class Fault:
         made: the inputs that the files come from.
         judged: the inputs that verification is given, and whose manifest the folder gets.
         quant: the type that the files are of, if not the one that they are passed off as.
-        parts: weights that are damaged, each of which is to be named.
-        encoded: whether it comes after the encoder, whose checksums are not of it then.
-        shards: a file of the folder, by its place, that alone comes from `made`; None for all.
+        parts: of several weights that are damaged, what their names end in: each is to be named in a reason.
+        after_encoding: whether it comes after the encoder, whose checksums are not of it then.
+        shard: a file of the folder, by its place, that alone comes from `made`; None for all.
     """
 
     name: str
@@ -72,8 +72,8 @@ class Fault:
     made: str = "sound"
     judged: str = "sound"
     quant: str | None = None
-    parts: int = 1
-    encoded: bool = False
+    parts: tuple[str, ...] = ()
+    after_encoding: bool = False
     shard: int | None = None
 
     def fits(self, format_: str, quant: str) -> bool:
@@ -276,9 +276,10 @@ def _bits() -> Iterator[Fault]:
         what = "sign" if bit == 15 else f"exponent, 2^{bit - 10}" if bit > 9 else "upper bit of the mantissa"
         yield Fault(f"bit {bit} of a scale flipped ({what})", partial(flip_bit, bit=bit), SCALED)
     for bits in ((8, 7, 6, 5, 4), (3, 2, 1, 0)):
-        each = ", ".join(f"{bit} ({part.split('.')[1]})" for bit, part in zip(bits, MATRICES, strict=False))
+        parts = MATRICES[: len(bits)]
+        each = ", ".join(f"{bit} ({part.split('.')[1]})" for bit, part in zip(bits, parts, strict=True))
         name = f"bits of scales flipped after encoding: {each}"
-        yield Fault(name, partial(flip_bits, bits=bits), SCALED, parts=len(bits), encoded=True)
+        yield Fault(name, partial(flip_bits, bits=bits), SCALED, parts=parts, after_encoding=True)
     for bit in (15, 14, 7, 6, 0):
         yield Fault(f"bit {bit} of an element flipped", partial(flip_bit, bit=bit), ("safetensors",))
 

@@ -71,8 +71,15 @@ class Verdict:
     @property
     def caught(self) -> bool:
         """Whether it was failed or refused, with a reason for each of its parts."""
-        parts = self.fault.parts if self.fault else 1
-        return self.status in (2, 3) and len(self.reasons) >= parts
+        return (
+            self.status in (2, 3) and bool(self.reasons) and self.named == (len(self.fault.parts) if self.fault else 0)
+        )
+
+    @property
+    def named(self) -> int:
+        """How many of the fault's parts a reason names."""
+        parts = self.fault.parts if self.fault else ()
+        return sum(any(f".{part}.weight" in reason for reason in self.reasons) for part in parts)
 
     @property
     def right(self) -> bool:
@@ -156,7 +163,7 @@ def pack_of(inputs: Inputs, packs: Path) -> Path:
 
 def verify(damaged: Damaged, inputs: Inputs, fault: Fault | None, type_: str, how: How) -> Verdict:
     """Hold an artifact against what it should be."""
-    damaged.publish(checksums=fault is None or fault.encoded)
+    damaged.publish(checksums=fault is None or fault.after_encoding)
     source = ["--reference", pack_of(inputs, how.packs)] if how.packs else source_of(inputs)
     command: tuple[str | Path, ...] = ("verify", damaged.folder, *source, "--json")
     if how.reports is not None:
@@ -374,9 +381,9 @@ def _word(verdict: Verdict | None) -> str:
     """What became of a fault. Of several bits, each in a matrix of its own, how many were named if not all were."""
     if verdict is None:
         return ""
-    if verdict.caught or not verdict.reasons:
-        return "caught" if verdict.caught else "**missed**"
-    return f"**caught in part ({len(verdict.reasons)})**"
+    if verdict.caught:
+        return "caught"
+    return f"**caught in part ({verdict.named})**" if verdict.named else "**missed**"
 
 
 def _row(*cells: str) -> str:

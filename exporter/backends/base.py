@@ -286,8 +286,8 @@ class ChecksummingWriter(Writer, Protocol):
     """A writer that knows checksums of tensors as they left its encoder (`exporter.checksums`). Its backend's reader
     must give the same bytes: see `StoredRows` in `exporter.backends.reading`."""
 
-    def checksum(self, tensor: str) -> str:
-        """Of a tensor of the plan, by its name; called once, when all of its rows are written."""
+    def checksum(self, tensor: str) -> str | None:
+        """Of a tensor of the plan, by its name; None if it has none. Called once, when all of its rows are written."""
 
 
 class Backend(Protocol):

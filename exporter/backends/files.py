@@ -65,11 +65,11 @@ class OffsetWriter:
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
         rows, data = block.shape[0], self._encode(tensor, block)
+        _check_size(tensor, rows, data)
+        # Of what the encoder returned, whatever becomes of it.
+        encoded = np.frombuffer(data, dtype=np.uint8).reshape(rows, tensor.row_bytes)
+        self._checksums.add(tensor.name, tensor.rows, first_row, encoded)
         self._put(tensor, first_row, rows, data)
-        # Of what the encoder returned, whatever lies in the file by now.
-        self._checksums.add(
-            tensor.name, tensor.rows, first_row, np.frombuffer(data, dtype=np.uint8).reshape(rows, tensor.row_bytes)
-        )
 
     def store(self, tensor: TensorPlan, data: memoryview) -> None:
         """Store all rows of a tensor as they are.
@@ -77,17 +77,10 @@ class OffsetWriter:
         Raises:
             WriteError: the data is not of its size, or the disk is full.
         """
+        _check_size(tensor, tensor.rows, data)
         self._put(tensor, 0, tensor.rows, data)
 
     def _put(self, tensor: TensorPlan, first_row: int, rows: int, data: bytes | bytearray | memoryview) -> None:
-        expected = tensor.row_bytes * rows
-        if len(data) != expected:
-            raise WriteError(
-                tensor.name,
-                found=f"{len(data)} bytes",
-                expected=f"{expected}",
-                remedy="This is a defect of the backend.",
-            )
         try:
             with self._locks[tensor.file]:
                 _write_all(self._descriptors[tensor.file], data, tensor.offset + first_row * tensor.row_bytes)
@@ -108,7 +101,7 @@ class OffsetWriter:
         """SHA-256 of every file, hexadecimal. Every tensor must be written."""
         return {name: following.finish() for name, following in self._hashes.items()}
 
-    def checksum(self, tensor: str) -> str:
+    def checksum(self, tensor: str) -> str | None:
         """See `ChecksummingWriter`: of a tensor whose rows came through `write`."""
         return self._checksums.take(tensor)
 
@@ -117,6 +110,16 @@ class OffsetWriter:
         self._hash_pool.shutdown(cancel_futures=True)
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+def _check_size(tensor: TensorPlan, rows: int, data: bytes | bytearray | memoryview) -> None:
+    if len(data) != tensor.row_bytes * rows:
+        raise WriteError(
+            tensor.name,
+            found=f"{len(data)} bytes",
+            expected=f"{tensor.row_bytes * rows}",
+            remedy="This is a defect of the backend.",
+        )
 
 
 def _write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:

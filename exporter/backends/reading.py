@@ -85,11 +85,12 @@ class StoredRows:
     Attributes:
         values: what a runtime computes with: float32, shape (rows, columns).
         encoded: what checksums of them are taken of (`exporter.checksums`): uint8, shape (rows, bytes of a row),
-            contiguous. The rows as they are stored; where several rows are packed together, their values.
+            contiguous. The rows as they are stored; where several rows are packed together, the bytes of their values.
+            None if the backend takes no checksums.
     """
 
     values: npt.NDArray[np.float32]
-    encoded: npt.NDArray[np.uint8]
+    encoded: npt.NDArray[np.uint8] | None
 
 
 class WeightReader(Protocol):

@@ -85,10 +85,13 @@ class Shards:
 
         Args:
             name: one of `tensors`.
-            rows: of the first dimension.
+            rows: of the first dimension; a scalar has none, and is read whole.
             columns: of the second; None for all.
         """
         with safe_open(self.tensors[name].file, framework="pt") as opened:
+            if not self.tensors[name].shape:
+                scalar: torch.Tensor = opened.get_tensor(name).clone()
+                return scalar
             view = opened.get_slice(name)
             part: torch.Tensor = view[rows] if columns is None else view[rows, columns]
             return part.clone()

@@ -25,16 +25,10 @@ from exporter.sources import resolve_adapter, resolve_base
 from exporter.verify.answers.run import Knowing, Packed, Served, Trained, answers_of, with_answers
 from exporter.verify.bare import NOTE as BARE_NOTE
 from exporter.verify.bare import bare_manifest, is_bare
-from exporter.verify.check import (
-    Candidate,
-    DrawnTokens,
-    PackTokens,
-    judge_candidates,
-    read_all_weights,
-    scratch_folder,
-)
+from exporter.verify.check import Candidate, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification
 from exporter.verify.limits import check_types, gate_for
+from exporter.verify.more_tokens import DrawnTokens, PackTokens, scratch_folder
 from exporter.verify.pack_record import check_belongs, read_description
 from exporter.verify.record import PublishedManifest, read_manifest
 from exporter.verify.standalone import walk_reference

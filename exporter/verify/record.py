@@ -52,8 +52,7 @@ class PublishedArtifact(BaseModel):
         """
         names = (wanted,) if wanted else self.runtimes
         entry = self.path(folder)
-        bits = _packed_bits(entry)
-        experts = _packed_experts(entry, bits) if bits else frozenset()
+        bits, experts = _packed_bits(entry)
         return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed_bits=bits, packed_experts=experts)
 
 
@@ -207,32 +206,32 @@ def read_manifest(folder: Path) -> PublishedManifest:
         ) from None
 
 
-def _packed_bits(entry: Path) -> frozenset[int]:
-    """The bits that GPTQ weights of a model folder have: those of its configuration, and of rules for some modules.
+def _packed_bits(entry: Path) -> tuple[frozenset[int], frozenset[int]]:
+    """Every number of bits that GPTQ weights of a model folder have, and that experts among them have.
 
-    None for what has none, and for a configuration that cannot be read, which whoever loads it will say.
+    By the shapes of its tensors: the configuration may have bits that no layer has, where rules override it for all.
+    Where these cannot be read, and there are none, by the configuration. Empty for what has no such weights, and for
+    what cannot be read, as whoever loads it will say.
     """
     try:
         config = json.loads((entry / "config.json").read_bytes())["quantization_config"]
         rules = (config.get("dynamic") or {}).values()
-        return frozenset(int(one["bits"]) for one in (config, *rules) if "bits" in one)
+        said = frozenset(int(one["bits"]) for one in (config, *rules) if "bits" in one)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return frozenset()
-
-
-def _packed_experts(entry: Path, bits: frozenset[int]) -> frozenset[int]:
-    """The bits that experts among the GPTQ weights of a model folder have, by the shapes of their tensors.
-
-    None where its files cannot be read; the most of all `bits` where the shapes do not tell.
-    """
-    found = set()
+        return frozenset(), frozenset()
+    layers: set[int] = set()
+    experts: set[int] = set()
     try:
         stored = {name: one.shape for file in entry.glob("*.safetensors") for name, one in read_header(file).items()}
         for name in stored:
             module = name.removesuffix(".qweight")
-            if module != name and experts_of(f"{module}.weight"):
+            if module != name:
                 parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-                found.add(bits_of(parts, max(bits)))
+                # Without its indices a layer's shapes do not tell.
+                bits = bits_of(parts, max(said, default=0))
+                layers.add(bits)
+                if experts_of(f"{module}.weight"):
+                    experts.add(bits)
     except (ExporterError, IndexError, ZeroDivisionError):
-        return frozenset()
-    return frozenset(found)
+        return said, frozenset()
+    return frozenset(layers) or said, frozenset(experts)

@@ -37,7 +37,7 @@ class WeightsResult:
         tensors: what is stored of each merged tensor, with its sums; in model order.
         faults: what is wrong with the files themselves.
         misfits: of tensors in which there are any, what no quantizer makes of the merge, by the merged tensor's name.
-        altered: merged tensors that are not stored as they were encoded.
+        altered: merged tensors that are not stored as they were encoded, in order.
         checked: of how many tensors that is known.
         held: what a weight is held to.
     """
@@ -45,7 +45,7 @@ class WeightsResult:
     tensors: tuple[tuple[StoredWeight, Sums], ...]
     faults: tuple[str, ...]
     misfits: Mapping[str, Misfits] = field(default_factory=dict)
-    altered: frozenset[str] = frozenset()
+    altered: tuple[str, ...] = ()
     checked: int = 0
     held: Callable[[StoredWeight, Sums], Iterator[Held]] = held_figures
 
@@ -118,7 +118,8 @@ class Part:
     @classmethod
     def of(cls, stored: StoredRows, sums: Sums, misfits: Misfits, *, checked: bool) -> Part:
         """Of rows that were read; with `checked`, their checksums are taken."""
-        return cls(sums, misfits, row_checksums(stored.encoded) if checked else None)
+        encoded = stored.encoded if checked else None
+        return cls(sums, misfits, None if encoded is None else row_checksums(encoded))
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Gathered:
             expected: checksums by the merged tensor's name.
             held: see `WeightsResult`.
         """
-        altered = frozenset(name for name, found in self.checksums.items() if as_text(found) != expected[name])
+        altered = tuple(name for name, found in self.checksums.items() if as_text(found) != expected[name])
         faults = tuple(dict.fromkeys(self.faults))
         return WeightsResult(tuple(tensors), faults, self.misfits, altered, len(self.checksums), held)
 

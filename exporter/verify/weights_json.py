@@ -25,7 +25,7 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
         "survival_stderr": _number(result.updated.survival_stderr),
         "survival_limit": _number(limit),
         "delta_error": _number(result.updated.delta_error),
-        "checksums": {"compared": result.checked, "different": len(result.altered)},
+        "checksums": {"compared": result.checked, "different": list(result.altered)},
         "judged": sum(is_judged(weight, sums) for weight, sums in result.tensors),
         "worst": [
             {

@@ -55,8 +55,8 @@ def test_what_counts_is_a_reason_in_words(found: CompletedProcess[str], reasons:
         (FAULTS[0], 0, (), False),
         (FAULTS[0], 3, (), False),
         (FAULTS[0], -11, (), False),
-        (Fault("low bits", parts=2), 3, ("a", "b"), True),
-        (Fault("low bits", parts=2), 3, ("a",), False),
+        (Fault("low bits", parts=("a", "b")), 3, ("x.a.weight is off", "x.b.weight is off"), True),
+        (Fault("low bits", parts=("a", "b")), 3, ("x.a.weight is off", "perplexity", "so are 2 more tensors"), False),
         (None, 0, (), True),
         (None, 3, ("a",), False),
     ],
@@ -66,7 +66,8 @@ def test_a_verdict_is_right_or_not(fault: Fault | None, status: int, reasons: tu
 
 
 def test_the_tables_are_markdown() -> None:
-    low = next(fault for fault in FAULTS if fault.parts > 1)
+    low = next(fault for fault in FAULTS if fault.parts)
+    reasons = tuple(f"model.layers.2.{part}.weight: d" for part in low.parts)
     verdicts = [
         Verdict(None, "gguf Q8_0", 0, (), 1.0),
         Verdict(None, "gguf F16", 0, (), 1.0),
@@ -74,8 +75,8 @@ def test_the_tables_are_markdown() -> None:
         Verdict(FAULTS[1], "gguf Q8_0", 3, ("<|a|>", "b"), 1.0),
         Verdict(FAULTS[0], "gguf Q8_0", 0, (), 1.0),
         Verdict(FAULTS[0], "gguf F16", 3, ("c is 9% off, column 5 of row 2 the most; F16 leaves 1%",), 1.0),
-        Verdict(low, "gguf Q8_0", 3, ("d", "e"), 1.0),
-        Verdict(low, "gguf F16", 3, ("d",) * low.parts, 1.0),
+        Verdict(low, "gguf Q8_0", 3, (reasons[0], "e"), 1.0),
+        Verdict(low, "gguf F16", 3, reasons, 1.0),
         Verdict(low, "gptq gptq-int4-g128", 0, (), 1.0),
     ]
     assert tables(verdicts).splitlines() == [
@@ -83,7 +84,7 @@ def test_the_tables_are_markdown() -> None:
         "| --- | --- | --- | --- | --- |",
         f"| {FAULTS[0].name} | **missed** | caught |  | c is 9% off, F16 leaves 1% |",
         f"| {FAULTS[1].name} | caught |  |  | \\<\\|a\\|> |",
-        f"| {low.name} | **caught in part (2)** | caught | **missed** | d |",
+        f"| {low.name} | **caught in part (1)** | caught | **missed** | {reasons[0]} |",
         "",
         "| sound artifacts | passed | wrongly failed |",
         "| --- | --- | --- |",

@@ -286,9 +286,9 @@ def test_an_export_draws_windows_that_nothing_was_calibrated_on(
         folders.append(options["scratch"])
         return walk(*arguments, **options)
 
-    monkeypatch.setattr("exporter.verify.check.walk_reference", walked)
+    monkeypatch.setattr("exporter.verify.more_tokens.walk_reference", walked)
     if spills:
-        monkeypatch.setattr("exporter.verify.check.states_budget", lambda: 0)
+        monkeypatch.setattr("exporter.verify.more_tokens.states_budget", lambda: 0)
     result = export_to(
         tmp_path / "out", base, format="gguf", quant=("Q2_K", "F32"), name="model", verify=True, calibration=TEXT,
         # No interval ends at its figure, so this limit stays undecided.

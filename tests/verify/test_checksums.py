@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from exporter.backends import files
 from exporter.backends.gguf.reading import read_header
+from exporter.backends.gptq import writer
+from exporter.backends.gptq.packing import Packed, pack
 from exporter.reporter import Reporter
 from exporter.verify.published import verify_with_pack
 from exporter.verify.stored import FilesResult, verify_files
@@ -97,7 +101,7 @@ def test_every_tensor_has_one_and_is_stored_as_it_was_encoded(published: Publish
     assert artifact["checksums"].keys() == {tensor.name for tensor in model.tensors}
     (found,) = published.found(folder).as_json().values()
     assert found["broken"] == []
-    assert found["weights"]["checksums"] == {"compared": len(model.tensors), "different": 0}
+    assert found["weights"]["checksums"] == {"compared": len(model.tensors), "different": []}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,49 @@ def test_packed_weights_stand_for_what_was_solved_for(
     (found,) = published.found(tmp_path / "out").as_json().values()
     assert found["broken"] == []
     assert found["weights"]["checksums"]["compared"] > 0
+
+
+def test_a_packer_that_spoils_its_codes_is_seen(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, so that whoever looks at them afterwards finds what lies in the file."""
+
+    def spoil(codes: torch.Tensor, *others: Any) -> Packed:
+        codes[0, 0] ^= 1
+        return pack(codes, *others)
+
+    monkeypatch.setattr(writer, "pack", spoil)
+    export_to(
+        tmp_path / "out", published.base, published.adapter, format="gptq", quant=(TYPES["gptq"],),
+        calibration={"tokens": 512, "window": 64},
+    )  # fmt: skip
+    (found,) = published.found(tmp_path / "out").as_json().values()
+    tensors = merged_model(published.base, published.adapter).tensors
+    packed = {tensor.name for tensor in tensors if tensor.name.endswith("_proj.weight")}
+    assert set(found["weights"]["checksums"]["different"]) == packed
+
+
+@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
+def test_a_write_that_goes_wrong_is_seen(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    """The hashes are of what lies in the file, and fit."""
+    written = files._write_all
+
+    def spoil(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+        spoiled = bytearray(data)
+        spoiled[-1] ^= 1
+        # Headers are written first, at the start.
+        written(descriptor, spoiled if offset else data, offset)
+
+    monkeypatch.setattr(files, "_write_all", spoil)
+    options = {"imatrix": "none"} if format_ == "gguf" else {}
+    export_to(
+        tmp_path / "out", published.base, published.adapter, format=format_, quant=(TYPES[format_],), options=options
+    )
+    (found,) = published.found(tmp_path / "out").as_json().values()
+    checksums = found["weights"]["checksums"]
+    assert len(checksums["different"]) == checksums["compared"] > 0
 
 
 @pytest.mark.parametrize("format_", FLIPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,31 @@ def test_bits_of_experts_are_read_from_the_shapes(tmp_path: Path) -> None:
         ARTIFACT.runtime(folder, wanted="vllm")
 
 
-@pytest.mark.parametrize("options", [{}, {"overrides": {".*down_proj": {"bits": 8}}}])
+@pytest.mark.parametrize(
+    ("bits", "overrides", "chosen"),
+    [
+        (4, {}, "vllm"),
+        (4, {".*down_proj": {"bits": 8}}, "transformers"),
+        # Bits that no layer has do not count.
+        (8, {".*": {"bits": 4}}, "vllm"),
+        (4, {".*": {"bits": 8}}, "transformers"),
+    ],
+)
 def test_what_an_export_writes_is_scored_by_what_it_planned(
-    make_base: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+    make_base: Callable[..., Path], tmp_path: Path, bits: int, overrides: dict[str, Any], chosen: str
 ) -> None:
-    base = make_base("qwen2")
-    wanted = {"format": "gptq", "quant": "gptq-int4-g32", "options": options, "calibration": {"window": 64}}
+    base, options = make_base("qwen2"), {"overrides": overrides}
+    wanted = {"format": "gptq", "quant": f"gptq-int{bits}-g32", "options": options, "calibration": {"window": 64}}
     plan = make_plan(recipe(base, (), tmp_path / "out", **wanted), Execution())
     (artifact,) = plan.artifacts
     folder = tmp_path / "written"
     folder.mkdir()
     (folder / "config.json").write_bytes(artifact.documents["config.json"])
+    for file in artifact.files:
+        (folder / file.name).write_bytes(file.header)
+        os.truncate(folder / file.name, file.nbytes)
     planned = choose_runtime(["vllm", "transformers"], endpoint=None, packed_bits=artifact.packed_bits)
-    assert planned == ("transformers" if options else "vllm")
+    assert planned == chosen
     assert ARTIFACT.runtime(folder) == planned
 
 

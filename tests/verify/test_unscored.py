@@ -18,8 +18,9 @@ from exporter.reporter import Reporter
 from exporter.runtimes import transformers_session
 from exporter.runtimes.base import TokenScores
 from exporter.runtimes.transformers import Transformers
-from exporter.verify.check import Candidate, PackTokens, judge_candidates
+from exporter.verify.check import Candidate, judge_candidates
 from exporter.verify.limits import Gate
+from exporter.verify.more_tokens import PackTokens
 from exporter.verify.unscored import unscored_reason
 from tests.commands import invoke
 from tests.exports import export_to

@@ -253,6 +253,16 @@ def test_a_sound_folder_is_not_flagged(
     assert (result.total.relative_error == 0) == (quant == "fp32")
 
 
+def test_a_scalar_is_read_back(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = copy(make_base("qwen2"), tmp_path / "base")
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update({"model.scale": torch.tensor(0.1)}))
+    export_to(tmp_path / "out", base, quant=("fp16",))
+    result = check(merged_model(base), tmp_path / "out", "safetensors", "fp16")
+    assert result.broken == ()
+    ((_, sums),) = [pair for pair in result.tensors if pair[0].source == "model.scale"]
+    assert 0 < sums.relative_error < 0.0005
+
+
 def test_figures_do_not_depend_on_threads(model: MergedModel, files: Callable[[str], Path]) -> None:
     reader = load_backend("gguf").read(model, "Q4_K_M", files("Q4_K_M"))  # type: ignore[attr-defined]
     found = [json.dumps(weights_json(check_weights(model, reader, threads))) for threads in (1, 3)]

@@ -244,6 +244,7 @@ class GgufReader:
         # Only these are computed with it; of many experts, importances for each row take room.
         if weight.type in WEIGHED_TYPES and found is not None:
             importance = row_importances(found, weight, first, len(merged))
+        assert stored.encoded is not None
         return misfits(
             weight.type, stored.encoded, stored.values, merged, noise=noise, first=first,
             weighed=weighed, importance=importance, workspace=self._workspace,

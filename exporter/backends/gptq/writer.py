@@ -61,9 +61,10 @@ class GptqWriter(OffsetWriter):
         for name, weight in weights.items():
             rows = quantized.rows(first, weight.shape[0])
             first += weight.shape[0]
-            self._store(name, rows, scheme.bits)
             solved[name] = values = dequantize(rows)
+            # Before they are packed: what the packer does to them shows.
             findings.append(_finding(name, rows, moments.tokens, factor, _checksum(values)))
+            self._store(name, rows, scheme.bits)
         return Solution(solved, tuple(findings))
 
     def _store(self, name: str, quantized: Quantized, bits: int) -> None:
