@@ -78,7 +78,7 @@ def test_answers_without_heavy_imports(arguments: list[str]) -> None:
 
 def test_plan_does_not_import_torch(inputs: Arguments, tmp_path: Path) -> None:
     arguments = [*inputs, "--format", "gguf", "--quant", "Q4_K_M", "--out", tmp_path / "out", "--json"]
-    arguments += ["--eval-window", "256", "--window", "256"]
+    arguments += ["--eval-tokens", "512", "--eval-window", "256", "--calibration-tokens", "512", "--window", "256"]
     result = run("plan", *arguments, program=IMPORTS.format(names=HEAVY))
     assert result.returncode == 0, result.stderr
     assert not {"torch", "transformers", "peft"} & set(result.stderr.splitlines()[-1].split())
@@ -263,7 +263,7 @@ def test_verify_with_what_is_not_there(workplace: Path, inputs: Arguments, optio
 
 def test_verify_notices_a_changed_file(workplace: Path, inputs: Arguments) -> None:
     assert invoke("export", *inputs, "--format", "safetensors", "--out", "out", "--no-verify").exit_code == 0
-    scored = ("--eval-tokens", "64", "--eval-window", "64", "--gate", "1")
+    scored = ("--eval-tokens", "128", "--eval-window", "64", "--max-eval-tokens", "128", "--gate", "1")
     assert invoke("verify", "out", *inputs, *scored).exit_code == 0
     file = workplace / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -374,7 +374,8 @@ def test_windows_longer_than_the_model_takes_are_refused(workplace: Path, inputs
 def test_plan_writes_nothing(workplace: Path, inputs: Arguments) -> None:
     before = listing(workplace.parent)
     arguments: Arguments = [*inputs, "--format", "gguf", "--quant", "Q4_K_M", "--quant", "Q8_0", "--out", "deep/out"]
-    arguments += ["--name", "merged", "--eval-window", "256", "--window", "256"]
+    arguments += ["--name", "merged", "--eval-tokens", "512", "--eval-window", "256"]
+    arguments += ["--calibration-tokens", "512", "--window", "256"]
     planned = json.loads(invoke("plan", *arguments, "--json").stdout)
     shown = invoke("plan", *arguments).stdout
     assert listing(workplace.parent) == before
@@ -502,7 +503,8 @@ def test_recipe_file_and_a_kept_reference(workplace: Path, inputs: Arguments) ->
     assert "bf16.reference" in invoke("plan", "recipe.yaml", "--keep-reference").stdout
     assert planned["windows"] == {"first": 2, "most": 2}
     drawn = ("--keep-reference", "--eval-tokens", "128", "--eval-window", "64", "--max-eval-tokens", "512")
-    shown = invoke("plan", *inputs, "--format", "gguf", "--out", "other", "--window", "64", *drawn).stdout
+    few = ("--calibration-tokens", "512", "--window", "64")
+    shown = invoke("plan", *inputs, "--format", "gguf", "--out", "other", *few, *drawn).stdout
     assert "with 6 windows that may be drawn" in shown
     result = invoke("export", "recipe.yaml", "--keep-reference")
     assert result.exit_code == 0, result.stderr

@@ -64,7 +64,8 @@ def test_an_importance_matrix_from_a_file(base: Path, tmp_path: Path) -> None:
 
 
 def test_what_no_server_takes_is_written_on_request_alone(base: Path, tmp_path: Path) -> None:
-    wanted = ("plan", "--base", base, "--out", tmp_path / "out", "--no-verify", "--format", "gptq", "--window", "64")
+    few = ("--calibration-tokens", "512", "--window", "64")
+    wanted = ("plan", "--base", base, "--out", tmp_path / "out", "--no-verify", "--format", "gptq", *few)
     refused = invoke(*wanted, "--quant", "gptq-int3-g128")
     assert refused.exit_code == 2
     assert "--force-unservable" in refused.stderr
@@ -86,6 +87,7 @@ app(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_within_a_layer_goes_on_with_the_same_bytes(base: Path, tmp_path: Path) -> None:
     few = ("--format", "gptq", "--calibration-tokens", "512", "--window", "64", "--name", "model", "--no-verify")
     arguments = ("export", "--base", base, "--device", "cpu", *few, "--out")

@@ -25,6 +25,7 @@ print(*(name for name in {modules} if name in sys.modules))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_all_is_imported_by_the_end(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], adapted: bool

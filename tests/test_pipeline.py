@@ -31,7 +31,7 @@ from tests.interruption import ROOT, SlowRun, journaled
 
 Make = Callable[..., Path]
 
-SMALL = {"tokens": 128, "n_ctx": 64}
+SMALL = {"tokens": 128, "max_tokens": 128, "n_ctx": 64}
 # The small models are random, and the built-in limits are not made for them.
 LENIENT = SMALL | {"gate": {"*": 1.0}}
 FEW = {"tokens": 128, "window": 64}

@@ -210,7 +210,8 @@ def base(make_base: Callable[..., Path]) -> Path:
 def test_the_plan_says_what_will_score(
     base: Path, tmp_path: Path, execution: Execution, format_: str, runtime: str
 ) -> None:
-    windows: dict[str, Any] = {"evaluation": {"n_ctx": 256}, "calibration": {"window": 256}}
+    windows: dict[str, Any] = {"evaluation": {"tokens": 512, "max_tokens": 512, "n_ctx": 256}}
+    windows["calibration"] = {"tokens": 512, "window": 256}
     plan = make_plan(recipe(base, [], tmp_path / "out", format=format_, verify=True, **windows), execution)
     (artifact,) = describe(plan)["outputs"][0]["artifacts"]
     assert artifact["verified_by"] == plan.folders[0].runtimes[plan.artifacts[0].label] == runtime
@@ -271,7 +272,7 @@ def test_a_folder_may_be_older_than_a_runtime_that_serves_it(base: Path, tmp_pat
     assert manifest["artifacts"][0]["runtimes"] == ["vllm", "transformers"]
     manifest["artifacts"][0]["runtimes"] = ["transformers"]
     (tmp_path / "out" / "export.json").write_text(json.dumps(manifest))
-    settings: list[str | Path] = ["--base", base, "--eval-tokens", "64", "--eval-window", "64"]
-    settings += ["--endpoint", f"http://127.0.0.1:{server.server_port}"]
+    settings: list[str | Path] = ["--base", base, "--eval-tokens", "128", "--eval-window", "64"]
+    settings += ["--max-eval-tokens", "128", "--endpoint", f"http://127.0.0.1:{server.server_port}"]
     assert invoke("verify", tmp_path / "out", *settings).exit_code == 2
     assert invoke("verify", tmp_path / "out", *settings, "--runtime", "vllm").exit_code == 1

@@ -126,7 +126,12 @@ def test_what_an_export_writes_is_scored_by_what_it_planned(
     make_base: Callable[..., Path], tmp_path: Path, bits: int, overrides: dict[str, Any], chosen: str
 ) -> None:
     base, options = make_base("qwen2"), {"overrides": overrides}
-    wanted = {"format": "gptq", "quant": f"gptq-int{bits}-g32", "options": options, "calibration": {"window": 64}}
+    wanted = {
+        "format": "gptq",
+        "quant": f"gptq-int{bits}-g32",
+        "options": options,
+        "calibration": {"tokens": 512, "window": 64},
+    }
     plan = make_plan(recipe(base, (), tmp_path / "out", **wanted), Execution())
     (artifact,) = plan.artifacts
     folder = tmp_path / "written"
