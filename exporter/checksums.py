@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -43,12 +44,19 @@ def as_text(checksum: int) -> str:
     return f"{checksum:08x}"
 
 
+@dataclass
+class _Taken:
+    """Checksums of a tensor's rows, uint32, and how many are still to come."""
+
+    rows: npt.NDArray[np.uint32]
+    left: int
+
+
 class TensorChecksums:
     """Takes the rows of several tensors in any order, from several threads."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, npt.NDArray[np.uint32]] = {}
-        self._left: dict[str, int] = {}
+        self._taken: dict[str, _Taken] = {}
         self._lock = threading.Lock()
 
     def add(self, tensor: str, rows: int, first: int, data: npt.NDArray[np.uint8]) -> None:
@@ -62,12 +70,14 @@ class TensorChecksums:
         """
         found = row_checksums(data)
         with self._lock:
-            known = self._rows.setdefault(tensor, np.zeros(rows, dtype="<u4"))
-            known[first : first + len(found)] = found
-            self._left[tensor] = self._left.get(tensor, rows) - len(found)
+            if tensor not in self._taken:
+                self._taken[tensor] = _Taken(np.zeros(rows, dtype="<u4"), rows)
+            taken = self._taken[tensor]
+            taken.rows[first : first + len(found)] = found
+            taken.left -= len(found)
 
     def take(self, tensor: str) -> str | None:
         """The checksum of a tensor, which is forgotten with it; None if not all of its rows were taken."""
         with self._lock:
-            left, rows = self._left.pop(tensor, None), self._rows.pop(tensor, None)
-        return as_text(joined(rows)) if rows is not None and left == 0 else None
+            taken = self._taken.pop(tensor, None)
+        return as_text(joined(taken.rows)) if taken is not None and taken.left == 0 else None

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.artifact.staging import sha256
 from exporter.backends.gguf.reading import read_header
+from exporter.backends.gptq.unpacking import parts_of
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, torch.Tensor]
@@ -149,7 +150,7 @@ class Damaged:
             architecture = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[self.config["model_type"]]
             names = gguf.get_tensor_name_map(architecture, int(self.config["num_hidden_layers"]))
             return {"weight": str(names.get_name(weight, try_suffixes=(".weight",)))}
-        packed = [part for part in ("qweight", "qzeros", "scales", "g_idx") if f"{module}.{part}" in self.places]
+        packed = parts_of(self.places, module)
         return {part: f"{module}.{part}" for part in packed or ["weight"]}
 
     def has(self, weight: str) -> bool:

@@ -71,15 +71,16 @@ class Verdict:
     @property
     def caught(self) -> bool:
         """Whether it was failed or refused, with a reason for each of its parts."""
-        return (
-            self.status in (2, 3) and bool(self.reasons) and self.named == (len(self.fault.parts) if self.fault else 0)
-        )
+        return self.status in (2, 3) and bool(self.reasons) and self.named == len(self._parts)
 
     @property
     def named(self) -> int:
         """How many of the fault's parts a reason names."""
-        parts = self.fault.parts if self.fault else ()
-        return sum(any(f".{part}.weight" in reason for reason in self.reasons) for part in parts)
+        return sum(any(f".{part}.weight" in reason for reason in self.reasons) for part in self._parts)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return self.fault.parts if self.fault else ()
 
     @property
     def right(self) -> bool:

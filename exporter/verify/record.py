@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 from exporter.artifact.files import FileRecord, is_inside
 from exporter.artifact.manifest import MANIFEST_NAME
 from exporter.backends.gptq.serving import experts_of
-from exporter.backends.gptq.unpacking import PARTS, bits_of
+from exporter.backends.gptq.unpacking import bits_of, parts_of
 from exporter.calibration import EMBEDDED, TokenSets, make_token_sets
 from exporter.checkpoint import read_header
 from exporter.errors import ArtifactError, ExporterError, RecipeError
@@ -219,19 +219,12 @@ def _packed_bits(entry: Path) -> tuple[frozenset[int], frozenset[int]]:
         said = frozenset(int(one["bits"]) for one in (config, *rules) if "bits" in one)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return frozenset(), frozenset()
-    layers: set[int] = set()
-    experts: set[int] = set()
     try:
         stored = {name: one.shape for file in entry.glob("*.safetensors") for name, one in read_header(file).items()}
-        for name in stored:
-            module = name.removesuffix(".qweight")
-            if module != name:
-                parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-                # Without its indices a layer's shapes do not tell.
-                bits = bits_of(parts, max(said, default=0))
-                layers.add(bits)
-                if experts_of(f"{module}.weight"):
-                    experts.add(bits)
+        modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+        # Without its indices a layer's shapes do not tell.
+        bits = {module: bits_of(parts_of(stored, module), max(said, default=0)) for module in modules}
     except (ExporterError, IndexError, ZeroDivisionError):
         return said, frozenset()
-    return frozenset(layers) or said, frozenset(experts)
+    experts = frozenset(bits[module] for module in modules if experts_of(f"{module}.weight"))
+    return frozenset(bits.values()) or said, experts

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from exporter.backends.documents import document_faults
 from exporter.backends.gptq.names import WORD_BITS, parse_quant, quant_name
 from exporter.backends.gptq.stated import stated_faults
-from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
+from exporter.backends.gptq.unpacking import PARTS, bits_of, parts_of, unpack_layer
 from exporter.backends.index import stray_faults
 from exporter.backends.reading import NAMED_MISFITS, Misfits, StoredRows, StoredWeight, Tolerance
 from exporter.backends.shards import FLOAT_TOLERANCES, Shards, contradiction, float_rows, float_weight
@@ -112,12 +112,8 @@ class GptqReader:
 
     def _parts(self, weight: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that make up a packed weight."""
-        module = weight.removesuffix(".weight")
-        return {
-            part: self._shards.tensors[f"{module}.{part}"].shape
-            for part in PARTS
-            if f"{module}.{part}" in self._shards.tensors
-        }
+        found = parts_of(self._shards.tensors, weight.removesuffix(".weight"))
+        return {part: tensor.shape for part, tensor in found.items()}
 
     def _names(self, weight: str) -> list[str]:
         """What a weight may be stored as."""

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import gcd
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import ArtifactError
+
+Stored = TypeVar("Stored")
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -97,6 +99,11 @@ def unpack_layer(
     order = np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T)
     weights: npt.NDArray[np.float32] = order[0][:, groups] * (codes - order[1][:, groups]).astype(np.float32)
     return weights
+
+
+def parts_of(tensors: Mapping[str, Stored], module: str) -> dict[str, Stored]:
+    """What there is of a packed layer among stored tensors, by the names of `PARTS`; nothing if it is not packed."""
+    return {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
 
 
 def bits_of(parts: Mapping[str, tuple[int, ...]], default: int) -> int:
