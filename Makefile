@@ -3,7 +3,7 @@
 #   make export FORMAT=gguf
 #   make export FORMAT=gguf QUANT="Q4_K_M Q8_0" BASE=Qwen/Qwen3-8B ADAPTER=me/my-lora OUT=served
 
-# Threads that wait for each other spin for a moment, then sleep: see `main` in exporter/cli.py.
+# Threads that wait for each other spin for a moment, then sleep: see `main` in exporter/cli/app.py.
 export GOMP_SPINCOUNT ?= 10000
 
 PYTHON ?= python3

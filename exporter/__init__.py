@@ -14,10 +14,12 @@ from exporter.version import __version__
 
 if TYPE_CHECKING:
     from exporter.errors import ExporterError, RefusalError
-    from exporter.pipeline import ExportResult, export
-    from exporter.plan import ExportPlan, make_plan
+    from exporter.pipeline.export import export
+    from exporter.pipeline.plan import make_plan
+    from exporter.pipeline.result import ExportResult
+    from exporter.plan.export_plan import ExportPlan
     from exporter.recipe import Calibration, Evaluation, Execution, Output, Recipe, ReferenceRecipe
-    from exporter.verify.standalone import make_reference
+    from exporter.reference.pack.make import make_reference
 
 __all__ = [
     "Calibration",
@@ -37,10 +39,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "export": "pipeline", "ExportResult": "pipeline", "make_plan": "plan", "ExportPlan": "plan", "Recipe": "recipe",
-    "Output": "recipe", "Calibration": "recipe", "Evaluation": "recipe", "Execution": "recipe",
-    "ReferenceRecipe": "recipe", "make_reference": "verify.standalone", "ExporterError": "errors",
-    "RefusalError": "errors",
+    "export": "pipeline.export", "ExportResult": "pipeline.result", "make_plan": "pipeline.plan",
+    "ExportPlan": "plan.export_plan", "Recipe": "recipe", "Output": "recipe", "Calibration": "recipe",
+    "Evaluation": "recipe", "Execution": "recipe", "ReferenceRecipe": "recipe",
+    "make_reference": "reference.pack.make", "ExporterError": "errors", "RefusalError": "errors",
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """`python -m exporter`."""
 
-from exporter.cli import main
+from __future__ import annotations
+
+from exporter.cli.app import main
 
 main()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from exporter.calibration import Windows
-    from exporter.pipeline import ExportResult
-    from exporter.plan import ExportPlan
+    from exporter.pipeline.result import ExportResult
+    from exporter.plan.export_plan import ExportPlan
+    from exporter.tokens.windows import Windows
 
 
 class Reporter:

@@ -77,9 +77,9 @@ def calibration_windows(args: argparse.Namespace) -> list[list[int]]:
     code = f"""
 import json
 from pathlib import Path
-from exporter.calibration import make_token_sets
+from exporter.tokens.windows import make_token_sets
 from exporter.recipe import Calibration, Evaluation
-from exporter.tokenizer import TokenizerFiles
+from exporter.inputs.tokenizer import TokenizerFiles
 tokenizer = TokenizerFiles.choose(Path({str(args.base)!r}), ())
 wanted = Calibration(tokens={WINDOW * args.windows}, window={WINDOW})
 sets = make_token_sets(wanted, Evaluation(tokens={args.eval_tokens}), tokenizer, evaluate=False, calibrate=True)

@@ -20,18 +20,19 @@ import measure
 import numpy as np
 from report import table
 
-from exporter.adapter import Adapter
-from exporter.calibration import TokenSets, Windows
-from exporter.checkpoint import Checkpoint
-from exporter.estimate import PlannedWalk
-from exporter.merge import make_merger, resolve_device
-from exporter.model import EMBEDDING, plan_merge
+from exporter.adapters.adapter import Adapter
+from exporter.families.roles import EMBEDDING
+from exporter.inputs.checkpoint import Checkpoint
+from exporter.inputs.tensor_reader import TensorReader
+from exporter.merge.device import make_merger, resolve_device
+from exporter.merge.model import plan_merge
+from exporter.plan.estimate import PlannedWalk
 from exporter.recipe import Execution
-from exporter.tensor_reader import TensorReader
-from exporter.tour.passengers import Passengers, Settings
+from exporter.reference.predictions import evaluation_group, finish_reference
+from exporter.tokens.windows import TokenSets, Windows
+from exporter.tour.riders import Passengers, Settings
 from exporter.tour.stream import Progress, Stream
-from exporter.tour.walk import Walk
-from exporter.verify.reference import evaluation_group, finish_reference
+from exporter.tour.walk.walk import Walk
 
 N_CTX = 512
 

@@ -118,7 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
-    from exporter.backends.gguf.types import FILE_TYPES
+    from exporter.backends.gguf.file_types import FILE_TYPES
 
     args.work.mkdir(parents=True, exist_ok=True)
     oracle = prepare()

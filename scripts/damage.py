@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.artifact.manifest import MANIFEST_NAME
-from exporter.artifact.staging import sha256
-from exporter.backends.gguf.reading import read_header
-from exporter.backends.gptq.unpacking import parts_of
+from exporter.artifact.file_records import MANIFEST_NAME
+from exporter.artifact.hashing import sha256
+from exporter.backends.gguf.header_reader import read_header
+from exporter.backends.gptq.bit_unpacking import parts_of
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, torch.Tensor]

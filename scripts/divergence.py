@@ -31,21 +31,21 @@ import torch
 from report import table, write_json
 from unpack_gptq import unpacked_tensors
 
-from exporter.adapter import Adapter
-from exporter.calibration import make_windows
-from exporter.checkpoint import Checkpoint
-from exporter.merge import resolve_device
-from exporter.model import plan_merge
+from exporter.adapters.adapter import Adapter
+from exporter.inputs.checkpoint import Checkpoint
+from exporter.libraries.gptqmodel import is_gptq
+from exporter.merge.device import resolve_device
+from exporter.merge.model import plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution
+from exporter.reference.predictions import Reference, score_reference
 from exporter.runtimes.base import TokenScores, TopK
-from exporter.runtimes.gptqmodel import is_gptq
-from exporter.runtimes.llamacpp import LlamaCpp
-from exporter.runtimes.transformers import Transformers, score_model
-from exporter.runtimes.vllm import TOP
-from exporter.verify.divergence import Divergence, top_k_divergences
-from exporter.verify.intervals import clustered_stderr, interval
-from exporter.verify.metrics import Comparison, Divergences, Floats, compare
-from exporter.verify.reference import Reference, score_reference
+from exporter.runtimes.llamacpp.runtime import LlamaCpp
+from exporter.runtimes.transformers.runtime import Transformers, score_model
+from exporter.runtimes.vllm.runtime import TOP
+from exporter.tokens.windows import make_windows
+from exporter.verify.scores.divergence import Divergence, top_k_divergences
+from exporter.verify.scores.intervals import clustered_stderr, interval
+from exporter.verify.scores.metrics import Comparison, Divergences, Floats, compare
 
 
 def silent(_: int) -> None:

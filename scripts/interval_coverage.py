@@ -5,7 +5,8 @@
 The windows are those of the embedded text that an export would score, but more of them. Their mean over all is taken
 for the truth. Of 8, 16 and 32 windows, drawn with replacement, so that each is a draw of its own, it is counted how
 often each of three intervals holds it: one that takes every position for an independent draw, one by windows with the
-normal quantile, and the one that `exporter.verify.intervals` gives, with how often it lies wholly below and above.
+normal quantile, and the one that `exporter.verify.scores.intervals` gives, with how often it lies wholly below and
+above.
 
 Runs of windows that follow each other in the text are counted too: they are of like text, and hold the mean of all of
 it less often.
@@ -25,17 +26,17 @@ import torch
 from divergence import silent
 from report import table, write_json
 
-from exporter.adapter import Adapter
-from exporter.calibration import make_windows
-from exporter.checkpoint import Checkpoint
-from exporter.merge import resolve_device
-from exporter.model import plan_merge
+from exporter.adapters.adapter import Adapter
+from exporter.inputs.checkpoint import Checkpoint
+from exporter.merge.device import resolve_device
+from exporter.merge.model import plan_merge
 from exporter.recipe import Calibration, Evaluation, Execution
-from exporter.runtimes.llamacpp import LlamaCpp
-from exporter.verify.divergence import Divergence
-from exporter.verify.intervals import clustered_stderr, interval
-from exporter.verify.metrics import Floats
-from exporter.verify.reference import score_reference
+from exporter.reference.predictions import score_reference
+from exporter.runtimes.llamacpp.runtime import LlamaCpp
+from exporter.tokens.windows import make_windows
+from exporter.verify.scores.divergence import Divergence
+from exporter.verify.scores.intervals import clustered_stderr, interval
+from exporter.verify.scores.metrics import Floats
 
 NORMAL = 1.959964
 RUN = 8

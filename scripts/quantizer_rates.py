@@ -16,8 +16,8 @@ import numpy.typing as npt
 from measure import machine
 from report import table, write_json
 
-from exporter.backends.gguf.ggml import TYPE_NUMBERS, quantize_rows
-from exporter.backends.gguf.types import FLOAT_TYPES, row_bytes
+from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS, quantize_rows
+from exporter.backends.gguf.file_types import FLOAT_TYPES, row_bytes
 
 
 def rate(kind: str, values: npt.NDArray[np.float32], importance: npt.NDArray[np.float32]) -> float:

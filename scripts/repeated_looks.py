@@ -2,12 +2,13 @@
 
     python scripts/repeated_looks.py [--trials 40000] [--spreads 0.21 0.28 0.45] [--most 32] [--means FILE]
 
-Simulates what `exporter.verify.check` does: as many windows again as were scored are drawn while the verdict is
+Simulates what `exporter.verify.candidates` does: as many windows again as were scored are drawn while the verdict is
 undecided, up to the default number of evaluation tokens. The means of windows are drawn here, normal and log-normal
-around the limit; intervals and verdicts are those of `exporter.verify.intervals` and `exporter.verify.gate`. A normal
-figure has the same rates whatever its spread is. The spreads of a log-normal one are those of the means of windows, as
-shares of their mean: scripts/interval_coverage.py prints the demo's, and an error over 8 windows in the tables of
-scripts/quality.py is a spread over the root of 8. With `--means`, a file that scripts/interval_coverage.py wrote with
+around the limit; intervals and verdicts are those of `exporter.verify.scores.intervals` and `exporter.verify.gate`. A
+normal figure has the same rates whatever its spread is. The spreads of a log-normal one are those of the means of
+windows, as shares of their mean: scripts/interval_coverage.py prints the demo's, and an error over 8 windows in the
+tables of scripts/quality.py is a spread over the root of 8. With `--means`, a file that scripts/interval_coverage.py
+wrote with
 `--json`, real means of windows are drawn too, with replacement, moved so that theirs is the limit.
 
 Each row says how often the artifact had passed, and had failed, by each look. A single look is meant to let 2.5 %
@@ -29,8 +30,8 @@ from report import table
 
 from exporter.recipe import Evaluation
 from exporter.verify.gate import Check
-from exporter.verify.intervals import clustered_stderr, interval
-from exporter.verify.metrics import Floats
+from exporter.verify.scores.intervals import clustered_stderr, interval
+from exporter.verify.scores.metrics import Floats
 
 LIMIT = 0.1
 # Of a normal figure: any does.

@@ -40,8 +40,8 @@ from quality import outputs_of
 from report import write_json
 from statements import NotApplicableError
 
-from exporter.artifact.manifest import MANIFEST_NAME
-from exporter.runtimes.vllm import ENVIRONMENT
+from exporter.artifact.file_records import MANIFEST_NAME
+from exporter.runtimes.vllm.runtime import ENVIRONMENT
 
 TYPES = {"gguf": ("Q8_0", "Q4_K_M"), "safetensors": ("bf16",), "gptq": ("gptq-int4-g128",)}
 # What `exporter` prints before the thing that is wrong.

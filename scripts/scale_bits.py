@@ -4,8 +4,9 @@
 
 Gaussian weights of a deviation of 0.02 are quantized by ggml, without importances and with such as are as uneven as
 exp(1.5 · normal). In each block one bit of the float16 scale, or of the minimum, is flipped, and
-`exporter.backends.gguf.encoding` is asked whether the block can be ggml's. Bits are numbered from the lowest of the
-mantissa (0 to 9) over the exponent (10 to 14) to the sign. What lies above 9 is left out: limits on errors see those.
+`exporter.backends.gguf.blocks.misfits` is asked whether the block can be ggml's. Bits are numbered from the lowest of
+the mantissa (0 to 9) over the exponent (10 to 14) to the sign. What lies above 9 is left out: limits on errors see
+those.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from report import table, write_json
 
-from exporter.backends.gguf.blocks import CODINGS
-from exporter.backends.gguf.encoding import misfits
-from exporter.backends.gguf.ggml import quantize_rows
-from exporter.backends.gguf.types import BLOCK_SIZES
-from exporter.merge import Workspace
+from exporter.backends.gguf.blocks.ggml import quantize_rows
+from exporter.backends.gguf.blocks.layouts import CODINGS
+from exporter.backends.gguf.blocks.misfits import misfits
+from exporter.backends.gguf.file_types import BLOCK_SIZES
+from exporter.inputs.row_blocks import Workspace
 
 Floats = npt.NDArray[np.float32]
 # Where a block has its scale and its minimum (ggml/src/ggml-common.h of llama.cpp).

@@ -24,14 +24,14 @@ from report import table, write_json
 from statements import wrong_rope
 
 from exporter import Recipe, export
-from exporter.artifact.manifest import MANIFEST_NAME
-from exporter.model import MergedModel
+from exporter.artifact.file_records import MANIFEST_NAME
+from exporter.merge.model import MergedModel
+from exporter.plan.open_model import open_trained
 from exporter.recipe import Execution
 from exporter.reporter import Reporter
-from exporter.runtimes.base import load_runtime
+from exporter.runtimes.registry import load_runtime
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers
 from exporter.verify.answers.run import Served, Trained, answers_of
-from exporter.verify.published import open_trained
 
 TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "Q3_K_S", "Q2_K", "IQ2_XXS", "IQ1_S")
 PROJECTIONS = (

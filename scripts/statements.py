@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from damage import Array, Damaged, Tensors
 
-from exporter.backends.gptq.unpacking import unpack_layer
+from exporter.backends.gptq.bit_unpacking import unpack_layer
 
 LLAMA_TEMPLATE = (
     "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"

@@ -3,7 +3,7 @@
     python scripts/unpack_gptq.py GPTQ_FOLDER TARGET
 
 TARGET is a model folder that transformers loads, so that perplexities of packed and unpacked weights can be compared.
-What unpacks a layer, and describes the format, is exporter/backends/gptq/unpacking.py.
+What unpacks a layer, and describes the format, is exporter/backends/gptq/bit_unpacking.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer
+from exporter.backends.gptq.bit_unpacking import PARTS, bits_of, unpack_layer
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]

@@ -31,20 +31,21 @@ import numpy as np
 import numpy.typing as npt
 from report import table, write_json
 
-from exporter.backends.reading import ReadingBackend, StoredWeight, WeightReader
 from exporter.backends.registry import load_backend
-from exporter.merge import DEFAULT_BLOCK_BYTES, make_merger, row_blocks
-from exporter.model import MergedModel
+from exporter.backends.weight_reader import ReadingBackend, StoredWeight, WeightReader
+from exporter.inputs.row_blocks import DEFAULT_BLOCK_BYTES, row_blocks
+from exporter.inputs.tensor_reader import TensorReader
+from exporter.merge.device import make_merger
+from exporter.merge.model import MergedModel
+from exporter.plan.open_model import open_trained
 from exporter.recipe import Execution
-from exporter.tensor_reader import TensorReader
-from exporter.verify.pack_opened import StoredSketches, opened_pack
-from exporter.verify.pack_record import read_description
-from exporter.verify.published import open_trained
-from exporter.verify.record import PublishedArtifact, read_manifest
-from exporter.verify.sketching import check_sketches
-from exporter.verify.sums import PARALLEL
-from exporter.verify.weight_limits import Held
-from exporter.verify.weights import WeightsResult, check_weights
+from exporter.reference.pack.description import read_description
+from exporter.reference.pack.reader import StoredSketches, opened_pack
+from exporter.verify.published.manifest_record import PublishedArtifact, read_manifest
+from exporter.verify.weights.check import WeightsResult, check_weights
+from exporter.verify.weights.limits import Held
+from exporter.verify.weights.sketch_check import check_sketches
+from exporter.verify.weights.sums import PARALLEL
 
 ESTIMATES = {"relative_error": "tensor", "group": "run", "survival": "survival"}
 MEASURES = {"relative_error": "tensor", "group": "group", "scale": "scale of a group", "row_mean": "mean of a row"}

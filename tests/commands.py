@@ -10,7 +10,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from exporter.cli import app
+from exporter.cli.app import app
 
 
 def invoke(*arguments: str | Path) -> Result:

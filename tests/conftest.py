@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 
-from exporter.runtimes.vllm import ENVIRONMENT
+from exporter.runtimes.vllm.runtime import ENVIRONMENT
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from exporter import ExportResult, Recipe, RefusalError, export
 from exporter.recipe import Execution, ReferenceRecipe
-from exporter.verify.standalone import make_reference
+from exporter.reference.pack.make import make_reference
 from tests.folders import hashes, listing
 
 Refusal = TypeVar("Refusal", bound=RefusalError)

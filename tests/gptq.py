@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.backends.gptq.grid import Grid
-from exporter.backends.gptq.packing import CheckpointFormat, pack
-from exporter.backends.gptq.solver import dequantize, round_to_nearest
-from exporter.runtimes.gptqmodel import missing_packages
+from exporter.backends.gptq.bit_packing import CheckpointFormat, pack
+from exporter.backends.gptq.solver.grid import Grid
+from exporter.backends.gptq.solver.solver import dequantize, round_to_nearest
+from exporter.libraries.gptqmodel import missing_packages
 from tests.models import make_base
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "unpack_gptq.py"

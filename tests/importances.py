@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from exporter.backends.gguf.imatrix import Importance
+from exporter.backends.gguf.imatrix.file import Importance
 
 # The matrices of a dense layer.
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

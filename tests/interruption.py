@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imported once by the server that the processes are forked from, so that each starts at once.
 PRELOADED = [
     "torch",
-    "exporter.cli",
-    "exporter.pipeline",
-    "exporter.merge",
+    "exporter.cli.app",
+    "exporter.pipeline.export",
+    "exporter.merge.merger",
     "exporter.tour.stream",
     "tests.interruption",
 ]
@@ -67,15 +67,16 @@ def journaled(staging: Path) -> int:
 
 
 def _main(arguments: list[str], log: str, merged: str, pause: float) -> None:
-    from exporter import pipeline
-    from exporter.artifact import staging
-    from exporter.cli import app
+    from exporter.artifact import durable
+    from exporter.cli.app import app
+    from exporter.pipeline import export as pipeline
+    from exporter.pipeline import publish
     from exporter.tour import stream
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    offer, write, copy = stream._merge_block, staging.write_durably, staging.copy_durably
+    offer, write, copy = stream._merge_block, durable.write_durably, durable.copy_durably
 
     def slow_offer(merger: Any, tensor: Any, *rest: Any) -> None:
         with open(merged, "a") as names:
@@ -95,5 +96,6 @@ def _main(arguments: list[str], log: str, merged: str, pause: float) -> None:
 
     # Every tensor is brought to the disk by itself, as the large ones of a real model are.
     patch.multiple(stream, SYNC_BYTES=1, _merge_block=slow_offer).start()
-    patch.multiple(pipeline, write_durably=slow_write, copy_durably=slow_copy).start()
+    patch.multiple(pipeline, write_durably=slow_write).start()
+    patch.multiple(publish, write_durably=slow_write, copy_durably=slow_copy).start()
     app(arguments)

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.adapter import Adapter
-from exporter.backends.base import OutputPlan
+from exporter.adapters.adapter import Adapter
 from exporter.backends.gguf.backend import GgufBackend
-from exporter.calibration import Windows
-from exporter.checkpoint import Checkpoint
-from exporter.model import MergedModel, plan_merge
+from exporter.backends.output_plan import OutputPlan
+from exporter.inputs.checkpoint import Checkpoint
+from exporter.merge.model import MergedModel, plan_merge
+from exporter.tokens.windows import Windows
 from tests.exports import export_to
 from tests.folders import edit_tensors
 

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.calibration import Windows
+from exporter.reference.predictions import HeldHead, Reference
 from exporter.runtimes.base import TopK
-from exporter.verify.reference import HeldHead, Reference
+from exporter.tokens.windows import Windows
 
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from exporter import arguments
+from exporter.cli import arguments
 from exporter.errors import MissingFileError, RecipeError, RefusalError
 from exporter.recipe import Calibration, Evaluation, Execution, Limits, Output, Recipe
 

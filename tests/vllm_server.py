@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 
-from exporter.runtimes.vllm import available
+from exporter.runtimes.vllm.runtime import available
 
 needs_vllm = pytest.mark.skipif(not available(), reason="no environment with vLLM: run `make serve-env`")
 

@@ -6,20 +6,15 @@ journal of the tensors that are on the disk; a later run with the same plan goes
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from exporter.artifact.durable import sync_folder, sync_tree, write_durably
 from exporter.errors import OutputExistsError, StagingInUseError, WriteError
-
-HASH_CHUNK_BYTES = 1 << 22
 
 
 class Staging:
@@ -161,91 +156,3 @@ def _refuse_existing(out: Path, force: bool) -> None:
         raise OutputExistsError(
             str(out), found="a file or folder", expected="nothing there", remedy="Choose another --out, or use --force."
         )
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    """Write a small file and bring it to the disk."""
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file's content (not its times or modes) and bring it to the disk."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, HASH_CHUNK_BYTES)
-        writer.flush()
-        os.fsync(writer.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Bring every file and folder below `folder` to the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            descriptor = os.open(Path(parent) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(parent))
-
-
-def sha256(file: Path, *, direct: bool = False) -> str:
-    """SHA-256 of a file, hexadecimal, read in bounded chunks, the next one while this one is hashed.
-
-    Args:
-        file: the file.
-        direct: read what is on the disk, past the page cache, where the file system can (Linux, O_DIRECT).
-    """
-    try:
-        return _sha256(file, direct)
-    except OSError as error:
-        # Some file systems take the flag and then refuse the reads.
-        if not direct or error.errno != errno.EINVAL:
-            raise
-        return _sha256(file, direct=False)
-
-
-def _sha256(file: Path, direct: bool) -> str:
-    digest = hashlib.sha256()
-    # Pages of their own are aligned as direct reads want them.
-    buffers = [mmap.mmap(-1, HASH_CHUNK_BYTES) for _ in range(2)]
-    descriptor = _open_for_hashing(file, direct)
-    try:
-        with ThreadPoolExecutor(1, thread_name_prefix="hash-read") as pool:
-            size, offset = os.fstat(descriptor).st_size, 0
-            pending = pool.submit(os.preadv, descriptor, [buffers[0]], 0)
-            while offset < size:
-                count = pending.result()
-                if count == 0:
-                    raise OSError(f"{file} was cut while it was read")
-                filled, offset = buffers[0], offset + count
-                buffers.reverse()
-                if offset < size:
-                    pending = pool.submit(os.preadv, descriptor, [buffers[0]], offset)
-                with memoryview(filled) as view:
-                    digest.update(view[:count])
-    finally:
-        os.close(descriptor)
-    return digest.hexdigest()
-
-
-def _open_for_hashing(file: Path, direct: bool) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    if direct and hasattr(os, "O_DIRECT"):
-        try:
-            return os.open(file, flags | os.O_DIRECT)
-        except OSError:
-            # A file system without direct reads, such as tmpfs.
-            pass
-    return os.open(file, flags)

@@ -6,146 +6,21 @@ heavy imports belong inside `open`. Plans are data, so they can be printed, comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
 
-    from exporter.backends.gptq.hessian import Moments
-    from exporter.calibration import CalibrationWindows
-    from exporter.model import MergedModel
-
-
-# Merged weights alone; second moments of the inputs of some matrices; Hessians to solve for them; calibration tokens.
-Needs = Literal["nothing", "moments", "hessians", "tokens"]
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One stored tensor: what it is made from, its type, and where its rows go.
-
-    Attributes:
-        name: its name in the output.
-        source: name of the merged tensor that it is made from.
-        shape: its dimensions, outermost first.
-        type: the type it is stored in, in the format's own words (`Q6_K`, `BF16`).
-        file: the file it goes to, relative to the output folder.
-        offset: byte in that file where it starts.
-        row_bytes: bytes of one stored row.
-        fallback_from: the type that the rules asked for, if its shape does not allow that one.
-    """
-
-    name: str
-    source: str
-    shape: tuple[int, ...]
-    type: str
-    file: str
-    offset: int
-    row_bytes: int
-    fallback_from: str | None = None
-
-    @property
-    def columns(self) -> int:
-        """Elements in a row."""
-        return self.shape[-1] if self.shape else 1
-
-    @property
-    def rows(self) -> int:
-        """Rows when seen as a matrix."""
-        rows = 1
-        for size in self.shape[:-1]:
-            rows *= size
-        return rows
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return self.rows * self.row_bytes
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """One file that holds tensors.
-
-    Attributes:
-        name: relative to the output folder.
-        nbytes: its size.
-        header: the bytes it starts with.
-    """
-
-    name: str
-    nbytes: int
-    header: bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
-class OutputPlan:
-    """One artifact, fully described before a byte of it is written.
-
-    Attributes:
-        format: the backend's name.
-        quant: the quantization type asked for, resolved (never empty).
-        entry: what a runtime loads, relative to the output folder: a file, or `.` for the folder itself.
-        files: the files that hold tensors.
-        tensors: every stored tensor.
-        documents: small files known by now: name to content.
-        copies: files taken over as they are: name to source.
-        runtimes: runtimes that can verify it, the preferred one first.
-        packed_bits: every number of bits that any of its GPTQ weights has, for which a runtime needs more than for
-            others; empty if it has none.
-        packed_experts: likewise of the experts among those weights.
-        notes: degradations and choices that the reader should know of.
-        needs: what it must be given beside the merged weights.
-        calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
-        sequential: solve for the matrices of a layer one input after the other, each with those before it solved.
-        made: files that are made at the end, once every tensor is written: name to bytes, which may be an estimate.
-        temporary_bytes: what writing it takes on the disk for a while, beyond its files.
-        fewest_tokens: calibration tokens without which nothing in it would be calibrated.
-    """
-
-    format: str
-    quant: str
-    entry: str
-    files: tuple[FilePlan, ...]
-    tensors: tuple[TensorPlan, ...]
-    documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    copies: Mapping[str, Path] = field(default_factory=dict)
-    runtimes: tuple[str, ...] = ()
-    packed_bits: frozenset[int] = frozenset()
-    packed_experts: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = ()
-    needs: Needs = "nothing"
-    calibrated: frozenset[str] = field(default=frozenset(), repr=False)
-    sequential: bool = False
-    made: Mapping[str, int] = field(default_factory=dict)
-    temporary_bytes: int = 0
-    fewest_tokens: int = 0
-
-    @property
-    def label(self) -> str:
-        """Short name for screens and messages."""
-        return f"{self.format} {self.quant}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything it writes."""
-        copied = sum(path.stat().st_size for path in self.copies.values())
-        written = sum(file.nbytes for file in self.files) + sum(self.made.values())
-        return written + sum(map(len, self.documents.values())) + copied
-
-    def names(self, made: Iterable[str] = ()) -> list[str]:
-        """All of its files, with those that were made at the end."""
-        return [file.name for file in self.files] + list(self.documents) + list(self.copies) + list(made)
-
-    @property
-    def fallbacks(self) -> tuple[TensorPlan, ...]:
-        """The tensors whose shape forced another type than the rules asked for."""
-        return tuple(tensor for tensor in self.tensors if tensor.fallback_from)
+    from exporter.backends.hessian import Moments
+    from exporter.merge.model import MergedModel
+    from exporter.tokens.windows import CalibrationWindows
 
 
 @dataclass(frozen=True)
@@ -160,8 +35,8 @@ class Finding:
         attempts: factorizations of the Hessian that were tried; more than one if the damping had to be raised.
         dead: input columns that were always zero.
         rounded: whether it was rounded to nearest, because calibration saw too few inputs.
-        checksum: of the values that a server will compute with (`exporter.checksums`), taken before they were packed;
-            None if the solver takes none.
+        checksum: of the values that a server will compute with (`exporter.backends.writing.checksums`), taken before
+            they were packed; None if the solver takes none.
     """
 
     name: str
@@ -283,8 +158,10 @@ class HashingWriter(Protocol):
 
 @runtime_checkable
 class ChecksummingWriter(Writer, Protocol):
-    """A writer that knows checksums of tensors as they left its encoder (`exporter.checksums`). Its backend's reader
-    must give the same bytes: see `StoredRows` in `exporter.backends.reading`."""
+    """A writer that knows checksums of tensors as they left its encoder (`exporter.backends.writing.checksums`).
+
+    Its backend's reader must give the same bytes: see `StoredRows` in `exporter.backends.weight_reader`.
+    """
 
     def checksum(self, tensor: str) -> str | None:
         """Of a tensor of the plan, by its name; None if it has none. Called once, when all of its rows are written."""
@@ -337,3 +214,20 @@ class SharingBackend(Protocol):
         Args:
             artifacts: plans of one folder, one a type.
         """
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the tour did for one artifact.
+
+    Attributes:
+        digests: SHA-256 of the files whose writer took it, by name.
+        made: what the writer made at the end.
+        findings: what became of each matrix that was solved for.
+        checksums: of its tensors as they were encoded, by the merged tensor's name, as far as they were taken.
+    """
+
+    digests: Mapping[str, str]
+    made: Made
+    findings: Sequence[Finding]
+    checksums: Mapping[str, str]

@@ -1,5 +1,7 @@
 """Qwen1.5, Qwen2 and Qwen2.5, dense: a bias on q, k and v, no q/k norm."""
 
+from __future__ import annotations
+
 from exporter.families.base import Family
 
 QWEN2 = Family(

@@ -1,5 +1,7 @@
 """Qwen3, dense: q and k normalized per head, no bias, head size of its own."""
 
+from __future__ import annotations
+
 from exporter.families.base import Family
 
 QWEN3 = Family(

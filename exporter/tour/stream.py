@@ -15,30 +15,14 @@ from pathlib import Path
 
 import torch
 
-from exporter.artifact.staging import Staging
-from exporter.backends.base import ChecksummingWriter, TensorPlan, Writer
-from exporter.merge import Merger, RowBlock, check_finite, row_blocks
-from exporter.model import MergedModel, MergedTensor
+from exporter.backends.base import ChecksummingWriter, Writer
+from exporter.inputs.row_blocks import RowBlock, row_blocks
+from exporter.merge.merger import Merger, check_finite
+from exporter.merge.model import MergedModel, MergedTensor
+from exporter.tour.riders import Rider
 
 # Written bytes after which the disk is made to catch up and the journal says so.
 SYNC_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Rider:
-    """One artifact on the tour. Riders are told apart by identity: two folders may have artifacts of one label.
-
-    Attributes:
-        label: its name in the journal of its staging folder.
-        tensors: its stored tensors by the name of the merged tensor they are made from.
-        writer: where its rows go.
-        staging: the folder that it is written under.
-    """
-
-    label: str
-    tensors: dict[str, TensorPlan]
-    writer: Writer
-    staging: Staging
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from exporter.verify.limits import Gate
-from exporter.verify.metrics import Comparison
+from exporter.plan.gate_limits import Gate
+from exporter.verify.answers.judge import Answers
+from exporter.verify.scores.metrics import Comparison
 
 if TYPE_CHECKING:
-    from exporter.verify.answers.judge import Answers
-    from exporter.verify.weights import WeightsResult
+    from exporter.verify.weights.check import WeightsResult
+
+
+def with_answers(verification: Verification, answers: Answers | str | None) -> Verification:
+    """A verdict with an artifact's answers, or with why there are none."""
+    if isinstance(answers, str):
+        return replace(verification, not_answered=answers)
+    return replace(verification, answers=answers)
+
 
 Verdict = Literal["passed", "failed", "undecided"]
 # How a figure keeps its limit: its magnitude is at most that, or it is, or it is at least that.

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.artifact.staging import Staging, copy_durably, sha256, write_durably
+from exporter.artifact.durable import copy_durably, write_durably
+from exporter.artifact.hashing import sha256
+from exporter.artifact.staging import Staging
 from exporter.errors import OutputExistsError, StagingInUseError, WriteError
 from tests.folders import hashes, listing
 

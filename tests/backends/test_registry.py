@@ -24,8 +24,8 @@ Make = Callable[..., Path]
 NPY = """
 import io
 import numpy as np
-from exporter.backends.base import FilePlan, OutputPlan, TensorPlan
-from exporter.backends.files import OffsetWriter
+from exporter.backends.output_plan import FilePlan, OutputPlan, TensorPlan
+from exporter.backends.writing.offset_writer import OffsetWriter
 
 class Npy:
     name, summary, quants, needs, packages = "npy", "one .npy file a tensor", ("f32",), "nothing", ("numpy",)

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from exporter.calibration import Windows, make_windows
-from exporter.embedded import embedded_text
 from exporter.recipe import Calibration, Evaluation
-from exporter.runtimes.llamacpp import LlamaCpp
-from exporter.verify.divergence import Divergence
-from exporter.verify.metrics import Comparison, compare
+from exporter.runtimes.llamacpp.runtime import LlamaCpp
+from exporter.tokens.embedded import embedded_text
+from exporter.tokens.windows import Windows, make_windows
+from exporter.verify.scores.divergence import Divergence
+from exporter.verify.scores.metrics import Comparison, compare
 from tests.exports import export_to
 from tests.merged import merged_model
 from tests.oracles import tools

@@ -15,13 +15,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from exporter.backends.base import TensorPlan
-from exporter.backends.gguf.backend import make_encoder, plan_file
-from exporter.backends.gguf.imatrix import Imatrix, ImatrixError, Importance, imatrix_bytes, read_imatrix
-from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, row_bytes
-from exporter.calibration import tokenize
-from exporter.embedded import embedded_text
-from exporter.tokenizer import TokenizerFiles
+from exporter.backends.gguf.backend import plan_file
+from exporter.backends.gguf.encoder import make_encoder
+from exporter.backends.gguf.file_types import FILE_TYPES, FLOAT_TYPES, row_bytes
+from exporter.backends.gguf.imatrix.file import Imatrix, ImatrixError, Importance, imatrix_bytes, read_imatrix
+from exporter.backends.output_plan import TensorPlan
+from exporter.inputs.tokenizer import TokenizerFiles
+from exporter.tokens.embedded import embedded_text
+from exporter.tokens.windows import tokenize
 from tests.backends.gguf.direct import write_gguf
 from tests.exports import export_to
 from tests.merged import merged_model, metadata_of, tensor_bytes, tensor_types
@@ -221,7 +222,7 @@ def test_values_and_a_matrix_given_while_writing_make_the_same_file(
     made: Callable[[str], Made], tmp_path: Path
 ) -> None:
     """As it will be where the matrix is measured on the way: planned without entries, written with them."""
-    from exporter.backends.gguf.imatrix_plan import MeasuredImatrix
+    from exporter.backends.gguf.imatrix.plan import MeasuredImatrix
 
     one = made("qwen2-untied")
     known = read_imatrix(one.imatrix)

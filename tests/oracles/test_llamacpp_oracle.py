@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from exporter.backends.gguf.types import BLOCK_SIZES, FILE_TYPES
-from exporter.calibration import make_windows, tokenize
-from exporter.embedded import embedded_text
+from exporter.backends.gguf.file_types import BLOCK_SIZES, FILE_TYPES
 from exporter.recipe import Calibration, Evaluation
-from exporter.runtimes.llamacpp import LlamaCpp
-from exporter.verify.metrics import Comparison, compare
+from exporter.runtimes.llamacpp.runtime import LlamaCpp
+from exporter.tokens.embedded import embedded_text
+from exporter.tokens.windows import make_windows, tokenize
+from exporter.verify.scores.metrics import Comparison, compare
 from tests.exports import export_to
 from tests.folders import copy, edit_json
 from tests.merged import (

@@ -18,12 +18,12 @@ if str(SCRIPTS) not in sys.path:
 
 import divergence  # noqa: E402
 
-from exporter.adapter import Adapter  # noqa: E402
-from exporter.calibration import make_windows  # noqa: E402
-from exporter.checkpoint import Checkpoint  # noqa: E402
-from exporter.model import plan_merge  # noqa: E402
+from exporter.adapters.adapter import Adapter  # noqa: E402
+from exporter.inputs.checkpoint import Checkpoint  # noqa: E402
+from exporter.merge.model import plan_merge  # noqa: E402
 from exporter.recipe import Calibration, Evaluation  # noqa: E402
-from exporter.verify.reference import score_reference  # noqa: E402
+from exporter.reference.predictions import score_reference  # noqa: E402
+from exporter.tokens.windows import make_windows  # noqa: E402
 from tests.exports import export_to  # noqa: E402
 from tests.predictions import top_of  # noqa: E402
 

@@ -15,7 +15,7 @@ if str(SCRIPTS) not in sys.path:
 
 import interval_coverage  # noqa: E402
 
-from exporter.verify.metrics import Floats  # noqa: E402
+from exporter.verify.scores.metrics import Floats  # noqa: E402
 
 
 def two_windows(low: float, high: float) -> Floats:

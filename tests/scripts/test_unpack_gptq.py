@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.backends.gptq.packing import CheckpointFormat, pack
-from exporter.backends.gptq.unpacking import PARTS, bits_of, unpack_layer, unpack_stream
+from exporter.backends.gptq.bit_packing import CheckpointFormat, pack
+from exporter.backends.gptq.bit_unpacking import PARTS, bits_of, unpack_layer, unpack_stream
 from exporter.errors import ArtifactError
 from tests.folders import model_tensors
 from tests.gptq import make_gptq, unpack_script

@@ -18,8 +18,8 @@ if str(SCRIPTS) not in sys.path:
 
 import weight_figures  # noqa: E402
 
-from exporter.backends.reading import StoredWeight, Tolerance  # noqa: E402
-from exporter.verify.weight_limits import Held  # noqa: E402
+from exporter.backends.weight_reader import StoredWeight, Tolerance  # noqa: E402
+from exporter.verify.weights.limits import Held  # noqa: E402
 from tests.exports import export_to, pack_to  # noqa: E402
 
 

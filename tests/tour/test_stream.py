@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from exporter.artifact.staging import Staging
-from exporter.backends.base import TensorPlan
-from exporter.merge import CpuMerger, RowBlock
-from exporter.model import MergedModel, MergedTensor
-from exporter.tensor_reader import TensorReader
-from exporter.tour.stream import Progress, Rider, Stream, Target
+from exporter.backends.output_plan import TensorPlan
+from exporter.inputs.row_blocks import RowBlock
+from exporter.inputs.tensor_reader import TensorReader
+from exporter.merge.cpu import CpuMerger
+from exporter.merge.model import MergedModel, MergedTensor
+from exporter.tour.riders import Rider
+from exporter.tour.stream import Progress, Stream, Target
 from tests.merged import load_peft, merged_model
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.verify.limits import DEFAULT_GATES, FALLBACK_GATE, LARGE_GATES, TOP_K_SHARE, Gate
+from exporter.plan.gate_limits import DEFAULT_GATES, FALLBACK_GATE, LARGE_GATES, TOP_K_SHARE, Gate
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
 Rows = list[list[str]]

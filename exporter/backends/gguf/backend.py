@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from exporter.backends.base import FilePlan, Needs, OutputPlan, TensorPlan, Writer
-from exporter.backends.gguf.ggml import TYPE_NUMBERS, quantize_rows
+from exporter.backends.base import Writer
+from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS
+from exporter.backends.gguf.encoder import make_encoder
+from exporter.backends.gguf.file_types import FILE_TYPES, FileType, ModelShape, row_bytes, tensor_type
 from exporter.backends.gguf.header import TensorInfo, Value, pack_header, pad
-from exporter.backends.gguf.imatrix import Floats, Imatrix
-from exporter.backends.gguf.imatrix_plan import (
+from exporter.backends.gguf.imatrix.file import Floats, Imatrix
+from exporter.backends.gguf.imatrix.plan import (
     GgufPlan,
     ImatrixPlan,
     MeasuredImatrix,
@@ -20,23 +21,13 @@ from exporter.backends.gguf.imatrix_plan import (
     imatrix_source,
     plan_imatrix,
 )
-from exporter.backends.gguf.modelfile import MODELFILE, modelfile
-from exporter.backends.gguf.types import FILE_TYPES, FLOAT_TYPES, FileType, ModelShape, row_bytes, tensor_type
-from exporter.backends.reading import WeightReader
-from exporter.errors import (
-    BackendError,
-    MissingTensorError,
-    RecipeError,
-    UnexpectedTensorError,
-    UnknownQuantizationError,
-    UnsupportedModelError,
-)
-from exporter.families import FAMILIES, Family, find_family
-from exporter.families.base import number
-from exporter.model import RECOMPUTED, MergedModel, MergedTensor
-
-if TYPE_CHECKING:
-    import torch
+from exporter.backends.gguf.ollama.modelfile import MODELFILE, modelfile
+from exporter.backends.gguf.tensor_names import family_of, model_shape, named_tensors
+from exporter.backends.output_plan import FilePlan, Needs, OutputPlan, TensorPlan
+from exporter.backends.weight_reader import WeightReader
+from exporter.errors import RecipeError, UnknownQuantizationError
+from exporter.families.base import Family
+from exporter.merge.model import MergedModel, MergedTensor
 
 
 class GgufBackend:
@@ -101,10 +92,10 @@ class GgufBackend:
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
         """See `ReadingBackend`."""
-        from exporter.backends.gguf.reading import GgufReader
+        from exporter.backends.gguf.weight_reader import GgufReader
 
-        family = _family(model)
-        return GgufReader(entry, quant, _named_tensors(model, family), _model_shape(model, family), model, family)
+        family = family_of(model)
+        return GgufReader(entry, quant, named_tensors(model, family), model_shape(model, family), model, family)
 
 
 def _default_imatrix(quant: str, *, verified: bool) -> str:
@@ -130,11 +121,11 @@ def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix 
             f"gguf type {quant!r}", found="no such type", expected="one of " + " ".join(FILE_TYPES),
             remedy="See `exporter formats`.",
         )  # fmt: skip
-    family = _family(model)
-    named = _named_tensors(model, family)
+    family = family_of(model)
+    named = named_tensors(model, family)
     imatrix = plan_imatrix(source, file_type, {name: tensor.shape for name, tensor in named}, model.name)
     file = f"{model.name}-{file_type.name}.gguf"
-    tensors = _place(named, file_type, _model_shape(model, family), file, imatrix=imatrix is not None)
+    tensors = _place(named, file_type, model_shape(model, family), file, imatrix=imatrix is not None)
     header = _header(model, family, file_type, tensors, imatrix.metadata() if imatrix else {})
     end = pad(tensors[-1].offset + tensors[-1].nbytes) if tensors else 0
     placed = tuple(_shifted(tensor, len(header)) for tensor in tensors)
@@ -172,127 +163,10 @@ def open_file(plan: OutputPlan, folder: Path, importance: Mapping[str, Floats], 
             matrix has an entry for must be there.
         resume: keep what is in the file.
     """
-    from exporter.backends.files import OffsetWriter
+    from exporter.backends.writing.offset_writer import OffsetWriter
 
     planned = plan.imatrix.shapes if isinstance(plan, GgufPlan) and plan.imatrix else ()
     return OffsetWriter(plan, folder, make_encoder(importance, planned), resume=resume)
-
-
-def make_encoder(
-    importance: Mapping[str, Floats], planned: Collection[str] = ()
-) -> Callable[..., bytes | bytearray | memoryview]:
-    """The encoder of a GGUF file: (tensor, block, first_row=None) to stored bytes.
-
-    Args:
-        importance: by GGUF tensor name, float32 [columns] (experts one after the other); tensors that are not in it
-            are quantized without. Looked up when rows are written, so the mapping may still be filling.
-        planned: tensors that may not be missing from it.
-
-    Returns:
-        An `Encoder`. `first_row`, the number of the block's first row, is needed where experts have importances of
-        their own.
-    """
-
-    def encode(tensor: TensorPlan, block: torch.Tensor, first_row: int | None = None) -> bytes | bytearray | memoryview:
-        from exporter.backends.files import encode_float
-
-        if tensor.type in FLOAT_TYPES:
-            return encode_float(block, tensor.type, tensor.name)
-        weights = importance.get(tensor.name)
-        if weights is None and tensor.name in planned:
-            raise _protocol(tensor.name, "no importance", "the one that was planned")
-        rows = block.cpu().contiguous()
-        if weights is None:
-            return _quantize(tensor, rows, None)
-        groups = prod(tensor.shape[:-2])
-        if weights.size != groups * tensor.columns:
-            raise _protocol(tensor.name, f"{weights.size} importances", f"{groups * tensor.columns}")
-        if groups == 1:
-            return _quantize(tensor, rows, weights)
-        if first_row is None:
-            raise _protocol(tensor.name, "rows of unknown experts", "the number of the first row")
-        return _quantize_experts(tensor, rows, weights.reshape(groups, tensor.columns), first_row)
-
-    return encode
-
-
-def _quantize(tensor: TensorPlan, rows: torch.Tensor, weights: Floats | None) -> bytearray:
-    count, columns = rows.shape
-    return quantize_rows(tensor.type, rows.data_ptr(), count, columns, count * tensor.row_bytes, weights)
-
-
-def _quantize_experts(tensor: TensorPlan, rows: torch.Tensor, weights: Floats, first_row: int) -> bytearray:
-    """Rows of one expert after the other, each with that expert's importance."""
-    each, end, stored = tensor.shape[-2], first_row + len(rows), bytearray()
-    row = first_row
-    while row < end:
-        expert = row // each
-        until = min(end, (expert + 1) * each)
-        stored += _quantize(tensor, rows[row - first_row : until - first_row], weights[expert])
-        row = until
-    return stored
-
-
-def _protocol(name: str, found: str, expected: str) -> BackendError:
-    return BackendError(name, found=found, expected=expected, remedy="This is a defect of the backend.")
-
-
-def _family(model: MergedModel) -> Family:
-    family = find_family(model.config)
-    if family is None:
-        raise UnsupportedModelError(
-            "config.json",
-            found=f"model_type {model.config.get('model_type')!r}, architectures {model.config.get('architectures')}",
-            expected=" or ".join(family.architecture for family in FAMILIES),
-            remedy="Export to safetensors, which takes any architecture.",
-        )
-    if model.config.get("attention_bias") and not family.qkv_bias:
-        raise UnsupportedModelError(
-            "config.json: attention_bias",
-            found="true",
-            expected=f"false: llama.cpp has no such biases in {family.gguf_architecture}",
-            remedy="Export to safetensors.",
-        )
-    return family
-
-
-def _named_tensors(model: MergedModel, family: Family) -> list[tuple[str, MergedTensor]]:
-    """Pair every merged tensor with its GGUF name; refuse unless they are the ones the configuration calls for."""
-    import gguf
-
-    expected = family.expected_tensors(model.config)
-    actual = {tensor.name: tensor for tensor in model.tensors if not tensor.name.endswith(RECOMPUTED)}
-    if model.config.get("tie_word_embeddings"):
-        # Some tied checkpoints store the head again; the runtime takes the embedding.
-        actual.pop("lm_head.weight", None)
-    for name, shape in expected.items():
-        if name not in actual or actual[name].shape != shape:
-            found = f"shape {list(actual[name].shape)}" if name in actual else "no such tensor"
-            raise MissingTensorError(
-                name, found=found, expected=f"shape {list(shape)} by config.json", remedy="Fetch the base again."
-            )
-    if extra := sorted(actual.keys() - expected.keys()):
-        raise UnexpectedTensorError(
-            extra[0],
-            found=f"a tensor that {family.architecture} does not have"
-            + (f" (and {len(extra) - 1} more)" * bool(extra[1:])),
-            expected="only the tensors that config.json calls for",
-            remedy="Export to safetensors, which keeps every tensor.",
-        )
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf_architecture)
-    names = gguf.get_tensor_name_map(architecture, number(model.config, "num_hidden_layers"))
-    return [(names.get_name(name, try_suffixes=(".weight", ".bias")), actual[name]) for name in expected]
-
-
-def _model_shape(model: MergedModel, family: Family) -> ModelShape:
-    layers, heads = number(model.config, "num_hidden_layers"), number(model.config, "num_attention_heads")
-    return ModelShape(
-        layers=layers,
-        gqa=heads // number(model.config, "num_key_value_heads", heads),
-        tied=bool(model.config.get("tie_word_embeddings")),
-        # llama.cpp calls Qwen2 models of 80 layers LLM_TYPE_70B (src/models/qwen2.cpp).
-        bump_attn_v=family.gguf_architecture == "qwen2" and layers == 80,
-    )
 
 
 def _documents(imatrix: ImatrixPlan | None) -> dict[str, bytes]:
@@ -323,8 +197,8 @@ def _shifted(tensor: TensorPlan, by: int) -> TensorPlan:
 def _header(
     model: MergedModel, family: Family, file_type: FileType, tensors: list[TensorPlan], imatrix: Mapping[str, Value]
 ) -> bytes:
-    from exporter.backends.gguf.metadata import model_metadata
-    from exporter.backends.gguf.vocabulary import end_of_turn_metadata, vocabulary_metadata
+    from exporter.backends.gguf.metadata.model_keys import model_metadata
+    from exporter.backends.gguf.metadata.tokenizer_keys import end_of_turn_metadata, vocabulary_metadata
 
     parameters = sum(tensor.rows * tensor.columns for tensor in tensors)
     metadata = model_metadata(model, family, file_type, parameters)

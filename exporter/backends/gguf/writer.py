@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from exporter.artifact.staging import write_durably
-from exporter.backends.base import Made, TensorPlan
-from exporter.backends.files import OffsetWriter
-from exporter.backends.gguf.backend import make_encoder
-from exporter.backends.gguf.imatrix import Floats, Importance
-from exporter.backends.gguf.imatrix_plan import GgufPlan, ImatrixPlan
-from exporter.calibration import CalibrationWindows
+from exporter.artifact.durable import write_durably
+from exporter.backends.base import Made
+from exporter.backends.gguf.encoder import make_encoder
+from exporter.backends.gguf.imatrix.file import Floats, Importance
+from exporter.backends.gguf.imatrix.plan import GgufPlan, ImatrixPlan
+from exporter.backends.output_plan import TensorPlan
+from exporter.backends.writing.offset_writer import OffsetWriter
 from exporter.errors import BackendError
+from exporter.tokens.windows import CalibrationWindows
 
 
 class MeasuringWriter(OffsetWriter):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
-from exporter.backends.folder import Entry, copies_of, documents_of, in_base_order, json_document, lay_out, parse_size
+from exporter.artifact.durable import json_document
+from exporter.backends.base import Writer
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
-from exporter.backends.gptq.serving import (
+from exporter.backends.gptq.plan import GptqPlan, is_quantized
+from exporter.backends.gptq.vllm_rules import (
     MARLIN_IN,
     MARLIN_OUT,
     check_servable,
     experts_bits,
-    experts_of,
     module_patterns,
     notes_of,
     on_cpu,
@@ -25,27 +24,13 @@ from exporter.backends.gptq.serving import (
     served_together,
     vllm_refusals,
 )
-from exporter.backends.reading import WeightReader
+from exporter.backends.model_folder.layout import Entry, copies_of, documents_of, in_base_order, lay_out, parse_size
+from exporter.backends.output_plan import Needs, OutputPlan
+from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
-from exporter.model import MergedModel, MergedTensor
+from exporter.families.roles import experts_of
+from exporter.merge.model import MergedModel, MergedTensor
 from exporter.version import __version__
-
-_LINEAR = re.compile(r"^.+\.layers\.\d+\..*_proj\.weight$")
-# Layers that predict further tokens, beside the decoder's (Qwen3-Next, Qwen3.5): no walk comes through them.
-_BESIDE = "mtp."
-
-
-@dataclass(frozen=True)
-class GptqPlan(OutputPlan):
-    """The plan of a GPTQ folder.
-
-    Attributes:
-        schemes: how each packed matrix is quantized, by the merged tensor's name.
-        checkpoint_format: `gptq` or `gptq_v2`.
-    """
-
-    schemes: Mapping[str, Scheme] = field(default_factory=dict, repr=False)
-    checkpoint_format: str = "gptq"
 
 
 class GptqBackend:
@@ -120,15 +105,9 @@ class GptqBackend:
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
         """See `ReadingBackend`."""
-        from exporter.backends.gptq.reading import GptqReader
+        from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry)
-
-
-def is_quantized(tensor: MergedTensor) -> bool:
-    """Whether a tensor is a matrix of a decoder layer, and neither a norm nor a router."""
-    in_decoder = _LINEAR.match(tensor.name) is not None and not tensor.name.startswith(_BESIDE)
-    return len(tensor.shape) == 2 and in_decoder
 
 
 def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:
@@ -269,12 +248,3 @@ def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str
     if model.untied:
         notes.append("the adapter makes head and embedding differ: tie_word_embeddings is false and lm_head is written")
     return tuple(notes)
-
-
-def planned_parts(plan: GptqPlan) -> dict[str, dict[str, TensorPlan]]:
-    """The four stored tensors of each packed matrix, by the merged tensor's name and then by part."""
-    parts: dict[str, dict[str, TensorPlan]] = {}
-    for tensor in plan.tensors:
-        if tensor.source in plan.schemes:
-            parts.setdefault(tensor.source, {})[tensor.name.rpartition(".")[2]] = tensor
-    return parts

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES
 from exporter.backends.gptq.names import QUANTS, parse_quant
+from exporter.backends.model_folder.layout import DEFAULT_MAX_SHARD_BYTES
 from exporter.errors import RecipeError, UnknownQuantizationError
 
 # Fraction of the mean diagonal. Measured with 8,192 tokens on three layers of a 0.5B, error on other text: 0.1 is 1 to

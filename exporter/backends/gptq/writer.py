@@ -9,16 +9,17 @@ from typing import cast
 import numpy as np
 import torch
 
-from exporter.backends.base import Finding, Solution, TensorPlan
-from exporter.backends.files import OffsetWriter, encode_float
-from exporter.backends.gptq.backend import GptqPlan, planned_parts
-from exporter.backends.gptq.factor import Factor, Ordering, factorize
-from exporter.backends.gptq.grid import Grid
-from exporter.backends.gptq.hessian import Moments
+from exporter.backends.base import Finding, Solution
+from exporter.backends.gptq.bit_packing import CheckpointFormat, pack
 from exporter.backends.gptq.options import FEWEST_TOKENS, Scheme
-from exporter.backends.gptq.packing import CheckpointFormat, pack
-from exporter.backends.gptq.solver import Quantized, dequantize, round_to_nearest, solve
-from exporter.checksums import as_text, joined, row_checksums
+from exporter.backends.gptq.plan import GptqPlan, planned_parts
+from exporter.backends.gptq.solver.factor import Factor, Ordering, factorize
+from exporter.backends.gptq.solver.grid import Grid
+from exporter.backends.gptq.solver.solver import Quantized, dequantize, round_to_nearest, solve
+from exporter.backends.hessian import Moments
+from exporter.backends.output_plan import TensorPlan
+from exporter.backends.writing.checksums import as_text, joined, row_checksums
+from exporter.backends.writing.offset_writer import OffsetWriter, encode_float
 
 
 class GptqWriter(OffsetWriter):

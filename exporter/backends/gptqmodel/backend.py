@@ -8,44 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Needs, OutputPlan, TensorPlan, Writer
-from exporter.backends.folder import DEFAULT_MAX_SHARD_BYTES, parse_size
-from exporter.backends.gptq.backend import GptqBackend, is_quantized
+from exporter.backends.base import Writer
+from exporter.backends.gptq.backend import GptqBackend
 from exporter.backends.gptq.names import QUANTS, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
-from exporter.backends.gptq.serving import check_servable, experts_bits, notes_of, runtimes_of, vllm_refusals
-from exporter.backends.reading import WeightReader
-from exporter.backends.safetensors import SafetensorsBackend
-from exporter.checkpoint import DTYPE_BYTES, SINGLE_NAME
+from exporter.backends.gptq.plan import is_quantized
+from exporter.backends.gptq.vllm_rules import check_servable, experts_bits, notes_of, runtimes_of, vllm_refusals
+from exporter.backends.gptqmodel.plan import GptqModelPlan
+from exporter.backends.model_folder.layout import DEFAULT_MAX_SHARD_BYTES, parse_size
+from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
+from exporter.backends.safetensors.backend import SafetensorsBackend
+from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
-from exporter.model import MergedModel, MergedTensor
-from exporter.runtimes import gptqmodel
-from exporter.stopping import GENERATION_CONFIG
+from exporter.inputs.checkpoint import DTYPE_BYTES, SINGLE_NAME
+from exporter.libraries import gptqmodel
+from exporter.merge.model import MergedModel, MergedTensor
+from exporter.tokens.end_tokens import GENERATION_CONFIG
 
 DEFAULT_DAMP = 0.05
 # Of the header, for each stored tensor; the true one is known when it is written.
 _HEADER_BYTES = 128
 # Of `quantization_config`, likewise.
 _CONFIG_BYTES = 2000
-
-
-@dataclass(frozen=True, kw_only=True)
-class GptqModelPlan(OutputPlan):
-    """The plan of a folder that GPTQModel writes.
-
-    Attributes:
-        merged: the model folder that it is given.
-        quantize: arguments of its QuantizeConfig.
-        max_shard_bytes: largest size of one of its files.
-    """
-
-    merged: OutputPlan
-    quantize: Mapping[str, Any]
-    max_shard_bytes: int
 
 
 class GptqModelBackend:
@@ -127,7 +114,7 @@ class GptqModelBackend:
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
         """See `ReadingBackend`."""
-        from exporter.backends.gptq.reading import GptqReader
+        from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry, own_scales=False)
 

@@ -12,18 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.backends.base import Made, OutputPlan, TensorPlan, Writer
-from exporter.backends.gptqmodel.backend import GptqModelPlan
-from exporter.backends.safetensors import SafetensorsBackend
-from exporter.checkpoint import INDEX_NAME
+from exporter.backends.base import Made, Writer
+from exporter.backends.gptqmodel.plan import GptqModelPlan
+from exporter.backends.output_plan import OutputPlan, TensorPlan
+from exporter.backends.safetensors.backend import SafetensorsBackend
 from exporter.errors import BackendError
-from exporter.model import EMBEDDING
-from exporter.runtimes import gptqmodel
+from exporter.families.roles import EMBEDDING
+from exporter.inputs.checkpoint import INDEX_NAME
+from exporter.libraries import gptqmodel
 
 if TYPE_CHECKING:
     import torch
 
-    from exporter.calibration import CalibrationWindows
+    from exporter.tokens.windows import CalibrationWindows
+
 
 WORKER = Path(__file__).with_name("worker.py")
 # What of its configuration tells of this machine and not of the weights.
@@ -111,8 +113,7 @@ class GptqModelWriter:
         return _made(made, rounded)
 
     def _run(self, merged: Path, target: Path, windows: Sequence[Sequence[int]]) -> None:
-        from exporter.runtimes.server import ServerProcess
-        from exporter.runtimes.vllm_server import last_words
+        from exporter.libraries.child_process import ServerProcess, last_words
 
         job = {
             "model": str(merged.absolute()),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from exporter.errors import RuntimeScoreError
 from exporter.runtimes.base import Continuation, Session
-from exporter.verify.answers.source import MAX_NEW, Question, Tokenizers
+from exporter.tokens.prompts import MAX_NEW, Tokenizers
+from exporter.verify.answers.question import Question
 
 # Causes of a difference that lie in a runtime and in no file that it could be given.
 UNNORMALIZED = "the runtime does not normalize text"

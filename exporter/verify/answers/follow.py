@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.model import MergedModel
-from exporter.tour.alone import lone_walk
-from exporter.tour.passengers import Settings
-from exporter.tour.states import Group
-from exporter.verify.reference import Head, HeldHead
+from exporter.merge.model import MergedModel
+from exporter.reference.predictions import Head, HeldHead
+from exporter.tour.riders import Settings
+from exporter.tour.walk.hidden_states import Group
+from exporter.tour.walk.reference_walk import lone_walk
 
 Tokens = tuple[int, ...]
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from exporter.runtimes.base import Continuation
 from exporter.verify.answers.ask import Asked
-from exporter.verify.answers.source import Question
+from exporter.verify.answers.question import Question
 
 if TYPE_CHECKING:
     from exporter.verify.answers.follow import Followed
+
 
 # Nats a token by which a continuation may fall short of what the reference would have chosen; docs/quality.md has the
 # measurements that it rests on.

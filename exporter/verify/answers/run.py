@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from exporter.errors import RuntimeScoreError
-from exporter.model import MergedModel
-from exporter.plan import ExportPlan, FolderPlan
+from exporter.merge.model import MergedModel
 from exporter.reporter import Reporter
-from exporter.runtimes.base import Answering, Runtime, load_runtime
+from exporter.runtimes.base import Answering, Runtime
+from exporter.tokens.prompts import Prompt, Tokenizers
 from exporter.verify.answers.ask import Asked, ask
 from exporter.verify.answers.judge import Answers, judge_answers
-from exporter.verify.answers.source import Prompt, Question, Tokenizers, make_question
-from exporter.verify.gate import Verification
-from exporter.verify.unscored import is_of_the_run, unscored_reason
+from exporter.verify.answers.question import Question, make_question
+from exporter.verify.scores.not_scored import is_of_the_run, unscored_reason
 
 if TYPE_CHECKING:
+    from exporter.reference.predictions import Reference
     from exporter.verify.answers.follow import Followed
-    from exporter.verify.reference import Reference
+
 
 Tokens = tuple[int, ...]
 
@@ -131,8 +131,9 @@ def answers_of(knowing: Knowing, served: Sequence[Served | None], reporter: Repo
         reporter: told about every artifact and layer.
 
     Returns:
-        The answers; or why there are none, in words, by a fault of the artifact's (see `exporter.verify.unscored`);
-        None for one that was not asked, or whose runtime does nothing but score.
+        The answers; or why there are none, in words, by a fault of the artifact's
+        (see `exporter.verify.scores.not_scored`); None for one that was not asked, or whose runtime does nothing but
+        score.
 
     Raises:
         TokenizerError: an eos id is not one of the vocabulary's.
@@ -177,48 +178,3 @@ def _asked(one: Served, question: Question, tokenizers: Tokenizers, reporter: Re
         if is_of_the_run(error):
             raise
         return unscored_reason(error, "no answers", one.runtime.name, one.entry)
-
-
-def answer_artifacts(
-    plan: ExportPlan,
-    staged: Sequence[tuple[FolderPlan, Path]],
-    verdicts: Sequence[Mapping[str, Verification]],
-    device: str,
-    reporter: Reporter,
-) -> list[dict[str, Verification]]:
-    """The verdicts on a run's artifacts with their answers, and with the faults in those among what is broken.
-
-    Args:
-        plan: the run's plan.
-        staged: every output folder with the place where its files are now.
-        verdicts: for each of them, the verification of each artifact by label.
-        device: where transformers and the reference compute.
-        reporter: told about every artifact and layer.
-
-    Raises:
-        RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
-    """
-    served = [
-        Served(
-            artifact.label,
-            files if artifact.entry == "." else files / artifact.entry,
-            load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
-        )
-        if found[artifact.label].comparison
-        else None
-        for (folder, files), found in zip(staged, verdicts, strict=True)
-        for artifact in folder.artifacts
-    ]
-    knowing = Trained(plan.model, device, plan.threads, plan.recipe.compute_dtype)
-    answers = iter(answers_of(knowing, served, reporter))
-    return [
-        {artifact.label: with_answers(found[artifact.label], next(answers)) for artifact in folder.artifacts}
-        for (folder, _), found in zip(staged, verdicts, strict=True)
-    ]
-
-
-def with_answers(verification: Verification, answers: Answers | str | None) -> Verification:
-    """A verdict with an artifact's answers, or with why there are none."""
-    if isinstance(answers, str):
-        return replace(verification, not_answered=answers)
-    return replace(verification, answers=answers)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from exporter.backends.gguf.backend import GgufBackend, open_file
-from exporter.backends.gguf.imatrix import Floats
-from exporter.backends.gguf.imatrix_plan import GgufPlan
+from exporter.backends.gguf.imatrix.file import Floats
+from exporter.backends.gguf.imatrix.plan import GgufPlan
 
 
 def write_gguf(base: Path, plan: GgufPlan, folder: Path, importance: Mapping[str, Floats] | None = None) -> Path:

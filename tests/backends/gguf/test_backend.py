@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from exporter import Execution, export
-from exporter.backends.files import encode_float
 from exporter.backends.gguf.backend import GgufBackend
-from exporter.backends.gguf.ggml import TYPE_NUMBERS, library, quantize_rows
-from exporter.backends.gguf.imatrix import Importance, imatrix_bytes
-from exporter.backends.gguf.types import BLOCK_SIZES, FILE_TYPES, has_importance, row_bytes
+from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS, library, quantize_rows
+from exporter.backends.gguf.file_types import BLOCK_SIZES, FILE_TYPES, has_importance, row_bytes
+from exporter.backends.gguf.imatrix.file import Importance, imatrix_bytes
+from exporter.backends.writing.offset_writer import encode_float
 from exporter.errors import (
     BackendError,
     MissingTensorError,
@@ -384,7 +384,7 @@ def test_no_fallbacks_no_notes(wide: Path) -> None:
 
 def _assert_scores(file: Path, base: Path, *adapters: Path, tolerance: float = 1e-3) -> None:
     """llama.cpp's log-probabilities of a file are those of the unmerged model."""
-    from exporter.runtimes.llamacpp import LlamaCpp
+    from exporter.runtimes.llamacpp.runtime import LlamaCpp
 
     windows = random_windows(2, 64, 384)
     scores = LlamaCpp().score(file, windows, lambda _: None)

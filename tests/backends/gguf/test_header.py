@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.backends.gguf.ggml import TYPE_NUMBERS
+from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS
+from exporter.backends.gguf.file_types import BLOCK_SIZES, row_bytes
 from exporter.backends.gguf.header import ALIGNMENT, TensorInfo, Value, pack_header, pad
-from exporter.backends.gguf.types import BLOCK_SIZES, row_bytes
 
 NUMBERS = {
     "uint32": gguf.GGUFValueType.UINT32,

@@ -17,19 +17,20 @@ from rich.console import Console
 
 from exporter import Execution, export, make_plan
 from exporter.backends.base import Solution
-from exporter.backends.gptq.backend import GptqBackend, GptqPlan
+from exporter.backends.gptq.backend import GptqBackend
+from exporter.backends.gptq.bit_packing import Packed, unpack
 from exporter.backends.gptq.names import QUANTS, parse_quant, quant_name
-from exporter.backends.gptq.packing import Packed, unpack
+from exporter.backends.gptq.plan import GptqPlan
 from exporter.backends.gptq.writer import GptqWriter
-from exporter.checkpoint import INDEX_NAME
+from exporter.cli.verdict_table import show_verdicts
 from exporter.errors import BackendError, RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
-from exporter.model import MergedModel
+from exporter.inputs.checkpoint import INDEX_NAME
+from exporter.merge.model import MergedModel
 from exporter.reporter import Reporter
-from exporter.verdict_table import show_verdicts
 from tests.exports import export_to, merge_with_us, recipe, refused
 from tests.folders import edit_tensors, hashes, model_tensors
 from tests.merged import merged_model
-from tests.tour.test_walk import make_experts
+from tests.tour.walk.test_walk import make_experts
 
 Make = Callable[..., Path]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from exporter.backends.gptq.backend import GptqBackend
-from exporter.model import MergedModel
-from exporter.runtimes.vllm_server import PLUGIN
+from exporter.merge.model import MergedModel
+from exporter.runtimes.vllm.server import PLUGIN
 from tests.merged import merged_model
 from tests.models import make_base
-from tests.tour.test_walk import make_experts
+from tests.tour.walk.test_walk import make_experts
 
 UNPACKED = f", on the CPU with our plugin {PLUGIN} alone, which unpacks 8 bits to 16 when loading"
 ATTENTION = r".*\.self_attn\..*"

@@ -1,0 +1,1 @@
+"""Adapter methods: one or two files each."""

@@ -1,0 +1,1 @@
+"""Blocks of the GGUF types: layouts, scales, and the quantizer of ggml."""

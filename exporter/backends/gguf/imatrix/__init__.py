@@ -1,0 +1,1 @@
+"""The importance matrix: its plan and its file."""

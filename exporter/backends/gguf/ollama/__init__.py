@@ -1,0 +1,1 @@
+"""The Modelfile for Ollama, and its template."""

@@ -1,0 +1,55 @@
+"""Recognizes a GPTQ folder that came without a manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from exporter.backends.gptq.bit_unpacking import PARTS, bits_of, parts_of
+from exporter.backends.gptq.names import QUANTS, WORD_BITS, quant_name
+from exporter.errors import ExporterError
+from exporter.families.roles import experts_of
+from exporter.inputs.checkpoint import StoredTensor, read_header
+
+
+def gptq_type(quantization: Mapping[str, Any]) -> str | None:
+    """The type that a configuration names; None if it names none that has limits."""
+    bits, group_size = quantization.get("bits"), quantization.get("group_size")
+    if quantization.get("quant_method") != "gptq" or not (isinstance(bits, int) and isinstance(group_size, int)):
+        return None
+    name = quant_name(bits, group_size)
+    return name if name in QUANTS else None
+
+
+def parameters_of(name: str, tensor: StoredTensor, quantization: Mapping[str, Any]) -> int:
+    """Weights that a stored tensor stands for."""
+    if name.endswith(".qweight"):
+        return prod(tensor.shape) * WORD_BITS // int(quantization["bits"])
+    return 0 if name.endswith(tuple(f".{part}" for part in PARTS)) else prod(tensor.shape)
+
+
+def packed_bits(entry: Path) -> tuple[frozenset[int], frozenset[int]]:
+    """Every number of bits that GPTQ weights of a model folder have, and that experts among them have.
+
+    By the shapes of its tensors: the configuration may have bits that no layer has, where rules override it for all.
+    Where these cannot be read, and there are none, by the configuration. Empty for what has no such weights, and for
+    what cannot be read, as whoever loads it will say.
+    """
+    try:
+        config = json.loads((entry / "config.json").read_bytes())["quantization_config"]
+        rules = (config.get("dynamic") or {}).values()
+        said = frozenset(int(one["bits"]) for one in (config, *rules) if "bits" in one)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return frozenset(), frozenset()
+    try:
+        stored = {name: one.shape for file in entry.glob("*.safetensors") for name, one in read_header(file).items()}
+        modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+        # Without its indices a layer's shapes do not tell.
+        bits = {module: bits_of(parts_of(stored, module), max(said, default=0)) for module in modules}
+    except (ExporterError, IndexError, ZeroDivisionError):
+        return said, frozenset()
+    experts = frozenset(bits[module] for module in modules if experts_of(f"{module}.weight"))
+    return frozenset(bits.values()) or said, experts

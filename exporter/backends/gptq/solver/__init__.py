@@ -1,0 +1,1 @@
+"""The GPTQ solver: pure functions over tensors."""

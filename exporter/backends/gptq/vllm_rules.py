@@ -1,0 +1,164 @@
+"""What loads a GPTQ folder: what vLLM takes of it and makes one layer of, and what transformers takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from exporter.backends.gptq.options import Scheme
+from exporter.errors import UnservableError
+from exporter.families.roles import SHARED_INPUT, experts_of, shared_inputs
+from exporter.merge.model import MergedModel
+
+# What vLLM 0.32 has kernels for (TYPE_MAP in model_executor/layers/quantization/auto_gptq.py); it refuses desc_act.
+SERVED_BITS = (4, 8)
+# What its Marlin kernel takes without padding (GPTQ_MARLIN_MIN_THREAD_K and _N in utils/marlin_utils.py).
+MARLIN_IN, MARLIN_OUT = 128, 64
+# Columns of an expert that its Marlin kernel takes (check_moe_marlin_supports_config in the same file).
+MARLIN_EXPERT_IN = 128
+# What vLLM calls the matrices that it makes one of.
+_FUSED = {SHARED_INPUT[0]: "qkv_proj", SHARED_INPUT[1]: "gate_up_proj"}
+
+
+def served_together(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Group weights by the layer that vLLM makes of them, in the order of the first of each group."""
+    groups: dict[str, list[str]] = {}
+    for group in shared_inputs(names):
+        groups.setdefault(experts_of(group[0]) or group[0], []).extend(group)
+    return [tuple(group) for group in groups.values()]
+
+
+def module_patterns(group: Sequence[str]) -> list[str]:
+    """Regular expressions for the modules of a group, and for what vLLM calls the layer that it makes of them."""
+    if experts := experts_of(group[0]):
+        return [rf"{re.escape(experts)}(?:\.\d+\.[^.]+)?"]
+    modules = [name.removesuffix(".weight") for name in group]
+    return [re.escape(module) for module in (*modules, *fused_modules(group))]
+
+
+def fused_modules(group: Sequence[str]) -> list[str]:
+    """What vLLM calls the layer that it makes of a group's weights; nothing if it has the name of the only one."""
+    if experts := experts_of(group[0]):
+        return [experts]
+    parent = group[0].removesuffix(".weight").rpartition(".")[0]
+    leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in group}
+    return [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
+
+
+def vllm_refusals(
+    model: MergedModel, schemes: Mapping[str, Scheme], scheme: Scheme, checkpoint_format: str = "gptq"
+) -> list[str]:
+    """Why vLLM would not load a folder, in words.
+
+    Args:
+        model: the merged model.
+        schemes: how each packed matrix is quantized, by the merged tensor's name.
+        scheme: what the configuration says of all of them; vLLM checks it whether or not a matrix is quantized so.
+        checkpoint_format: `gptq` or `gptq_v2`.
+    """
+    found: dict[str, None] = {}
+    for one in (scheme, *schemes.values()):
+        if one.bits not in SERVED_BITS:
+            found[f"{one.bits} bits"] = None
+        if not one.sym:
+            found["zero points (sym is false)"] = None
+        # With one group for all columns their order does not matter, and vLLM passes over it.
+        if one.desc_act and one.group_size != -1:
+            found["desc_act"] = None
+    if checkpoint_format != "gptq":
+        found[f"checkpoint format {checkpoint_format}"] = None
+    if _ignores_rules(model, schemes, scheme):
+        found["experts with settings of their own, and of a size for which vLLM does not look at those"] = None
+    return list(found)
+
+
+def _ignores_rules(model: MergedModel, schemes: Mapping[str, Scheme], scheme: Scheme) -> bool:
+    """Whether vLLM takes the model's settings for experts that have others.
+
+    Where its Marlin kernel takes no experts of a size, it turns to MoeWNA16Config, which knows no `dynamic`.
+    """
+    for tensor in model.tensors:
+        if len(tensor.shape) == 2 and experts_of(tensor.name) and schemes.get(tensor.name) != scheme:
+            columns = tensor.shape[1]
+            if tensor.name.endswith(".down_proj.weight"):
+                if scheme.group_size > 0 and columns % scheme.group_size:
+                    return True
+            elif columns % MARLIN_EXPERT_IN:
+                return True
+    return False
+
+
+def packs_experts(packed: Iterable[str]) -> bool:
+    """Whether experts are among the packed weights."""
+    return any(experts_of(name) for name in packed)
+
+
+def experts_bits(schemes: Mapping[str, Scheme]) -> frozenset[int]:
+    """Every number of bits that packed experts have; empty if none are packed."""
+    return frozenset(scheme.bits for name, scheme in schemes.items() if experts_of(name))
+
+
+def on_cpu(bits: Collection[int], experts: Collection[int]) -> str:
+    """How a note that vLLM serves a folder goes on about its build for processors, which has a kernel for 4 bits only.
+
+    Args:
+        bits: every number of bits that packed weights have.
+        experts: likewise of the experts among them.
+    """
+    if 8 in experts:
+        return "; not on the CPU, where it has no kernel for experts of 8 bits"
+    amx = ", and experts on processors with AMX" if experts else ""
+    if 8 not in bits:
+        return f", on the CPU too{amx}"
+    return f", on the CPU with our plugin exporter-vllm-cpu-gptq8 alone, which unpacks 8 bits to 16 when loading{amx}"
+
+
+def check_servable(label: str, refusals: Sequence[str], *, force: bool) -> None:
+    """Refuse what no server takes, unless it was asked for.
+
+    Raises:
+        UnservableError: no server takes it.
+    """
+    if refusals and not force:
+        raise UnservableError(
+            label,
+            found="; ".join(refusals),
+            expected="4 or 8 bits, sym, no desc_act: what vLLM serves",
+            remedy="Choose such a type, or write it anyway for transformers with --force-unservable.",
+        )
+
+
+def runtimes_of(refusals: Sequence[str], packed: Collection[str], *, mixed: bool = False) -> tuple[str, ...]:
+    """What loads the result, the preferred one first.
+
+    transformers loads GPTQ through optimum, which does not look at `dynamic` and replaces linear layers only, while the
+    experts of a layer are one tensor in transformers 5: packed ones fit nowhere.
+
+    Args:
+        refusals: why vLLM would not.
+        packed: names of the packed weights.
+        mixed: whether some have settings of their own.
+    """
+    return ("vllm",) * (not refusals) + ("transformers",) * (not mixed and not packs_experts(packed))
+
+
+def notes_of(refusals: Sequence[str], packed: Collection[str], *, mixed: bool = False) -> list[str]:
+    """What the reader of a plan should know of it; arguments as of `runtimes_of`."""
+    notes = []
+    if refusals:
+        loaded = "transformers" in runtimes_of(refusals, packed, mixed=mixed)
+        notes.append(
+            f"no server takes it ({'; '.join(refusals)})"
+            + (
+                ": transformers loads it through optimum and gptqmodel"
+                if loaded
+                else ", and transformers does not load it"
+            )
+        )
+    if mixed:
+        notes.append("modules differ in their settings, which transformers does not support for GPTQ")
+    if packs_experts(packed):
+        notes.append(
+            "experts are packed one by one: transformers has those of a layer in one tensor, and does not load them"
+        )
+    return notes

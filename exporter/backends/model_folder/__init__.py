@@ -1,0 +1,1 @@
+"""Folders that `from_pretrained` takes: small files, shards, index."""

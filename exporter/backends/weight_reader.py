@@ -1,0 +1,162 @@
+"""Protocols of backends that read back what they wrote, and what they say of a stored weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.merge.model import MergedModel
+
+# Tensors that are named for the same fault.
+NAMED = 3
+
+
+def named_faults(faults: Sequence[str]) -> Iterator[str]:
+    """The first ones, and how many more there are.
+
+    Args:
+        faults: one a tensor, all of the same kind.
+    """
+    yield from faults[:NAMED]
+    if len(faults) > NAMED:
+        yield f"so it is with {len(faults) - NAMED} more tensors"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far values of a type may be from the merge; measured, docs/quality.md has the runs.
+
+    Attributes:
+        error: largest relative error of a tensor: |stored - merged| / |merged|, Frobenius norms.
+        group: the same of one group.
+        gain: largest |<stored - merged, merged>| / |merged|^2 of a group: by how much its scale is off. Of `clipped`
+            types half of that counts where the group is smaller than merged and its error does not go along with it.
+        resolution: root mean square of an error that a group may have whatever its values are, because its scale has
+            a smallest step.
+        clipped: whether sound groups may lose their largest values because these hardly meet an input.
+    """
+
+    error: float
+    group: float
+    gain: float
+    resolution: float
+    clipped: bool = False
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One tensor of the model as it is found in the files.
+
+    Attributes:
+        name: its name in the files; of several that make up a weight, the one with the codes.
+        source: name of the merged tensor.
+        type: the type it is stored in, in the format's own words.
+        shape: its dimensions as a weight, outermost first.
+        group: columns that share a scale; 1 if none is shared and every element is rounded by itself.
+        block: columns whose scales share a scale; `group` if there is none above it.
+        tolerance: what the type allows.
+    """
+
+    name: str
+    source: str
+    type: str
+    shape: tuple[int, ...]
+    group: int
+    block: int
+    tolerance: Tolerance
+
+
+# Groups of a tensor that are named; more are counted.
+NAMED_MISFITS = 3
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """Groups of stored weights that are close to the merge, and are not what a quantizer makes of it.
+
+    Attributes:
+        count: how many.
+        named: where the first of them are, what was found and what was expected, in words.
+    """
+
+    count: int = 0
+    named: tuple[str, ...] = ()
+
+    def plus(self, other: Misfits) -> Misfits:
+        """Both together."""
+        return Misfits(self.count + other.count, (*self.named, *other.named)[:NAMED_MISFITS])
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Some rows of a weight as they were read.
+
+    Attributes:
+        values: what a runtime computes with: float32, shape (rows, columns).
+        encoded: what checksums of them are taken of (`exporter.backends.writing.checksums`): uint8, shape (rows, bytes
+            of a row), contiguous. The rows as they are stored; where several rows are packed together, the bytes of
+            their values. None if the backend takes no checksums.
+    """
+
+    values: npt.NDArray[np.float32]
+    encoded: npt.NDArray[np.uint8] | None
+
+
+class WeightReader(Protocol):
+    """Reads stored weights back from the files of an artifact, by nothing but what is in them."""
+
+    @property
+    def weights(self) -> Mapping[str, StoredWeight]:
+        """What can be read, by the merged tensor's name."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What is wrong with the files, in words: a tensor that is missing, cut off, or not of the type that the
+        artifact's name promises."""
+
+    def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
+        """Read some rows. Called from several threads.
+
+        Raises:
+            ArtifactError: they contradict the format.
+        """
+
+    def close(self) -> None:
+        """Close every file."""
+
+
+@runtime_checkable
+class CheckingReader(WeightReader, Protocol):
+    """A reader that also knows what its quantizer would have stored, exactly enough to see what rounding hides."""
+
+    def misfits(
+        self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
+    ) -> Misfits:
+        """What in some rows cannot come from the merge. Called from several threads.
+
+        Args:
+            weight: the weight.
+            first: number of the first row.
+            stored: what `rows` returned of these.
+            merged: the merged rows: float32, shape (rows, columns), which are not changed.
+            noise: how far the rows that were quantized may be off these, as a share of the largest values around each.
+        """
+
+
+@runtime_checkable
+class ReadingBackend(Protocol):
+    """A backend whose artifacts can be read back."""
+
+    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
+        """Open an artifact's weights.
+
+        Args:
+            model: the merged model that it was made from.
+            quant: its type, resolved.
+            entry: what a runtime loads: a file, or the folder.
+        """

@@ -1,0 +1,1 @@
+"""Writers that backends share."""

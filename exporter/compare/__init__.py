@@ -1,0 +1,1 @@
+"""Compares published folders side by side."""

@@ -1,0 +1,1 @@
+"""Reads checkpoints, tokenizers and chat templates."""

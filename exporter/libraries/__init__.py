@@ -1,0 +1,1 @@
+"""Keeps other libraries quiet and in bounds."""

@@ -1,0 +1,1 @@
+"""Merges base and adapters row block by row block."""

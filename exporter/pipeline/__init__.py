@@ -1,0 +1,1 @@
+"""plan → tour → stage → verify → publish."""

@@ -1,0 +1,230 @@
+"""The tour of an export: the base is read once, and all who need tensors, statistics or hidden states ride along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from exporter.artifact.hashing import InputHasher
+from exporter.artifact.staging import Staging
+from exporter.backends.base import (
+    Finding,
+    FinishingWriter,
+    HashingWriter,
+    Made,
+    ObservingWriter,
+    PlacedWriter,
+    SolvingWriter,
+    Writer,
+    Written,
+)
+from exporter.backends.output_plan import OutputPlan
+from exporter.errors import BackendError
+from exporter.inputs.tensor_reader import TensorReader
+from exporter.merge.device import make_merger, resolve_device
+from exporter.plan.export_plan import ExportPlan
+from exporter.plan.resources import check_device_memory
+from exporter.reference.predictions import Reference, evaluation_group, finish_reference, prompt_groups
+from exporter.reporter import Reporter
+from exporter.tour.riders import Passengers, Rider, Settings, Solver
+from exporter.tour.stream import Progress, Stream
+from exporter.tour.walk.hidden_states import Group
+from exporter.tour.walk.resume import forget_progress
+from exporter.tour.walk.walk import Walk
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Toured:
+    """What the tour brings back.
+
+    Attributes:
+        written: for each folder, by artifact label.
+        reference: the trained model's scores, or None without verification.
+        device: where it was computed.
+    """
+
+    written: list[dict[str, Written]]
+    reference: Reference | None
+    device: str
+
+
+def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher, reporter: Reporter) -> Toured:
+    """Merge and write every tensor, and walk if anything needs activations.
+
+    Args:
+        plan: the run's plan.
+        stagings: one for each of its folders.
+        hasher: told about each file of the base as the tour gets to it.
+        reporter: told about bytes, layers and windows.
+
+    Raises:
+        RefusalError: the inputs turned out to be wrong on the way (a NaN in the base, say).
+        ExporterError: something failed on the way.
+    """
+    device = resolve_device(plan.execution.device)
+    check_device_memory(device, plan.walk.device_memory)
+    with ExitStack() as stack:
+        boarded = [
+            _Boarded.board(
+                number, artifact, folder.backend.open(artifact, staging.files, resume=staging.resumed), staging
+            )
+            for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True))
+            for artifact in folder.artifacts
+        ]
+        for one in boarded:
+            stack.callback(one.writer.close)
+            if isinstance(one.writer, PlacedWriter):
+                one.writer.place(device, plan.threads)
+        passengers = Passengers(
+            [one.rider for one in boarded if one.rider],
+            [one.observer for one in boarded if one.observer],
+            [one.solver for one in boarded if one.solver],
+        )
+        reporter.touring(plan, device, resumed=any(staging.resumed for staging in stagings))
+        stream = Stream(
+            plan.model,
+            [*passengers.riders, *passengers.observers],
+            make_merger(device, stack.enter_context(TensorReader())),
+            threads=plan.threads,
+            block_bytes=plan.execution.block_bytes,
+            progress=Progress(read=reporter.read, reached=hasher.reach),
+        )
+        stack.callback(stream.close)
+        reference: Reference | None = None
+        findings: Mapping[str, Sequence[Finding]] = {}
+        if plan.walks:
+            walk = _walk(plan, stream, passengers, stagings, device, reporter)
+            walked = walk.run()
+            findings = walked.findings
+        else:
+            stream.offer(plan.model.tensors)
+            stream.finish()
+        written: list[dict[str, Written]] = [{} for _ in stagings]
+        for one in boarded:
+            written[one.folder][one.plan.label] = one.finish(plan, findings)
+        reporter.toured()
+        if plan.walks and plan.tokens.evaluation is not None:
+            reference = finish_reference(walk, walked, plan.tokens.evaluation, device)
+        return Toured(written, reference, device)
+
+
+@dataclass(frozen=True)
+class _Boarded:
+    """One artifact's writer, and the seats that it has."""
+
+    folder: int
+    plan: OutputPlan
+    writer: Writer
+    rider: Rider | None
+    observer: Rider | None
+    solver: Solver | None
+
+    @classmethod
+    def board(cls, folder: int, plan: OutputPlan, writer: Writer, staging: Staging) -> _Boarded:
+        """Tensors without statistics ride; the others are observed or solved for."""
+        free = {tensor.source: tensor for tensor in plan.tensors if tensor.source not in plan.calibrated}
+        rider = Rider(plan.label, free, writer, staging) if free else None
+        observer = solver = None
+        if plan.needs == "moments":
+            if not isinstance(writer, ObservingWriter):
+                raise _defect(plan, "observe")
+            held = {tensor.source: tensor for tensor in plan.tensors if tensor.source in plan.calibrated}
+            observer = Rider(plan.label, held, writer, staging)
+        elif plan.needs == "hessians":
+            if not isinstance(writer, SolvingWriter):
+                raise _defect(plan, "solve")
+            solver = Solver(f"{folder} {plan.label}", plan.calibrated, writer, sequential=plan.sequential)
+        return cls(folder, plan, writer, rider, observer, solver)
+
+    def finish(self, plan: ExportPlan, findings: Mapping[str, Sequence[Finding]]) -> Written:
+        """Let the writer make what it makes at the end.
+
+        Raises:
+            BackendError: a tensor was never written or never solved for.
+        """
+        self._check_written()
+        mine = findings.get(self.solver.label, ()) if self.solver else ()
+        missing = self.plan.calibrated - {finding.name for finding in mine} if self.solver else ()
+        if missing:
+            raise BackendError(
+                sorted(missing)[0],
+                found=f"{len(missing)} matrices that were never solved for",
+                expected=f"all {len(self.plan.calibrated)} of the plan",
+                remedy="Leave them in 16 bits by an override, or report it.",
+            )
+        made = self.writer.finish(plan.tokens.calibration) if isinstance(self.writer, FinishingWriter) else Made(())
+        digests = self.writer.digests() if isinstance(self.writer, HashingWriter) else {}
+        return Written(digests, made, mine, self._checksums(mine))
+
+    def _checksums(self, findings: Sequence[Finding]) -> dict[str, str]:
+        """By the merged tensor's name: of what rode, and of what was solved for."""
+        found: dict[str, str] = {}
+        for rider in (self.rider, self.observer):
+            if rider is not None:
+                known = rider.staging.checksums(rider.label)
+                found |= {name: known[one.name] for name, one in rider.tensors.items() if one.name in known}
+        return found | {one.name: one.checksum for one in findings if one.checksum is not None}
+
+    def _check_written(self) -> None:
+        """Every tensor that rides must be in the journal, or zeros would be published in its place."""
+        for rider in (self.rider, self.observer):
+            if rider is None:
+                continue
+            stored = {tensor.name for tensor in rider.tensors.values() if tensor.nbytes}
+            if missing := sorted(stored - rider.staging.done(rider.label)):
+                raise BackendError(
+                    missing[0],
+                    found=f"{len(missing)} tensors of {rider.label} that were never written",
+                    expected=f"all {len(stored)} of the plan",
+                    remedy="This is a defect of the tour.",
+                )
+
+
+def _defect(plan: OutputPlan, verb: str) -> BackendError:
+    return BackendError(
+        plan.label, found=f"a writer that cannot {verb}", expected=f"one that can, since the plan needs {plan.needs}",
+        remedy="This is a defect of the backend.",
+    )  # fmt: skip
+
+
+def _walk(
+    plan: ExportPlan,
+    stream: Stream,
+    passengers: Passengers,
+    stagings: Sequence[Staging],
+    device: str,
+    reporter: Reporter,
+) -> Walk:
+    calibration = plan.tokens.calibration
+    # All folders must be where the saved states are, or matrices of those that are not would be missed.
+    keys = json.dumps([plan.recipe.compute_dtype, *(staging.key for staging in stagings)])
+    scratch = stagings[0].scratch
+    if not all(staging.resumed for staging in stagings):
+        forget_progress(scratch)
+    settings = Settings(
+        device,
+        dtype=DTYPES[plan.recipe.compute_dtype],
+        threads=plan.threads,
+        keep_bytes=plan.walk.keep_bytes,
+        scratch=scratch,
+        key=hashlib.sha256(keys.encode()).hexdigest(),
+        ahead=device != "cpu",
+        on_layer=reporter.layer,
+    )
+    return Walk(
+        plan.model,
+        stream,
+        passengers,
+        evaluation=evaluation_group(plan.tokens.evaluation) if plan.tokens.evaluation else None,
+        more=prompt_groups(plan.pack.prompts) if plan.pack else (),
+        calibration=Group("calibration", np.array(calibration.ids, dtype=np.int64)) if calibration else None,
+        settings=settings,
+    )

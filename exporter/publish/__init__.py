@@ -1,0 +1,1 @@
+"""Manifest, model card, report and serving commands of an output folder."""

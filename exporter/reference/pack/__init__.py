@@ -1,0 +1,1 @@
+"""The reference pack: the reference as files."""

@@ -1,0 +1,1 @@
+"""Texts, windows of tokens, prompts."""

@@ -1,0 +1,1 @@
+"""The layer-at-a-time walk through the model's own code."""

@@ -1,0 +1,1 @@
+"""Token scores and the figures made of them."""

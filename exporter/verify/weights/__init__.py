@@ -1,0 +1,1 @@
+"""Weights read back and held against the merge."""

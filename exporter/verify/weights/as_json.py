@@ -1,0 +1,86 @@
+"""What was found in an artifact's stored weights, as `export.json` has it."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from exporter.backends.weight_reader import StoredWeight
+from exporter.verify.weights.check import NAMED, WeightsResult
+from exporter.verify.weights.limits import Held, is_judged
+from exporter.verify.weights.sums import Sums, total
+
+
+def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
+    """The summary of an artifact; None if its weights were not looked at."""
+    if result is None:
+        return None
+    parts = {"layers": r"\.layers\.(\d+)\.", "kinds": r"([^.]+)\.(?:weight|bias)$"}
+    # The limit is of the judged ones: the figure is held against it where these are all that changed.
+    limit = result.judged.survival_limit if result.judged.elements == result.updated.elements else None
+    by_limit = sorted(result.tensors, key=lambda pair: -pair[1].relative_error / pair[0].tolerance.error)
+    return {
+        **_figures(result.total),
+        "survival_stderr": _number(result.updated.survival_stderr),
+        "survival_limit": _number(limit),
+        "delta_error": _number(result.updated.delta_error),
+        "checksums": {"compared": result.checked, "different": list(result.altered)},
+        "judged": sum(is_judged(weight, sums) for weight, sums in result.tensors),
+        "worst": [
+            {
+                "name": weight.source,
+                "type": weight.type,
+                "relative_error": _number(sums.relative_error),
+                "limit": _number(weight.tolerance.error),
+            }
+            for weight, sums in by_limit[:NAMED]
+        ],
+        "nearest": {measure: _nearest(weight, held) for measure, (weight, held) in result.nearest.items()},
+        **{part: _grouped(result, by) for part, by in parts.items()},
+        "broken": list(result.broken),
+    }
+
+
+def tensor_figures(result: WeightsResult | None) -> dict[str, dict[str, Any]]:
+    """Relative error, and survival where there is a delta, by the stored tensor's name and by the merged one's."""
+    found: dict[str, dict[str, Any]] = {}
+    for weight, sums in result.tensors if result else ():
+        figures = {key: value for key, value in _figures(sums).items() if key != "survival" or value is not None}
+        found |= {weight.source: figures, weight.name: figures}
+    return found
+
+
+def _nearest(weight: StoredWeight, held: Held) -> dict[str, Any]:
+    return {
+        "name": weight.source,
+        "type": weight.type,
+        "value": _number(held.value),
+        "limit": _number(held.limit),
+        "row": held.row,
+        "column": held.column,
+    }
+
+
+def _figures(sums: Sums) -> dict[str, Any]:
+    return {"relative_error": _number(sums.relative_error), "survival": _number(sums.survival)}
+
+
+def _grouped(result: WeightsResult, pattern: str) -> dict[str, dict[str, Any]]:
+    """Figures by what the pattern finds in a name; tensors in which it finds nothing are left out.
+
+    The error of the delta is, as that of the whole, of the weights that the adapter changes.
+    """
+    groups: dict[str, list[Sums]] = {}
+    for weight, sums in result.tensors:
+        if match := re.search(pattern, weight.source):
+            groups.setdefault(match[1], []).append(sums)
+    return {
+        key: _figures(total(parts)) | {"delta_error": _number(total(part for part in parts if part.delta).delta_error)}
+        for key, parts in groups.items()
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if value is not None and math.isfinite(value) else None
