@@ -4,9 +4,9 @@
 
 Gaussian weights of a deviation of 0.02 are quantized by ggml, without importances and with such as are as uneven as
 exp(1.5 · normal). In each block one bit of the float16 scale, or of the minimum, is flipped, and
-`exporter.backends.gguf.blocks.misfits` is asked whether the block can be ggml's. Bits are numbered from the lowest of
-the mantissa (0 to 9) over the exponent (10 to 14) to the sign. What lies above 9 is left out: limits on errors see
-those.
+`exporter.backends.gguf.blocks.impossible_groups` is asked whether the block can be ggml's. Bits are numbered from the
+lowest of the mantissa (0 to 9) over the exponent (10 to 14) to the sign. What lies above 9 is left out: limits on
+errors see those.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gguf.quants import dequantize
 from report import table, write_json
 
 from exporter.backends.gguf.blocks.ggml import quantize_rows
+from exporter.backends.gguf.blocks.impossible_groups import impossible_groups
 from exporter.backends.gguf.blocks.layouts import CODINGS
-from exporter.backends.gguf.blocks.misfits import misfits
 from exporter.backends.gguf.file_types import BLOCK_SIZES
 from exporter.inputs.row_blocks import Workspace
 
@@ -58,7 +58,7 @@ def shares(kind: str, byte: int, values: Floats, importance: Floats | None) -> l
         several = columns > CODINGS[kind].group
         parts = [slice(row, row + 1) for row in range(rows)] if several else [slice(None)]
         options: dict[str, Any] = {"weighed": importance is not None, "importance": importance, "workspace": workspace}
-        counts = [misfits(kind, flipped[part], read[part], values[part], **options).count for part in parts]
+        counts = [impossible_groups(kind, flipped[part], read[part], values[part], **options).count for part in parts]
         found.append(sum(min(count, 1) for count in counts) / rows if several else counts[0] / rows)
     return found
 

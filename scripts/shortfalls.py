@@ -31,7 +31,7 @@ from exporter.recipe import Execution
 from exporter.reporter import Reporter
 from exporter.runtimes.registry import load_runtime
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers
-from exporter.verify.answers.run import Served, Trained, answers_of
+from exporter.verify.answers.run import Served, WalkedModel, answers_of
 
 TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "Q3_K_S", "Q2_K", "IQ2_XXS", "IQ1_S")
 PROJECTIONS = (
@@ -117,7 +117,7 @@ def shortfalls(model: MergedModel, entries: Mapping[str, Path]) -> dict[str, flo
         Served(name, entry, load_runtime("llamacpp" if entry.suffix == ".gguf" else "transformers"))
         for name, entry in entries.items()
     ]
-    answers = answers_of(Trained(model, "cpu", Execution().workers), served, Reporter())
+    answers = answers_of(WalkedModel(model, "cpu", Execution().workers), served, Reporter())
     found = {}
     for one, answered in zip(served, answers, strict=True):
         if answered is None or isinstance(answered, str):

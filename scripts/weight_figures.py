@@ -43,7 +43,7 @@ from exporter.reference.pack.description import read_description
 from exporter.reference.pack.reader import StoredSketches, opened_pack
 from exporter.verify.published.manifest_record import PublishedArtifact, read_manifest
 from exporter.verify.weights.check import WeightsResult, check_weights
-from exporter.verify.weights.limits import Held
+from exporter.verify.weights.limits import LimitCheck
 from exporter.verify.weights.sketch_check import check_sketches
 from exporter.verify.weights.sums import PARALLEL
 
@@ -106,20 +106,20 @@ def lost_by_type(model: MergedModel, reader: WeightReader) -> dict[str, Lost]:
     return found
 
 
-def nearest_by_type(result: WeightsResult) -> dict[str, dict[str, Held]]:
+def nearest_by_type(result: WeightsResult) -> dict[str, dict[str, LimitCheck]]:
     """Of every stored type and measure, the figure that takes the most of its limit."""
-    found: dict[str, dict[str, Held]] = {}
+    found: dict[str, dict[str, LimitCheck]] = {}
     for weight, sums in result.tensors:
         figures = found.setdefault(weight.type, {})
-        for held in result.held(weight, sums):
-            if held.measure not in figures or held.share > figures[held.measure].share:
-                figures[held.measure] = held
+        for check in result.checks(weight, sums):
+            if check.measure not in figures or check.share > figures[check.measure].share:
+                figures[check.measure] = check
     return found
 
 
-def shown(held: Held | None) -> str:
+def shown(check: LimitCheck | None) -> str:
     """A figure, its limit and what it takes of it."""
-    return "-" if held is None else f"{held.value:.3g} ({held.limit:.3g}) {held.share:.2f}"
+    return "-" if check is None else f"{check.value:.3g} ({check.limit:.3g}) {check.share:.2f}"
 
 
 def survival_off(result: WeightsResult) -> float | None:
@@ -180,7 +180,7 @@ def print_artifact(
     return {
         "cpu_seconds": seconds,
         "broken": result.broken,
-        "nearest": {kind: {key: asdict(held) for key, held in one.items()} for kind, one in nearest.items()},
+        "nearest": {kind: {key: asdict(check) for key, check in one.items()} for kind, one in nearest.items()},
         "survival": whole.survival,
         "survival_stderr": whole.survival_stderr,
         "survival_off": off,

@@ -64,7 +64,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedFiles:
     """What a writer made at the end.
 
     Attributes:
@@ -127,7 +127,7 @@ class SolvingWriter(Writer, Protocol):
 class FinishingWriter(Writer, Protocol):
     """A writer that makes some of its files once every tensor is written."""
 
-    def finish(self, calibration: CalibrationWindows | None) -> Made:
+    def finish(self, calibration: CalibrationWindows | None) -> FinishedFiles:
         """Make them.
 
         Args:
@@ -217,7 +217,7 @@ class SharingBackend(Protocol):
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteResult:
     """What the tour did for one artifact.
 
     Attributes:
@@ -228,6 +228,6 @@ class Written:
     """
 
     digests: Mapping[str, str]
-    made: Made
+    made: FinishedFiles
     findings: Sequence[Finding]
     checksums: Mapping[str, str]

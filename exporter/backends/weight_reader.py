@@ -72,11 +72,11 @@ class StoredWeight:
 
 
 # Groups of a tensor that are named; more are counted.
-NAMED_MISFITS = 3
+NAMED_GROUPS = 3
 
 
 @dataclass(frozen=True)
-class Misfits:
+class ImpossibleGroups:
     """Groups of stored weights that are close to the merge, and are not what a quantizer makes of it.
 
     Attributes:
@@ -87,9 +87,9 @@ class Misfits:
     count: int = 0
     named: tuple[str, ...] = ()
 
-    def plus(self, other: Misfits) -> Misfits:
+    def plus(self, other: ImpossibleGroups) -> ImpossibleGroups:
         """Both together."""
-        return Misfits(self.count + other.count, (*self.named, *other.named)[:NAMED_MISFITS])
+        return ImpossibleGroups(self.count + other.count, (*self.named, *other.named)[:NAMED_GROUPS])
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class WeightReader(Protocol):
 class CheckingReader(WeightReader, Protocol):
     """A reader that also knows what its quantizer would have stored, exactly enough to see what rounding hides."""
 
-    def misfits(
+    def impossible_groups(
         self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
-    ) -> Misfits:
+    ) -> ImpossibleGroups:
         """What in some rows cannot come from the merge. Called from several threads.
 
         Args:

@@ -17,7 +17,7 @@ from exporter.plan.export_plan import ExportPlan, FolderPlan
 from exporter.publish.manifest import input_files
 
 if TYPE_CHECKING:
-    from exporter.backends.base import Written
+    from exporter.backends.base import WriteResult
     from exporter.reference.predictions import Reference
 
 
@@ -57,7 +57,7 @@ def staging_key(plan: ExportPlan, folder: FolderPlan) -> str:
 
 
 def finish_files(
-    plan: ExportPlan, folder: FolderPlan, staging: Staging, written: Mapping[str, Written]
+    plan: ExportPlan, folder: FolderPlan, staging: Staging, written: Mapping[str, WriteResult]
 ) -> dict[str, tuple[int, str]]:
     """Add the small files, then hash what has not been yet, as it is on the disk."""
     names: list[str] = []

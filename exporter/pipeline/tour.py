@@ -15,14 +15,14 @@ from exporter.artifact.hashing import InputHasher
 from exporter.artifact.staging import Staging
 from exporter.backends.base import (
     Finding,
+    FinishedFiles,
     FinishingWriter,
     HashingWriter,
-    Made,
     ObservingWriter,
     PlacedWriter,
     SolvingWriter,
     Writer,
-    Written,
+    WriteResult,
 )
 from exporter.backends.output_plan import OutputPlan
 from exporter.errors import BackendError
@@ -51,7 +51,7 @@ class Toured:
         device: where it was computed.
     """
 
-    written: list[dict[str, Written]]
+    written: list[dict[str, WriteResult]]
     reference: Reference | None
     device: str
 
@@ -107,7 +107,7 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
         else:
             stream.offer(plan.model.tensors)
             stream.finish()
-        written: list[dict[str, Written]] = [{} for _ in stagings]
+        written: list[dict[str, WriteResult]] = [{} for _ in stagings]
         for one in boarded:
             written[one.folder][one.plan.label] = one.finish(plan, findings)
         reporter.toured()
@@ -144,7 +144,7 @@ class _Boarded:
             solver = Solver(f"{folder} {plan.label}", plan.calibrated, writer, sequential=plan.sequential)
         return cls(folder, plan, writer, rider, observer, solver)
 
-    def finish(self, plan: ExportPlan, findings: Mapping[str, Sequence[Finding]]) -> Written:
+    def finish(self, plan: ExportPlan, findings: Mapping[str, Sequence[Finding]]) -> WriteResult:
         """Let the writer make what it makes at the end.
 
         Raises:
@@ -160,9 +160,13 @@ class _Boarded:
                 expected=f"all {len(self.plan.calibrated)} of the plan",
                 remedy="Leave them in 16 bits by an override, or report it.",
             )
-        made = self.writer.finish(plan.tokens.calibration) if isinstance(self.writer, FinishingWriter) else Made(())
+        made = (
+            self.writer.finish(plan.tokens.calibration)
+            if isinstance(self.writer, FinishingWriter)
+            else FinishedFiles(())
+        )
         digests = self.writer.digests() if isinstance(self.writer, HashingWriter) else {}
-        return Written(digests, made, mine, self._checksums(mine))
+        return WriteResult(digests, made, mine, self._checksums(mine))
 
     def _checksums(self, findings: Sequence[Finding]) -> dict[str, str]:
         """By the merged tensor's name: of what rode, and of what was solved for."""

@@ -13,7 +13,7 @@ from exporter.reference.further_tokens import DrawnTokens
 from exporter.reporter import Reporter
 from exporter.runtimes.registry import load_runtime
 from exporter.tokens.windows import Windows
-from exporter.verify.answers.run import Served, Trained, answers_of
+from exporter.verify.answers.run import Served, WalkedModel, answers_of
 from exporter.verify.candidates import Candidate, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification, with_answers
 
@@ -51,8 +51,8 @@ def answer_artifacts(
         for (folder, files), found in zip(staged, verdicts, strict=True)
         for artifact in folder.artifacts
     ]
-    knowing = Trained(plan.model, device, plan.threads, plan.recipe.compute_dtype)
-    answers = iter(answers_of(knowing, served, reporter))
+    trained = WalkedModel(plan.model, device, plan.threads, plan.recipe.compute_dtype)
+    answers = iter(answers_of(trained, served, reporter))
     return [
         {artifact.label: with_answers(found[artifact.label], next(answers)) for artifact in folder.artifacts}
         for (folder, _), found in zip(staged, verdicts, strict=True)

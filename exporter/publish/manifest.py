@@ -19,7 +19,7 @@ from exporter.verify.weights.as_json import tensor_figures, weights_json
 from exporter.version import __version__
 
 if TYPE_CHECKING:
-    from exporter.backends.base import Written
+    from exporter.backends.base import WriteResult
 
 
 SCHEMA_VERSION = 1
@@ -40,7 +40,7 @@ def build_manifest(
     folder: FolderPlan,
     inputs: Mapping[Path, str],
     outputs: Mapping[str, tuple[int, str]],
-    written: Mapping[str, Written],
+    written: Mapping[str, WriteResult],
     verdicts: Mapping[str, Verification],
     device: str,
     drawn: Windows | None = None,
@@ -130,7 +130,7 @@ def _without_folder(value: Any) -> Any:
 def _artifact(
     artifact: OutputPlan,
     outputs: Mapping[str, tuple[int, str]],
-    written: Written,
+    written: WriteResult,
     verdict: Verification | None,
 ) -> dict[str, Any]:
     names = artifact.names(written.made.names)

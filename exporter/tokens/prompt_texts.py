@@ -1,4 +1,4 @@
-"""What an artifact is asked: texts to tokenize, conversations to render, beginnings to continue. Written for this."""
+"""Texts that an artifact tokenizes, conversations that it renders, beginnings that it continues. All are our own."""
 
 # Characters that look alike are what some of the texts are about.
 # ruff: noqa: RUF001

@@ -19,7 +19,7 @@ if str(SCRIPTS) not in sys.path:
 import weight_figures  # noqa: E402
 
 from exporter.backends.weight_reader import StoredWeight, Tolerance  # noqa: E402
-from exporter.verify.weights.limits import Held  # noqa: E402
+from exporter.verify.weights.limits import LimitCheck  # noqa: E402
 from tests.exports import export_to, pack_to  # noqa: E402
 
 
@@ -46,7 +46,7 @@ def test_a_smallest_step_of_scales_is_no_loss() -> None:
 
 
 def test_a_figure_is_shown_with_its_limit() -> None:
-    assert weight_figures.shown(Held("group", 0.25, 0.5, "")) == "0.25 (0.5) 0.50"
+    assert weight_figures.shown(LimitCheck("group", 0.25, 0.5, "")) == "0.25 (0.5) 0.50"
     assert weight_figures.shown(None) == "-"
 
 

@@ -21,7 +21,7 @@ from exporter.backends.gguf.imatrix.file import ImatrixError, Importance, read_i
 from exporter.backends.gguf.metadata.model_keys_check import header_faults
 from exporter.backends.gguf.ollama.modelfile_check import modelfile_faults
 from exporter.backends.model_folder.weight_reader import contradiction, float_weight
-from exporter.backends.weight_reader import Misfits, StoredRows, StoredWeight, Tolerance
+from exporter.backends.weight_reader import ImpossibleGroups, StoredRows, StoredWeight, Tolerance
 from exporter.errors import ArtifactError
 from exporter.families.base import Family
 from exporter.merge.model import MergedModel, MergedTensor
@@ -105,11 +105,11 @@ class GgufReader:
         raw = self._raw(weight, first, count)
         return StoredRows(self._values(weight, raw), raw)
 
-    def misfits(
+    def impossible_groups(
         self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
-    ) -> Misfits:
+    ) -> ImpossibleGroups:
         """See `CheckingReader`."""
-        from exporter.backends.gguf.blocks.misfits import misfits
+        from exporter.backends.gguf.blocks.impossible_groups import impossible_groups
 
         found = (self._importance or {}).get(weight.name)
         weighed = self._importance is None or found is not None
@@ -118,7 +118,7 @@ class GgufReader:
         if weight.type in WEIGHED_TYPES and found is not None:
             importance = row_importances(found, weight, first, len(merged))
         assert stored.encoded is not None
-        return misfits(
+        return impossible_groups(
             weight.type, stored.encoded, stored.values, merged, noise=noise, first=first,
             weighed=weighed, importance=importance, workspace=self._workspace,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.artifact.durable import write_durably
-from exporter.backends.base import Made
+from exporter.backends.base import FinishedFiles
 from exporter.backends.gguf.encoder import make_encoder
 from exporter.backends.gguf.imatrix.file import Floats, Importance
 from exporter.backends.gguf.imatrix.plan import GgufPlan, ImatrixPlan
@@ -44,7 +44,7 @@ class MeasuringWriter(OffsetWriter):
         self._entries[tensor.name] = entry
         self._importance[tensor.name] = entry.mean()
 
-    def finish(self, calibration: CalibrationWindows | None) -> Made:
+    def finish(self, calibration: CalibrationWindows | None) -> FinishedFiles:
         """See `FinishingWriter`: the importance matrix, as llama-imatrix would have written it.
 
         Raises:
@@ -65,4 +65,4 @@ class MeasuringWriter(OffsetWriter):
                 chunk_size=calibration.window,
             )
         write_durably(self._folder / planned.file, planned.content(self._entries))
-        return Made((planned.file,))
+        return FinishedFiles((planned.file,))

@@ -22,7 +22,7 @@ from exporter.backends.model_folder.weight_reader import (
     float_rows,
     float_weight,
 )
-from exporter.backends.weight_reader import NAMED_MISFITS, Misfits, StoredRows, StoredWeight, Tolerance
+from exporter.backends.weight_reader import NAMED_GROUPS, ImpossibleGroups, StoredRows, StoredWeight, Tolerance
 from exporter.errors import ArtifactError
 from exporter.merge.model import MergedModel, MergedTensor
 
@@ -136,13 +136,13 @@ class GptqReader:
             return float_rows(self._shards, weight, first, count)
         return self._unpacked(weight, first, count)
 
-    def misfits(
+    def impossible_groups(
         self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
-    ) -> Misfits:
+    ) -> ImpossibleGroups:
         """See `CheckingReader`. Of scales that our solver made it is known that bfloat16 holds them, too."""
         del merged, noise
         if not self._own_scales or not isinstance(stored, UnpackedRows):
-            return Misfits()
+            return ImpossibleGroups()
         return foreign_scales(stored.scales, weight.group, first)
 
     def _unpacked(self, weight: StoredWeight, first: int, count: int) -> UnpackedRows:
@@ -171,7 +171,7 @@ class GptqReader:
         """See `WeightReader`: nothing stays open."""
 
 
-def foreign_scales(scales: npt.NDArray[np.float16], group: int, first: int = 0) -> Misfits:
+def foreign_scales(scales: npt.NDArray[np.float16], group: int, first: int = 0) -> ImpossibleGroups:
     """Scales that our solver does not make: of a float16 that bfloat16 holds, the three lowest bits are zero.
 
     Args:
@@ -184,6 +184,6 @@ def foreign_scales(scales: npt.NDArray[np.float16], group: int, first: int = 0) 
     named = tuple(
         f"columns {number * group} to {(number + 1) * group - 1} of row {first + row}: the scale is "
         f"{float(scales[row, number]):.5g} and should be a number that bfloat16 holds"
-        for row, number in found[:NAMED_MISFITS].tolist()
+        for row, number in found[:NAMED_GROUPS].tolist()
     )
-    return Misfits(len(found), named)
+    return ImpossibleGroups(len(found), named)

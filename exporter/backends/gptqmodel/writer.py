@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.backends.base import Made, Writer
+from exporter.backends.base import FinishedFiles, Writer
 from exporter.backends.gptqmodel.plan import GptqModelPlan
 from exporter.backends.output_plan import OutputPlan, TensorPlan
 from exporter.backends.safetensors.backend import SafetensorsBackend
@@ -73,7 +73,7 @@ class GptqModelWriter:
         if self._inner is not None:
             self._inner.close()
 
-    def finish(self, calibration: CalibrationWindows | None) -> Made:
+    def finish(self, calibration: CalibrationWindows | None) -> FinishedFiles:
         """See `FinishingWriter`. What an earlier run finished is not made again.
 
         Raises:
@@ -161,9 +161,9 @@ def visible_devices(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": f"GPU-{torch.cuda.get_device_properties(device).uuid}"}
 
 
-def _made(names: Sequence[str], rounded: Sequence[str]) -> Made:
+def _made(names: Sequence[str], rounded: Sequence[str]) -> FinishedFiles:
     notes = (f"GPTQModel rounded {len(rounded)} matrices to nearest: {', '.join(rounded)}",) if rounded else ()
-    return Made(tuple(names), notes)
+    return FinishedFiles(tuple(names), notes)
 
 
 def clean_config(base: Path, made: Path) -> bytes:

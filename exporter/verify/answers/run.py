@@ -40,7 +40,7 @@ class Served:
     runtime: Runtime
 
 
-class Knowing(Protocol):
+class TrainedModel(Protocol):
     """The trained model, as far as it is here, for what it says of answers."""
 
     @property
@@ -63,8 +63,8 @@ class Knowing(Protocol):
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Base and adapters, which are walked through; see `Knowing`.
+class WalkedModel:
+    """Base and adapters, which are walked through; see `TrainedModel`.
 
     Attributes:
         model: the merged model.
@@ -80,12 +80,12 @@ class Trained:
 
     @property
     def prompts(self) -> None:
-        """See `Knowing`."""
+        """See `TrainedModel`."""
 
     def follow(
         self, wanted: Sequence[tuple[Tokens, Tokens]], reporter: Reporter
     ) -> Mapping[tuple[Tokens, Tokens], Followed]:
-        """See `Knowing`."""
+        """See `TrainedModel`."""
         import torch
 
         from exporter.verify.answers.follow import follow
@@ -96,8 +96,8 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A reference pack, which knows the first token that follows each prompt; see `Knowing`.
+class PackedReference:
+    """A reference pack, which knows the first token that follows each prompt; see `TrainedModel`.
 
     Attributes:
         model: the merged model, without weights.
@@ -112,7 +112,7 @@ class Packed:
     def follow(
         self, wanted: Sequence[tuple[Tokens, Tokens]], reporter: Reporter
     ) -> Mapping[tuple[Tokens, Tokens], Followed]:
-        """See `Knowing`."""
+        """See `TrainedModel`."""
         del reporter
         from exporter.verify.answers.follow import follow_first
 
@@ -122,11 +122,13 @@ class Packed:
         return follow_first(self.reference.head, self.reference.prompts, ids, wanted)
 
 
-def answers_of(knowing: Knowing, served: Sequence[Served | None], reporter: Reporter) -> list[Answers | str | None]:
+def answers_of(
+    trained: TrainedModel, served: Sequence[Served | None], reporter: Reporter
+) -> list[Answers | str | None]:
     """Ask artifacts and judge what they answer, in their order.
 
     Args:
-        knowing: the trained model that all of them are made from.
+        trained: the trained model that all of them are made from.
         served: the artifacts; None for one that is not to be asked, because it could not even be scored.
         reporter: told about every artifact and layer.
 
@@ -141,8 +143,8 @@ def answers_of(knowing: Knowing, served: Sequence[Served | None], reporter: Repo
     """
     if not any(served):
         return [None] * len(served)
-    tokenizers = Tokenizers(knowing.model.tokenizer)
-    question = make_question(knowing.model, tokenizers, knowing.prompts)
+    tokenizers = Tokenizers(trained.model.tokenizer)
+    question = make_question(trained.model, tokenizers, trained.prompts)
     asked = [None if one is None else _asked(one, question, tokenizers, reporter) for one in served]
     prompts = {prompt.name: prompt.ids for prompt in question.prompts}
     wanted = {
@@ -152,7 +154,7 @@ def answers_of(knowing: Knowing, served: Sequence[Served | None], reporter: Repo
         for name, found in one.continuations.items()
         if found.tokens
     }
-    followed = knowing.follow(list(wanted.values()), reporter) if wanted else {}
+    followed = trained.follow(list(wanted.values()), reporter) if wanted else {}
     reporter.scored()
     return [
         judge_answers(

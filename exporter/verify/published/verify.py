@@ -22,7 +22,7 @@ from exporter.runtimes.registry import check_endpoint, load_runtime
 from exporter.tokens.positions import check_windows
 from exporter.tokens.windows import check_drawable, make_windows
 from exporter.tour.walk.background_import import walk_imported
-from exporter.verify.answers.run import Knowing, Packed, Served, Trained, answers_of
+from exporter.verify.answers.run import PackedReference, Served, TrainedModel, WalkedModel, answers_of
 from exporter.verify.candidates import Candidate, judge_candidates, read_all_weights
 from exporter.verify.gate import Verification, with_answers
 from exporter.verify.published.manifest_record import PublishedManifest, read_manifest
@@ -150,7 +150,7 @@ def verify_published(
     more = DrawnTokens(model, text, evaluation, reference, device, reporter, cut=cut, threads=threads)
     verdicts = judge_candidates(candidates, weights, reference, more, reporter)
     if evaluation.answers:
-        verdicts = _answered(Trained(model, device, threads), candidates, verdicts, reporter)
+        verdicts = _answered(WalkedModel(model, device, threads), candidates, verdicts, reporter)
     scored, by_label = evaluation_json(windows, more.drawn), _by_label(candidates, verdicts)
     return PublishedResult(folder, manifest.sizes, by_label, scored, tuple(notes))
 
@@ -212,8 +212,8 @@ def verify_with_pack(
         more = PackTokens(opened.reference, description.evaluation.first)
         verdicts = judge_candidates(candidates, weights, more.first, more, reporter)
         if answers:
-            knowing = Packed(opened.model, opened.prompts, opened.reference)
-            verdicts = _answered(knowing, candidates, verdicts, reporter)
+            trained = PackedReference(opened.model, opened.prompts, opened.reference)
+            verdicts = _answered(trained, candidates, verdicts, reporter)
         windows, drawn = more.first.windows, more.drawn
         tokens = windows.tokens + (drawn.tokens if drawn else 0)
         notes = [BARE_NOTE, *said] if bare else manifest.held_against_pack(windows.source, tokens)
@@ -222,14 +222,14 @@ def verify_with_pack(
 
 
 def _answered(
-    knowing: Knowing, candidates: Sequence[Candidate], verdicts: Sequence[Verification], reporter: Reporter
+    trained: TrainedModel, candidates: Sequence[Candidate], verdicts: Sequence[Verification], reporter: Reporter
 ) -> list[Verification]:
     """The verdicts with the answers of all that could be scored."""
     served = [
         Served(one.label, one.entry, one.runtime) if verdict.comparison else None
         for one, verdict in zip(candidates, verdicts, strict=True)
     ]
-    answered = answers_of(knowing, served, reporter)
+    answered = answers_of(trained, served, reporter)
     return [with_answers(one, found) for one, found in zip(verdicts, answered, strict=True)]
 
 

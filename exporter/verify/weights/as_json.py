@@ -8,7 +8,7 @@ from typing import Any
 
 from exporter.backends.weight_reader import StoredWeight
 from exporter.verify.weights.check import NAMED, WeightsResult
-from exporter.verify.weights.limits import Held, is_judged
+from exporter.verify.weights.limits import LimitCheck, is_judged
 from exporter.verify.weights.sums import Sums, total
 
 
@@ -36,7 +36,7 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
             }
             for weight, sums in by_limit[:NAMED]
         ],
-        "nearest": {measure: _nearest(weight, held) for measure, (weight, held) in result.nearest.items()},
+        "nearest": {measure: _nearest(weight, check) for measure, (weight, check) in result.nearest.items()},
         **{part: _grouped(result, by) for part, by in parts.items()},
         "broken": list(result.broken),
     }
@@ -51,14 +51,14 @@ def tensor_figures(result: WeightsResult | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _nearest(weight: StoredWeight, held: Held) -> dict[str, Any]:
+def _nearest(weight: StoredWeight, check: LimitCheck) -> dict[str, Any]:
     return {
         "name": weight.source,
         "type": weight.type,
-        "value": _number(held.value),
-        "limit": _number(held.limit),
-        "row": held.row,
-        "column": held.column,
+        "value": _number(check.value),
+        "limit": _number(check.limit),
+        "row": check.row,
+        "column": check.column,
     }
 
 

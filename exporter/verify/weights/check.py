@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from exporter.backends.base import Backend
 from exporter.backends.weight_reader import (
     CheckingReader,
-    Misfits,
+    ImpossibleGroups,
     ReadingBackend,
     StoredRows,
     StoredWeight,
@@ -22,7 +22,7 @@ from exporter.backends.weight_reader import (
 from exporter.backends.writing.checksums import as_text, joined, row_checksums
 from exporter.errors import ArtifactError
 from exporter.merge.model import MergedModel, MergedTensor
-from exporter.verify.weights.limits import Held, held_figures, held_survival, is_judged
+from exporter.verify.weights.limits import LimitCheck, figure_checks, is_judged, survival_check
 from exporter.verify.weights.sums import Sums, block_sums, total
 
 if TYPE_CHECKING:
@@ -45,18 +45,19 @@ class WeightsResult:
     Attributes:
         tensors: what is stored of each merged tensor, with its sums; in model order.
         faults: what is wrong with the files themselves.
-        misfits: of tensors in which there are any, what no quantizer makes of the merge, by the merged tensor's name.
+        impossible_groups: groups of columns that no quantizer makes of the merge, by the merged tensor's name; only of
+            tensors that have any.
         altered: merged tensors that are not stored as they were encoded, in order.
         checked: of how many tensors that is known.
-        held: what a weight is held to.
+        checks: the limits of a weight, each with the figure that it bounds.
     """
 
     tensors: tuple[tuple[StoredWeight, Sums], ...]
     faults: tuple[str, ...]
-    misfits: Mapping[str, Misfits] = field(default_factory=dict)
+    impossible_groups: Mapping[str, ImpossibleGroups] = field(default_factory=dict)
     altered: tuple[str, ...] = ()
     checked: int = 0
-    held: Callable[[StoredWeight, Sums], Iterator[Held]] = held_figures
+    checks: Callable[[StoredWeight, Sums], Iterator[LimitCheck]] = figure_checks
 
     @cached_property
     def total(self) -> Sums:
@@ -74,13 +75,13 @@ class WeightsResult:
         return total(sums for weight, sums in self.tensors if is_judged(weight, sums))
 
     @cached_property
-    def nearest(self) -> dict[str, tuple[StoredWeight, Held]]:
+    def nearest(self) -> dict[str, tuple[StoredWeight, LimitCheck]]:
         """Of each measure, the weight that took the most of its limit."""
-        found: dict[str, tuple[StoredWeight, Held]] = {}
+        found: dict[str, tuple[StoredWeight, LimitCheck]] = {}
         for weight, sums in self.tensors:
-            for held in self.held(weight, sums):
-                if held.measure not in found or held.share > found[held.measure][1].share:
-                    found[held.measure] = (weight, held)
+            for check in self.checks(weight, sums):
+                if check.measure not in found or check.share > found[check.measure][1].share:
+                    found[check.measure] = (weight, check)
         return found
 
     @cached_property
@@ -91,21 +92,21 @@ class WeightsResult:
         if rest > 0:
             reasons = [*reasons[:NAMED], f"so are {rest} more tensors"]
         if self.judged.delta:
-            whole = held_survival(self.judged, "of the adapter's whole change")
+            whole = survival_check(self.judged, "of the adapter's whole change")
             reasons += [] if whole.kept else [whole.reason]
         return (*self.faults, *reasons)
 
     def _first_reason(self, weight: StoredWeight, sums: Sums) -> Iterator[str]:
-        """The first limit that a tensor breaks, in words: the others, misfits and another checksum follow from that;
-        else its misfits, and else that it is not as it was encoded."""
-        for held in self.held(weight, sums):
-            if not held.kept:
-                yield held.reason
+        """The first limit that a tensor breaks, in words: the others, impossible groups and another checksum follow from
+        that; else its impossible groups, and else that it is not as it was encoded."""
+        for check in self.checks(weight, sums):
+            if not check.kept:
+                yield check.reason
                 return
-        if misfits := self.misfits.get(weight.source):
-            rest = misfits.count - len(misfits.named)
+        if impossible_groups := self.impossible_groups.get(weight.source):
+            rest = impossible_groups.count - len(impossible_groups.named)
             more = f"; and {rest} more groups of columns" if rest else ""
-            yield f"{weight.source}: {'; '.join(misfits.named)}{more}"
+            yield f"{weight.source}: {'; '.join(impossible_groups.named)}{more}"
         elif weight.source in self.altered:
             yield f"{weight.source} is not stored as it was encoded: its checksum is another than the export's"
 
@@ -116,20 +117,20 @@ class Part:
 
     Attributes:
         sums: their sums.
-        misfits: what in them no quantizer makes of the merge.
+        impossible_groups: what in them no quantizer makes of the merge.
         checksums: of the rows, uint32 (`exporter.backends.writing.checksums`); None if there is nothing to hold them
             against.
     """
 
     sums: Sums
-    misfits: Misfits
+    impossible_groups: ImpossibleGroups
     checksums: npt.NDArray[np.uint32] | None
 
     @classmethod
-    def of(cls, stored: StoredRows, sums: Sums, misfits: Misfits, *, checked: bool) -> Part:
+    def of(cls, stored: StoredRows, sums: Sums, impossible_groups: ImpossibleGroups, *, checked: bool) -> Part:
         """Of rows that were read; with `checked`, their checksums are taken."""
         encoded = stored.encoded if checked else None
-        return cls(sums, misfits, None if encoded is None else row_checksums(encoded))
+        return cls(sums, impossible_groups, None if encoded is None else row_checksums(encoded))
 
 
 @dataclass
@@ -138,14 +139,16 @@ class Gathered:
 
     faults: list[str]
     sums: dict[str, Sums] = field(default_factory=dict)
-    misfits: dict[str, Misfits] = field(default_factory=dict)
+    impossible_groups: dict[str, ImpossibleGroups] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, part: Part) -> None:
         """Take the rows of a tensor that follow those before."""
         self.sums[name] = self.sums.get(name, Sums()).plus(part.sums)
-        if part.misfits.count:
-            self.misfits[name] = self.misfits.get(name, Misfits()).plus(part.misfits)
+        if part.impossible_groups.count:
+            self.impossible_groups[name] = self.impossible_groups.get(name, ImpossibleGroups()).plus(
+                part.impossible_groups
+            )
         if part.checksums is not None:
             self.checksums[name] = joined(part.checksums, self.checksums.get(name, 0))
 
@@ -153,18 +156,18 @@ class Gathered:
         self,
         tensors: Iterable[tuple[StoredWeight, Sums]],
         expected: Mapping[str, str],
-        held: Callable[[StoredWeight, Sums], Iterator[Held]] = held_figures,
+        checks: Callable[[StoredWeight, Sums], Iterator[LimitCheck]] = figure_checks,
     ) -> WeightsResult:
         """All of it.
 
         Args:
             tensors: of each tensor, in model order, its whole sums.
             expected: checksums by the merged tensor's name.
-            held: see `WeightsResult`.
+            checks: see `WeightsResult`.
         """
         altered = tuple(name for name, found in self.checksums.items() if as_text(found) != expected[name])
         faults = tuple(dict.fromkeys(self.faults))
-        return WeightsResult(tuple(tensors), faults, self.misfits, altered, len(self.checksums), held)
+        return WeightsResult(tuple(tensors), faults, self.impossible_groups, altered, len(self.checksums), checks)
 
 
 Check = Callable[[MergedModel, WeightReader, int, Mapping[str, str]], WeightsResult]
@@ -237,7 +240,7 @@ def check_weights(
 def _checker(
     merger: Merger, reader: WeightReader, checksums: Mapping[str, str]
 ) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], Part]:
-    """Takes the sums of row blocks, and looks for misfits where the reader can, from several threads at once."""
+    """Takes the sums of row blocks, and looks for impossible groups where the reader can. Used by several threads."""
     import torch
 
     from exporter.inputs.row_blocks import Workspace
@@ -251,11 +254,11 @@ def _checker(
         shape = (block.count, tensor.source.columns)
         base = workspace.take("base", torch.float32, shape) if tensor.updates else None
         merged = merger.block(tensor, block, factors, base=base).numpy()
-        stored, misfits = reader.rows(weight, block.first, block.count), Misfits()
+        stored, impossible_groups = reader.rows(weight, block.first, block.count), ImpossibleGroups()
         if checking is not None:
-            misfits = checking.misfits(weight, block.first, stored, merged, merge_noise(tensor))
+            impossible_groups = checking.impossible_groups(weight, block.first, stored, merged, merge_noise(tensor))
         sums = block_sums(stored.values, merged, None if base is None else base.numpy(), weight, block.first)
-        return Part.of(stored, sums, misfits, checked=tensor.name in checksums)
+        return Part.of(stored, sums, impossible_groups, checked=tensor.name in checksums)
 
     return check
 

@@ -33,7 +33,7 @@ SPANNING_COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class Held:
+class LimitCheck:
     """A figure of a stored weight beside its limit.
 
     Attributes:
@@ -66,7 +66,7 @@ class Held:
         return math.inf if math.isnan(share) else share
 
 
-def held_figures(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
+def figure_checks(weight: StoredWeight, sums: Sums) -> Iterator[LimitCheck]:
     """Everything that a stored weight is held to."""
     limits, name = weight.tolerance, weight.source
     error = sums.relative_error
@@ -74,30 +74,30 @@ def held_figures(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
     # Only the farthest part is known: others of the weight may be off too.
     farthest = f", {_place(group, weight)} the most" if group.value else ""
     reason = f"{name} is {error:.2%} off{farthest}; {weight.type} leaves at most {limits.error:.2%}"
-    yield Held("relative_error", error, limits.error, reason)
+    yield LimitCheck("relative_error", error, limits.error, reason)
     verb = "are" if weight.group > 1 else "is"
     reason = f"{name}: {_place(group, weight)} {verb} {group.value:.2%} off, the limit is {limits.group:.2%}"
-    yield Held("group", group.value, limits.group, reason, group.row, group.column)
+    yield LimitCheck("group", group.value, limits.group, reason, group.row, group.column)
     if weight.group > 1:
         scale = sums.gain
         reason = (
             f"{name}: the scale of {_place(scale, weight)} is {scale.value:.2%} off, the limit is {limits.gain:.2%}"
         )
-        yield Held("scale", scale.value, limits.gain, reason, scale.row, scale.column)
+        yield LimitCheck("scale", scale.value, limits.gain, reason, scale.row, scale.column)
         shift, limit = sums.shift, SHIFT_SHARE * limits.error
         reason = f"{name}: row {shift.row} is shifted by {shift.value:.2%} of its size, the limit is {limit:.2%}"
-        yield Held("row_mean", shift.value, limit, reason, shift.row)
+        yield LimitCheck("row_mean", shift.value, limit, reason, shift.row)
     if is_judged(weight, sums):
-        yield held_survival(sums, f"{name}: of the adapter's change")
+        yield survival_check(sums, f"{name}: of the adapter's change")
 
 
-def held_survival(sums: Sums, of_what: str) -> Held:
+def survival_check(sums: Sums, of_what: str) -> LimitCheck:
     """Survival of a weight, or of several together, that have a delta; `of_what` begins its reason."""
     survival, limit = sums.survival, sums.survival_limit
     if survival is None:
         raise ValueError("without a delta there is no survival")
     reason = f"{of_what} {survival:z.0%} (limit 100% ± {limit:.0%}) is stored"
-    return Held("survival", abs(survival - 1), limit, reason)
+    return LimitCheck("survival", abs(survival - 1), limit, reason)
 
 
 def is_judged(weight: StoredWeight, sums: Sums) -> bool:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends.weight_reader import Misfits, WeightReader
+from exporter.backends.weight_reader import ImpossibleGroups, WeightReader
 from exporter.inputs.row_blocks import DEFAULT_BLOCK_BYTES, RowBlock, row_blocks
 from exporter.merge.model import MergedModel
 from exporter.verify.weights.check import Check, Part, WeightsResult, gathered
-from exporter.verify.weights.sketch_limits import estimated_sums, held_estimates
+from exporter.verify.weights.sketch_limits import estimate_checks, estimated_sums
 
 if TYPE_CHECKING:
     from exporter.reference.pack.reader import OpenedPack, StoredSketches
@@ -47,7 +47,7 @@ def check_sketches(
         stored = reader.rows(weight, block.first, block.count)
         known = sketches.rows(name, block.first, block.count)
         sums = estimated_sums(stored.values, *known, weight, block.first)
-        return Part.of(stored, sums, Misfits(), checked=name in checksums)
+        return Part.of(stored, sums, ImpossibleGroups(), checked=name in checksums)
 
     parts = (
         (tensor.name, partial(part, tensor.name, block))
@@ -61,4 +61,4 @@ def check_sketches(
             different, looked_at = sketches.base_values(tensor.name)
             whole = replace(found.sums[tensor.name].whole(), different=different, looked_at=looked_at)
             tensors.append((reader.weights[tensor.name], whole))
-    return found.result(tensors, checksums, held_estimates)
+    return found.result(tensors, checksums, estimate_checks)

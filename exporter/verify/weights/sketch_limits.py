@@ -21,7 +21,7 @@ import numpy.typing as npt
 from exporter.backends.weight_reader import StoredWeight
 from exporter.plan.reference_pack import RUN
 from exporter.reference.pack.sketch import by_run, sketch
-from exporter.verify.weights.limits import Held, held_survival, is_judged
+from exporter.verify.weights.limits import LimitCheck, is_judged, survival_check
 from exporter.verify.weights.sums import Sums, Worst
 
 # Of a type's limit on the relative error of a tensor, how far the sketch of a run may be off in multiples of the run's
@@ -72,7 +72,7 @@ def _product(left: Floats, right: Floats) -> float:
     return float(np.multiply(left, right, dtype=np.float64).sum())
 
 
-def held_estimates(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
+def estimate_checks(weight: StoredWeight, sums: Sums) -> Iterator[LimitCheck]:
     """What a stored weight is held to by its sketch."""
     name, runs = weight.source, max(sums.elements, 1)
     # Of n squares of standard normal variables the sum is below n + 2 sqrt(n x) + 2 x but for a chance of exp(-x)
@@ -83,9 +83,9 @@ def held_estimates(weight: StoredWeight, sums: Sums) -> Iterator[Held]:
     place = f"columns {run.column} to {run.column + columns - 1} of row {run.row}"
     farthest = f", {place} the most" if run.value else ""
     reason = f"{name} is about {error:.2%} off by its sketch{farthest}; {weight.type} leaves at most {limit:.2%}"
-    yield Held("relative_error", error, limit, reason)
+    yield LimitCheck("relative_error", error, limit, reason)
     limit = RUN_SHARE * weight.tolerance.error + CLIPPED_SHARE * weight.tolerance.group * weight.tolerance.clipped
     reason = f"{name}: {place} are about {run.value:.2%} off by their sketch, the limit is {limit:.2%}"
-    yield Held("group", run.value, limit, reason, run.row, run.column)
+    yield LimitCheck("group", run.value, limit, reason, run.row, run.column)
     if is_judged(weight, sums):
-        yield held_survival(sums, f"{name}: of the adapter's change")
+        yield survival_check(sums, f"{name}: of the adapter's change")

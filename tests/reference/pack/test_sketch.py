@@ -21,7 +21,7 @@ from exporter.reference.pack.sketch import signs, sketch
 from exporter.reporter import Reporter
 from exporter.verify.gate import Verification
 from exporter.verify.published.verify import verify_with_pack
-from exporter.verify.weights.sketch_limits import estimated_sums, held_estimates
+from exporter.verify.weights.sketch_limits import estimate_checks, estimated_sums
 from exporter.verify.weights.sums import Sums
 from tests.exports import export_to, pack_to
 from tests.folders import copy, edit_tensors, rehash
@@ -77,7 +77,7 @@ def test_sound_errors_keep_their_limits_in_a_tensor_of_any_size(rows: int, colum
     for seed in range(400):
         merged = normal(2 * seed, rows, columns)
         stored = merged + 0.5 * FOUR_BITS.error * normal(2 * seed + 1, rows, columns)
-        held = list(held_estimates(weight(columns), estimated_sums(stored, sketch(merged), None, weight(columns))))
+        held = list(estimate_checks(weight(columns), estimated_sums(stored, sketch(merged), None, weight(columns))))
         assert all(one.kept for one in held), (seed, held)
 
 
@@ -85,7 +85,7 @@ def broken(stored: Any, merged: Any, delta: Any = None) -> list[str]:
     one = weight(merged.shape[1])
     sums = estimated_sums(stored, sketch(merged), None if delta is None else sketch(delta), one).whole()
     varied = Sums(different=1, looked_at=1)
-    return [held.measure for held in held_estimates(one, sums.plus(varied)) if not held.kept]
+    return [held.measure for held in estimate_checks(one, sums.plus(varied)) if not held.kept]
 
 
 def test_what_it_sees() -> None:

@@ -21,7 +21,7 @@ from exporter.tokens.prompts import LONG, MAX_NEW
 from exporter.verify.answers.ask import NORMALIZED, UNNORMALIZED
 from exporter.verify.answers.follow import Followed, follow
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers, judge_answers, loop_of
-from exporter.verify.answers.run import Served, Trained, answers_of
+from exporter.verify.answers.run import Served, WalkedModel, answers_of
 from tests.commands import invoke
 from tests.exports import export_to
 from tests.folders import copy, edit_json, edit_tensors
@@ -58,7 +58,7 @@ def exported(base: Path, out: Path, format_: str) -> Path:
 
 def answers(model: MergedModel, entry: Path) -> Answers:
     runtime = load_runtime("llamacpp" if entry.suffix == ".gguf" else "transformers")
-    (found,) = answers_of(Trained(model, "cpu"), [Served("it", entry, runtime)], Reporter())
+    (found,) = answers_of(WalkedModel(model, "cpu"), [Served("it", entry, runtime)], Reporter())
     assert isinstance(found, Answers)
     return found
 

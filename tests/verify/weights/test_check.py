@@ -30,7 +30,7 @@ from exporter.backends.weight_reader import StoredWeight, Tolerance
 from exporter.merge.model import MergedModel
 from exporter.verify.weights.as_json import tensor_figures, weights_json
 from exporter.verify.weights.check import WeightsResult, check_weights, read_weights
-from exporter.verify.weights.limits import held_survival
+from exporter.verify.weights.limits import survival_check
 from exporter.verify.weights.sums import Sums, block_sums
 from tests.exports import export_to
 from tests.folders import copy, edit_json, edit_tensors
@@ -613,7 +613,7 @@ def test_a_bit_of_a_scale_that_was_found_by_importances_is_seen_while_these_are_
     assert reason.startswith(f"{beside.name} is not readable: ")
 
 
-def test_misfits_are_named_by_tensor_and_place_unless_a_limit_is_broken(
+def test_impossible_groups_are_named_by_tensor_and_place_unless_a_limit_is_broken(
     model: MergedModel, files: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def flip(raw: npt.NDArray[np.uint8]) -> None:
@@ -751,4 +751,4 @@ def test_a_format_without_a_reader_is_not_looked_at(model: MergedModel, tmp_path
 
 
 def test_a_change_that_was_left_out_is_no_negative_zero() -> None:
-    assert held_survival(Sums(elements=1, delta=1.0, error_delta=-1.001), "of it").reason.startswith("of it 0% ")
+    assert survival_check(Sums(elements=1, delta=1.0, error_delta=-1.001), "of it").reason.startswith("of it 0% ")

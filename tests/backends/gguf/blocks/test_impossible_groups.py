@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.backends.gguf.blocks.ggml import quantize_rows
+from exporter.backends.gguf.blocks.impossible_groups import impossible_groups
 from exporter.backends.gguf.blocks.layouts import CODINGS
-from exporter.backends.gguf.blocks.misfits import misfits
 from exporter.backends.gguf.file_types import BLOCK_SIZES
-from exporter.backends.weight_reader import NAMED_MISFITS, Misfits
+from exporter.backends.weight_reader import NAMED_GROUPS, ImpossibleGroups
 from exporter.inputs.row_blocks import Workspace
 
 Floats = npt.NDArray[np.float32]
@@ -52,9 +52,11 @@ def dequantized(kind: str, raw: Bytes) -> Floats:
     return values.astype(np.float32, copy=False)
 
 
-def found(kind: str, raw: Bytes, values: Floats, importance: Floats | None = None, **options: object) -> Misfits:
+def found(
+    kind: str, raw: Bytes, values: Floats, importance: Floats | None = None, **options: object
+) -> ImpossibleGroups:
     known: dict[str, object] = {"weighed": importance is not None, "importance": importance}
-    return misfits(kind, raw, dequantized(kind, raw), values, **(known | options))  # type: ignore[arg-type]
+    return impossible_groups(kind, raw, dequantized(kind, raw), values, **(known | options))  # type: ignore[arg-type]
 
 
 def gaussian(rows: int, columns: int = 256, seed: int = 0) -> Floats:
@@ -124,7 +126,7 @@ def test_nothing_is_found_in_sound_blocks(
         importance[generator.random(512) < unseen] = 0
     raw = quantized(kind, values, importance)
     merged = (values * (1 + noise * generator.uniform(-1, 1, values.shape))).astype(np.float32)
-    assert found(kind, raw, merged, importance, noise=noise) == Misfits()
+    assert found(kind, raw, merged, importance, noise=noise) == ImpossibleGroups()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,7 +191,7 @@ def test_a_bit_of_another_scale_is_seen_where_it_moves_a_code(kind: str) -> None
             stored = dequantized(kind, changed)
             # One block of each row at a time is damaged: rows are looked at by themselves.
             seen = [
-                bool(misfits(kind, changed[row : row + 1], stored[row : row + 1], values[row : row + 1],
+                bool(impossible_groups(kind, changed[row : row + 1], stored[row : row + 1], values[row : row + 1],
                              workspace=workspace).count)
                 for row in range(rows)
             ]  # fmt: skip
@@ -252,7 +254,7 @@ def test_the_first_few_are_named_and_the_others_counted() -> None:
     raw = quantized("Q8_0", values).copy()
     raw[1, 34 * 2 + 2] ^= 1 << 6
     result = found("Q8_0", raw, values, first=100)
-    assert result == Misfits(
+    assert result == ImpossibleGroups(
         1, ("columns 64 to 95 of row 101: 1 of 32 codes is not the nearest under the stored scale",)
     )
     raw[2:, 0] ^= 1
@@ -264,9 +266,9 @@ def test_the_first_few_are_named_and_the_others_counted() -> None:
     ]  # fmt: skip
     stored, wanted = (abs(float(raw[2, :2].view("<f2")[0])), float(np.abs(values[2, :32]).max() / 127))
     assert result.named[1].endswith(f"the scale is {stored:.5g} and should be {wanted:.5g}")
-    more = Misfits(2, ("a", "b")).plus(Misfits(5, ("c", "d", "e")))
-    assert more == Misfits(7, ("a", "b", "c"))
-    assert len(more.named) == NAMED_MISFITS
+    more = ImpossibleGroups(2, ("a", "b")).plus(ImpossibleGroups(5, ("c", "d", "e")))
+    assert more == ImpossibleGroups(7, ("a", "b", "c"))
+    assert len(more.named) == NAMED_GROUPS
 
 
 def test_a_minimum_that_is_off_is_called_one() -> None:
@@ -295,11 +297,11 @@ def test_what_is_not_known_is_not_judged() -> None:
     """Types of codebooks; scales by an importance that is not at hand. Those of Q8_0 know no importance."""
     values, importance = gaussian(4), uneven()
     raw = quantized("IQ3_S", values, importance)
-    assert found("IQ3_S", flipped_bytes(raw), values) == Misfits()
+    assert found("IQ3_S", flipped_bytes(raw), values) == ImpossibleGroups()
     damaged = quantized("Q5_0", values, importance).copy()
     damaged[:, 0] ^= 8
     assert found("Q5_0", damaged, values, importance).count == 4
-    assert found("Q5_0", damaged, values, weighed=True) == Misfits()
+    assert found("Q5_0", damaged, values, weighed=True) == ImpossibleGroups()
     damaged = quantized("Q8_0", values).copy()
     damaged[:, 0] ^= 8
     assert found("Q8_0", damaged, values, weighed=True).count == 4
@@ -313,5 +315,5 @@ def test_rows_may_have_importances_of_their_own() -> None:
     """Those of experts."""
     values, importance = gaussian(4), np.stack([uneven(), uneven()[::-1]]).repeat(2, axis=0)
     raw = np.concatenate([quantized("Q4_0", values[at : at + 2], importance[at].copy()) for at in (0, 2)])
-    assert found("Q4_0", raw, values, importance) == Misfits()
+    assert found("Q4_0", raw, values, importance) == ImpossibleGroups()
     assert found("Q4_0", raw, values, importance[0]).count > 0

@@ -34,7 +34,7 @@ from exporter.backends.gguf.blocks.scales import (
     rounds_to,
     weights_of,
 )
-from exporter.backends.weight_reader import NAMED_MISFITS, Misfits
+from exporter.backends.weight_reader import NAMED_GROUPS, ImpossibleGroups
 from exporter.inputs.row_blocks import Workspace
 
 # `nearest_int` rounds by adding 1.5 · 2^23: what it says of larger ratios is something else.
@@ -59,7 +59,7 @@ class _Unfit:
     words: Callable[[int], str]
 
 
-def misfits(
+def impossible_groups(
     kind: str,
     raw: Bytes,
     stored: Floats,
@@ -70,7 +70,7 @@ def misfits(
     weighed: bool = False,
     importance: Floats | None = None,
     workspace: Workspace | None = None,
-) -> Misfits:
+) -> ImpossibleGroups:
     """Groups of columns whose codes or scale ggml does not make of the merge.
 
     Args:
@@ -87,7 +87,7 @@ def misfits(
     """
     coding = CODINGS.get(kind)
     if coding is None:
-        return Misfits()
+        return ImpossibleGroups()
     blocks = raw.reshape(-1, coding.nbytes)
     # Scales of a damaged block may overflow.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -291,16 +291,16 @@ def _wrong(groups: Groups, lines: Sequence[Line]) -> _Unfit:
     return _Unfit(found, words)
 
 
-def _named(unfit: Sequence[_Unfit], group: int, first: int, columns: int) -> Misfits:
+def _named(unfit: Sequence[_Unfit], group: int, first: int, columns: int) -> ImpossibleGroups:
     """All together; of a group with several faults, the first that is given."""
     words = {
         int(one.groups[place]): partial(one.words, place)
         for one in reversed(unfit)
-        for place in range(min(len(one.groups), NAMED_MISFITS))
+        for place in range(min(len(one.groups), NAMED_GROUPS))
     }
     named = []
-    for number in sorted(words)[:NAMED_MISFITS]:
+    for number in sorted(words)[:NAMED_GROUPS]:
         row, column = divmod(number * group, columns)
         named.append(f"columns {column} to {column + group - 1} of row {first + row}: {words[number]()}")
     count = len(np.unique(np.concatenate([one.groups.numpy() for one in unfit]))) if named else 0
-    return Misfits(count, tuple(named))
+    return ImpossibleGroups(count, tuple(named))
