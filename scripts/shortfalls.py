@@ -27,8 +27,8 @@ from exporter import Recipe, export
 from exporter.artifact.file_records import MANIFEST_NAME
 from exporter.merge.model import MergedModel
 from exporter.plan.open_model import open_trained
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Execution
-from exporter.reporter import Reporter
 from exporter.runtimes.registry import load_runtime
 from exporter.verify.answers.judge import MAX_SHORTFALL, Answers
 from exporter.verify.answers.run import Served, WalkedModel, answers_of

@@ -5,17 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exporter.artifact.hashing import HASH_CHUNK_BYTES
-
-
-def dump(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes: one `tensors` entry a line, so that a diff of two manifests can be read."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    return (text + "\n").encode()
 
 
 def write_durably(file: Path, content: bytes) -> None:
@@ -56,5 +49,5 @@ def sync_tree(folder: Path) -> None:
 
 
 def json_document(value: Any) -> bytes:
-    """JSON as it is stored in a model folder."""
+    """JSON as it is stored: indented, so that two versions of a file can be compared line by line."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -136,10 +136,13 @@ def export_command(
     screen = Screen(console, quiet=quiet)
 
     def run() -> int:
+        from exporter.cli.verdict_table import show_verdicts
         from exporter.pipeline.export import export
 
         recipe = recipe_from(**arguments)
         result = export(recipe, execution_from(device, threads, runtime, endpoint), screen)
+        if not quiet:
+            show_verdicts(console, result)
         if as_json:
             manifests = [folder.manifest for folder in result.folders]
             print(json.dumps(manifests[0] if len(manifests) == 1 else manifests, indent=2, ensure_ascii=False))
@@ -249,6 +252,7 @@ def verify_command(
             )  # fmt: skip
         if report is None:
             return told(found(text, evaluation))
+        from exporter.cli.verification import report_page
         from exporter.publish.report.verified_again import check_report, refused_page
 
         check_report(report, artifact, force=force)
@@ -259,7 +263,7 @@ def verify_command(
             if type(error) is ArtifactError:
                 report.write_bytes(refused_page(artifact, error))
             raise
-        report.write_bytes(result.page())
+        report.write_bytes(report_page(result))
         return told(result)
 
     def found(text: Calibration, evaluation: Evaluation) -> PublishedResult | FilesResult:
@@ -278,9 +282,11 @@ def verify_command(
         return verify_published(artifact, base or "", adapters, text, evaluation, runtime, place, screen, endpoint)
 
     def told(result: PublishedResult | FilesResult) -> int:
+        from exporter.cli.verification import show_verification
+
         if as_json:
             print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
-        result.show(console)
+        show_verification(console, result)
         return 0 if result.passed else 3
 
     guarded(console, run, screen.stop)

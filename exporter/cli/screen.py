@@ -19,12 +19,10 @@ from rich.progress import (
 )
 
 from exporter.cli.plan_table import show_plan
-from exporter.cli.verdict_table import show_verdicts
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.units import size
 
 if TYPE_CHECKING:
-    from exporter.pipeline.result import ExportResult
     from exporter.plan.export_plan import ExportPlan
     from exporter.tokens.windows import Windows
 
@@ -99,11 +97,6 @@ class Screen(Reporter):
     def scored(self) -> None:
         """See `Reporter`."""
         self._end(self._outcome())
-
-    def finished(self, result: ExportResult) -> None:
-        """See `Reporter`."""
-        if not self._quiet:
-            show_verdicts(self._console, result)
 
     def _outcome(self) -> str:
         seconds = f"{time.monotonic() - self._started:.1f} s"

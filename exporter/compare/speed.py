@@ -15,7 +15,7 @@ from exporter.tokens.embedded import embedded_beginning
 from exporter.verify.published.manifest_record import read_manifest
 
 if TYPE_CHECKING:
-    from exporter.reporter import Reporter
+    from exporter.plan.reporter import Reporter
 
 
 PROMPT_TOKENS = 512

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.artifact.durable import dump, write_durably
+from exporter.artifact.durable import json_document, write_durably
 from exporter.artifact.file_records import MANIFEST_NAME
 from exporter.artifact.hashing import InputHasher
 from exporter.artifact.staging import Staging
@@ -17,12 +17,12 @@ from exporter.pipeline.publish import finish_files, stage_pack, staging_key
 from exporter.pipeline.result import ExportResult, FolderResult
 from exporter.pipeline.verify import answer_artifacts, verify_artifacts
 from exporter.plan.export_plan import ExportPlan
+from exporter.plan.reporter import Reporter
 from exporter.plan.resources import memory_errors
 from exporter.publish.manifest import build_manifest, input_files
 from exporter.publish.model_card import CARD_NAME, BaseCard, model_card
 from exporter.publish.report.html import REPORT_NAME, report_html
 from exporter.recipe import Execution, Recipe
-from exporter.reporter import Reporter
 from exporter.verify.gate import Verification
 
 if TYPE_CHECKING:
@@ -86,16 +86,14 @@ def export(recipe: Recipe, execution: Execution | None = None, reporter: Reporte
             kind, written = toured.device.partition(":")[0], toured.written[number]
             manifest = build_manifest(plan, folder, inputs, outputs[number], written, verdicts[number], kind, drawn)
             write_durably(staging.files / CARD_NAME, model_card(manifest, base_card))
-            write_durably(staging.files / MANIFEST_NAME, dump(manifest))
+            write_durably(staging.files / MANIFEST_NAME, json_document(manifest))
             write_durably(staging.files / REPORT_NAME, report_html(manifest))
             published = all(verification.passed for verification in verdicts[number].values())
             path = staging.publish() if published else staging.reject()
             results.append(FolderResult(path, published, manifest, verdicts[number]))
         # It is of the trained model, so it is kept whatever became of the outputs.
         kept = pack.publish() if pack else None
-    result = ExportResult(plan, tuple(results), kept)
-    reporter.finished(result)
-    return result
+    return ExportResult(plan, tuple(results), kept)
 
 
 def _open_stagings(plan: ExportPlan, stack: ExitStack) -> list[Staging]:

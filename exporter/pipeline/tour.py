@@ -29,9 +29,9 @@ from exporter.errors import BackendError
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.device import make_merger, resolve_device
 from exporter.plan.export_plan import ExportPlan
+from exporter.plan.reporter import Reporter
 from exporter.plan.resources import check_device_memory
 from exporter.reference.predictions import Reference, evaluation_group, finish_reference, prompt_groups
-from exporter.reporter import Reporter
 from exporter.tour.riders import Passengers, Rider, Settings, Solver
 from exporter.tour.stream import Progress, Stream
 from exporter.tour.walk.hidden_states import Group

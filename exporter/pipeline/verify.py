@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from exporter.plan.export_plan import ExportPlan, FolderPlan
 from exporter.plan.gate_limits import gate_for
+from exporter.plan.reporter import Reporter
 from exporter.reference.further_tokens import DrawnTokens
-from exporter.reporter import Reporter
 from exporter.runtimes.registry import load_runtime
 from exporter.tokens.windows import Windows
 from exporter.verify.answers.run import Served, WalkedModel, answers_of

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from exporter.merge.model import MergedModel
 from exporter.plan.estimate import PlannedWalk
+from exporter.plan.reporter import Reporter
 from exporter.plan.resources import check_disk, states_budget
 from exporter.recipe import Calibration, Evaluation
 from exporter.reference.predictions import walk_reference
-from exporter.reporter import Reporter
 from exporter.tokens.windows import Windows, more_windows, windows_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from exporter.merge.model import MergedModel
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.runtimes.base import OnWindow, TokenScores, score_logits
 from exporter.tokens.prompts import Prompt
 from exporter.tokens.windows import Windows, windows_of

@@ -17,8 +17,8 @@ from exporter.backends.base import Backend
 from exporter.errors import RuntimeScoreError
 from exporter.merge.model import MergedModel
 from exporter.plan.gate_limits import Gate
+from exporter.plan.reporter import Reporter
 from exporter.reference.further_tokens import MoreTokens
-from exporter.reporter import Reporter
 from exporter.runtimes.base import Runtime
 from exporter.verify.gate import Verification, judge, not_scored
 from exporter.verify.scores.not_scored import is_of_the_run, unscored_reason

@@ -22,8 +22,8 @@ from exporter.artifact.staging import Staging
 from exporter.errors import OutOfMemoryError, OutputExistsError, StagingInUseError, WriteError
 from exporter.pipeline.plan import make_plan
 from exporter.pipeline.publish import staging_key
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Execution
-from exporter.reporter import Reporter
 from tests.commands import invoke
 from tests.exports import export_to, recipe, refused
 from tests.folders import copy, edit_tensors, hashes, listing

@@ -13,7 +13,7 @@ import torch
 from exporter import Recipe, export
 from exporter.errors import BackendError
 from exporter.merge.model import MergedTensor
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.tour.stream import Stream
 from exporter.tour.walk.walk import Walk
 from tests.exports import export_to

@@ -15,9 +15,9 @@ import torch
 from exporter import Execution, export
 from exporter.errors import ExporterError, RuntimeScoreError
 from exporter.plan.gate_limits import Gate
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration, Evaluation
 from exporter.reference.predictions import score_reference, walk_reference
-from exporter.reporter import Reporter
 from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, TopK, TopKScores
 from exporter.runtimes.llamacpp.runtime import LlamaCpp
 from exporter.runtimes.transformers.runtime import Transformers

@@ -15,10 +15,10 @@ from exporter.errors import RefusalError
 from exporter.plan.estimate import PlannedWalk
 from exporter.plan.open_model import open_model
 from exporter.plan.reference_pack import PackPlan
+from exporter.plan.reporter import Reporter
 from exporter.plan.resources import check_device_memory, check_disk, check_memory, memory_errors, states_budget
 from exporter.recipe import Evaluation, Execution, ReferenceRecipe
 from exporter.reference.predictions import walk_reference
-from exporter.reporter import Reporter
 from exporter.tokens.positions import check_windows
 from exporter.tokens.windows import check_decidable, evaluation_tokens, make_windows
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.artifact.durable import dump, write_durably
+from exporter.artifact.durable import json_document, write_durably
 from exporter.artifact.hashing import hash_all
 from exporter.artifact.input_records import describe_inputs, model_files
 from exporter.artifact.staging import Staging
@@ -108,7 +108,7 @@ def write_pack(
     files = hash_all(staging.files, [*lay_out(tensors), *documents], threads)
     description = _describe(plan, reference, hashes, device, dtype, loss)
     description["files"] = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
-    write_durably(staging.files / DESCRIPTION_NAME, dump(description))
+    write_durably(staging.files / DESCRIPTION_NAME, json_document(description))
     return description
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from exporter.errors import RuntimeScoreError
 from exporter.merge.model import MergedModel
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.runtimes.base import Answering, Runtime
 from exporter.tokens.prompts import Prompt, Tokenizers
 from exporter.verify.answers.ask import Asked, ask

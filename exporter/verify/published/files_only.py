@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exporter.artifact.file_records import check_files
 from exporter.backends.registry import backend_names, load_backend
 from exporter.plan.open_model import open_trained
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Execution
-from exporter.reporter import Reporter
 from exporter.verify.published.manifest_record import read_manifest
 from exporter.verify.weights.as_json import weights_json
 from exporter.verify.weights.check import WeightsResult, read_weights
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 UNREADABLE = "what writes this format is not here or cannot read its files back"
 
@@ -50,18 +46,6 @@ class FilesResult:
             label: {"broken": list(self.broken[label]), "weights": weights_json(found)}
             for label, found in self.weights.items()
         }
-
-    def page(self) -> bytes:
-        """The report of this comparison."""
-        from exporter.publish.report.verified_again import files_page
-
-        return files_page(self.folder, self.weights, self.broken)
-
-    def show(self, console: Console) -> None:
-        """Print a line an artifact, and what is wrong with it."""
-        from exporter.cli.verdict_table import show_weights
-
-        show_weights(console, self.weights, self.broken)
 
 
 def verify_files(folder: Path, base: str, adapters: tuple[str, ...], reporter: Reporter) -> FilesResult:

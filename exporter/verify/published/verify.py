@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exporter.artifact.file_records import check_files
 from exporter.backends.registry import backend_names, load_backend
 from exporter.plan.estimate import FEWER_TOKENS, PlannedWalk
 from exporter.plan.gate_limits import check_types, gate_for
 from exporter.plan.open_model import open_trained
+from exporter.plan.reporter import Reporter
 from exporter.plan.resources import check_device_memory, check_memory, states_budget
 from exporter.recipe import Calibration, Evaluation, Execution, Limits
 from exporter.reference.further_tokens import DrawnTokens, PackTokens, scratch_folder
 from exporter.reference.pack.description import check_belongs, read_description
 from exporter.reference.predictions import walk_reference
-from exporter.reporter import Reporter
 from exporter.runtimes.registry import check_endpoint, load_runtime
 from exporter.tokens.positions import check_windows
 from exporter.tokens.windows import check_drawable, make_windows
@@ -30,15 +30,6 @@ from exporter.verify.published.without_manifest import NOTE as BARE_NOTE
 from exporter.verify.published.without_manifest import bare_manifest, is_bare
 from exporter.verify.results_json import evaluation_json, verification_json
 from exporter.verify.weights.as_json import weights_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-BY_REFERENCE = (
-    "held against a reference pack: of the weights it knows a sketch, and of answers their first token; the whole "
-    "takes base and adapter (--base, --adapter; --files-only without a runtime)"
-)
 
 
 @dataclass(frozen=True)
@@ -76,22 +67,6 @@ class PublishedResult:
             | {"evaluation": self.evaluation, "notes": list(self.notes), "by_reference": self.by_reference}
             for label, verdict in self.verdicts.items()
         }
-
-    def page(self) -> bytes:
-        """The report of this verification."""
-        from exporter.publish.report.verified_again import scored_page
-
-        notes = [*self.notes, *([f"{BY_REFERENCE[0].upper()}{BY_REFERENCE[1:]}."] if self.by_reference else [])]
-        return scored_page(self.folder, self.verdicts, self.evaluation, notes)
-
-    def show(self, console: Console) -> None:
-        """Print the verdict table."""
-        from exporter.cli.verdict_table import show_notes, show_table
-
-        show_notes(console, self.notes)
-        show_table(console, self.verdicts, self.sizes, by_reference=self.by_reference)
-        if self.by_reference:
-            console.print(BY_REFERENCE, highlight=False, soft_wrap=True)
 
 
 def verify_published(

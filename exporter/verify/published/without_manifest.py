@@ -15,7 +15,7 @@ from exporter.backends.gptq.recognize import gptq_type, parameters_of
 from exporter.backends.safetensors.backend import DTYPES
 from exporter.errors import ArtifactError, ReferencePackError, UnsupportedModelError
 from exporter.inputs.checkpoint import read_header, read_json
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.verify.candidates import Candidate, read_all_weights
 from exporter.verify.published.manifest_record import MergeRecord, PublishedArtifact, PublishedManifest
 from exporter.verify.weights.check import WeightsResult

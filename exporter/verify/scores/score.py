@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporter.errors import RuntimeScoreError
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.runtimes.base import Runtime, TokenScores
 from exporter.verify.scores.metrics import Comparison, Divergences, compare
 

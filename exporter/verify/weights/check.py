@@ -97,8 +97,10 @@ class WeightsResult:
         return (*self.faults, *reasons)
 
     def _first_reason(self, weight: StoredWeight, sums: Sums) -> Iterator[str]:
-        """The first limit that a tensor breaks, in words: the others, impossible groups and another checksum follow from
-        that; else its impossible groups, and else that it is not as it was encoded."""
+        """The first limit that a tensor breaks, in words; else its impossible groups, else its checksum.
+
+        The later ones follow from the earlier.
+        """
         for check in self.checks(weight, sums):
             if not check.kept:
                 yield check.reason

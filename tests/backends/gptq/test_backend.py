@@ -26,7 +26,7 @@ from exporter.cli.verdict_table import show_verdicts
 from exporter.errors import BackendError, RecipeError, UnknownQuantizationError, UnservableError, UnsupportedModelError
 from exporter.inputs.checkpoint import INDEX_NAME
 from exporter.merge.model import MergedModel
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from tests.exports import export_to, merge_with_us, recipe, refused
 from tests.folders import edit_tensors, hashes, model_tensors
 from tests.merged import merged_model

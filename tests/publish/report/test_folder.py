@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from exporter.plan.reporter import Reporter
 from exporter.publish.report.html import REPORT_NAME, report_html
 from exporter.recipe import Calibration, Evaluation, Limits
-from exporter.reporter import Reporter
 from exporter.verify.published.verify import verify_published
 from tests.exports import export_to
 from tests.publish.report.page import Page, numbers

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from exporter.errors import ArtifactError, RecipeError, ReferencePackError
 from exporter.plan.reference_pack import NAMES, NEEDED, TOKENS_FILE
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration, Evaluation
 from exporter.reference.pack import writer as packing
-from exporter.reporter import Reporter
 from exporter.verify.published.verify import PublishedResult, verify_published, verify_with_pack
 from tests.commands import run
 from tests.exports import export_to, pack_to

@@ -13,12 +13,12 @@ import torch
 
 from exporter.errors import ReferencePackError, UnsupportedModelError
 from exporter.plan.reference_pack import model_documents
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration
 from exporter.reference.pack.description import read_description
 from exporter.reference.pack.model_files import packed_model
 from exporter.reference.pack.reader import opened_pack
 from exporter.reference.pack.writer import STAGING_KEY
-from exporter.reporter import Reporter
 from exporter.runtimes.base import Continuation
 from exporter.tokens.end_tokens import StopTokens
 from exporter.verify.answers.ask import Asked

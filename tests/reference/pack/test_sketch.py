@@ -16,9 +16,9 @@ import torch
 from exporter.backends.weight_reader import StoredWeight, Tolerance
 from exporter.errors import ReferencePackError
 from exporter.plan.reference_pack import RUN
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration
 from exporter.reference.pack.sketch import signs, sketch
-from exporter.reporter import Reporter
 from exporter.verify.gate import Verification
 from exporter.verify.published.verify import verify_with_pack
 from exporter.verify.weights.sketch_limits import estimate_checks, estimated_sums

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from exporter.merge.model import MergedModel
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.runtimes.base import Continuation
 from exporter.runtimes.registry import load_runtime
 from exporter.tokens.prompt_texts import TEXTS

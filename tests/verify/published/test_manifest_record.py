@@ -17,8 +17,8 @@ from exporter.errors import RecipeError
 from exporter.inputs.tokenizer import TokenizerFiles
 from exporter.libraries import gptqmodel
 from exporter.pipeline.plan import make_plan
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration, Evaluation, Execution
-from exporter.reporter import Reporter
 from exporter.runtimes.registry import choose_runtime
 from exporter.runtimes.vllm import runtime as vllm
 from exporter.tokens.embedded import embedded_text

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from exporter.errors import ArtifactError, ExporterError, NotEnoughMemoryError, RecipeError, RuntimeScoreError
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration, Evaluation
 from exporter.reference.predictions import walk_reference
-from exporter.reporter import Reporter
 from exporter.verify.published import verify as published
 from exporter.verify.published.files_only import UNREADABLE, FilesResult, verify_files
 from exporter.verify.published.verify import PublishedResult, verify_published

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from exporter.errors import ArtifactError, ReferencePackError
+from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration
-from exporter.reporter import Reporter
 from exporter.verify.published.verify import PublishedResult, verify_with_pack
 from exporter.verify.published.without_manifest import NOTE, bare_manifest
 from tests.commands import invoke

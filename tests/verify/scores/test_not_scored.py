@@ -15,8 +15,8 @@ import yaml
 from exporter.compare.compare import compare_folders
 from exporter.errors import ExporterError, RuntimeScoreError, RuntimeUnavailableError
 from exporter.plan.gate_limits import Gate
+from exporter.plan.reporter import Reporter
 from exporter.reference.further_tokens import PackTokens
-from exporter.reporter import Reporter
 from exporter.runtimes.base import TokenScores
 from exporter.runtimes.transformers import session as transformers_session
 from exporter.runtimes.transformers.runtime import Transformers

@@ -15,7 +15,7 @@ from exporter.backends.gguf.header_reader import read_header
 from exporter.backends.gptq import writer
 from exporter.backends.gptq.bit_packing import Packed, pack
 from exporter.backends.writing import offset_writer as files
-from exporter.reporter import Reporter
+from exporter.plan.reporter import Reporter
 from exporter.verify.published.files_only import FilesResult, verify_files
 from exporter.verify.published.verify import verify_with_pack
 from tests.exports import export_to, pack_to

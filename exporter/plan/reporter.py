@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from exporter.pipeline.result import ExportResult
     from exporter.plan.export_plan import ExportPlan
     from exporter.tokens.windows import Windows
 
@@ -42,6 +41,3 @@ class Reporter:
 
     def scored(self) -> None:
         """Everything is scored."""
-
-    def finished(self, result: ExportResult) -> None:
-        """Every folder is published or rejected."""
