@@ -18,7 +18,7 @@ FOLDERS = (
     "cli", "compare", "pipeline", "publish", "verify", "reference", "plan", "tour", "backends", "runtimes", "tokens",
     "artifact", "merge", "adapters", "families", "inputs", "libraries",
 )  # fmt: skip
-ROOT = "errors recipe units version".split()
+ROOT = ["errors", "recipe", "units", "version"]
 
 
 def module_of(file: Path) -> str:
