@@ -6,7 +6,7 @@ from exporter.backends.gguf.file_types import ModelShape
 from exporter.errors import MissingTensorError, UnexpectedTensorError, UnsupportedModelError
 from exporter.families import FAMILIES, find_family
 from exporter.families.base import Family, number
-from exporter.families.roles import RECOMPUTED
+from exporter.families.roles import HEAD, is_recomputed
 from exporter.merge.model import MergedModel, MergedTensor
 
 
@@ -35,10 +35,10 @@ def named_tensors(model: MergedModel, family: Family) -> list[tuple[str, MergedT
     import gguf
 
     expected = family.expected_tensors(model.config)
-    actual = {tensor.name: tensor for tensor in model.tensors if not tensor.name.endswith(RECOMPUTED)}
+    actual = {tensor.name: tensor for tensor in model.tensors if not is_recomputed(tensor.name)}
     if model.config.get("tie_word_embeddings"):
         # Some tied checkpoints store the head again; the runtime takes the embedding.
-        actual.pop("lm_head.weight", None)
+        actual.pop(HEAD, None)
     for name, shape in expected.items():
         if name not in actual or actual[name].shape != shape:
             found = f"shape {list(actual[name].shape)}" if name in actual else "no such tensor"

@@ -28,7 +28,7 @@ from exporter.backends.model_folder.layout import Entry, copies_of, documents_of
 from exporter.backends.output_plan import Needs, OutputPlan
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
-from exporter.families.roles import experts_of
+from exporter.families.roles import experts_of, module_of
 from exporter.merge.model import MergedModel, MergedTensor
 from exporter.version import __version__
 
@@ -117,7 +117,7 @@ def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[
         raise UnsupportedModelError(
             "model.layers", found="no linear layers", expected="q_proj and the like", remedy="Export to safetensors."
         )
-    modules = [name.removesuffix(".weight") for name in linear]
+    modules = [module_of(name) for name in linear]
     for pattern in settings.overrides:
         if not any(re.fullmatch(pattern, module) for module in modules):
             raise RecipeError(
@@ -178,7 +178,7 @@ def _entries(model: MergedModel, schemes: Mapping[str, Scheme], dtype: str) -> l
             continue
         rows, columns = tensor.shape
         groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
-        module = tensor.name.removesuffix(".weight")
+        module = module_of(tensor.name)
         for part, shape, kind in (
             ("qweight", (columns * scheme.bits // WORD_BITS, rows), "I32"),
             ("qzeros", (groups, rows * scheme.bits // WORD_BITS), "I32"),

@@ -18,9 +18,10 @@ import numpy as np
 from exporter.backends.gptq.bit_unpacking import CHECKPOINT_FORMATS
 from exporter.backends.gptq.names import WORD_BITS
 from exporter.backends.gptq.plan import is_quantized
-from exporter.backends.gptq.vllm_rules import fused_modules, served_together
+from exporter.backends.gptq.vllm_rules import served_together
 from exporter.backends.model_folder.weight_reader import Shards
 from exporter.backends.weight_reader import StoredWeight, named_faults
+from exporter.families.roles import fused_modules, module_of
 from exporter.merge.model import MergedModel
 
 OLDER = "quantize_config.json"
@@ -72,7 +73,7 @@ def stated_faults(
     rules = config.get("dynamic") or {}
     settings = Settings(int(config["bits"]), int(config["group_size"]), config["sym"], config["desc_act"])
     packed = {name.removesuffix(".qweight") for name in shards.tensors if name.endswith(".qweight")}
-    linear = [tensor.name.removesuffix(".weight") for tensor in model.tensors if is_quantized(tensor)]
+    linear = [module_of(tensor.name) for tensor in model.tensors if is_quantized(tensor)]
     found = {module: settings_of(module, settings, rules) for module in linear}
     yield from _head_faults(config, packed)
     yield from _packing_faults(found, packed, {module for module in linear if f"{module}.weight" in shards.tensors})
@@ -188,7 +189,7 @@ def _group_faults(found: Mapping[str, Settings | None], settings: Settings, rule
     """Matrices that vLLM makes one of, and of which the rules do not say the same under all of their names."""
     faults = []
     for group in served_together(f"{module}.weight" for module in found):
-        modules = [name.removesuffix(".weight") for name in group]
+        modules = [module_of(name) for name in group]
         named = {module: settings_of(module, settings, rules) for module in (*modules, *fused_modules(group))}
         other = next((module for module, one in named.items() if one != named[modules[0]]), None)
         if other is not None:

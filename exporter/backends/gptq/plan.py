@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from exporter.backends.gptq.options import Scheme
 from exporter.backends.output_plan import OutputPlan, TensorPlan
+from exporter.families.roles import is_projection
 from exporter.merge.model import MergedTensor
-
-_LINEAR = re.compile(r"^.+\.layers\.\d+\..*_proj\.weight$")
-# Layers that predict further tokens, beside the decoder's (Qwen3-Next, Qwen3.5): no walk comes through them.
-_BESIDE = "mtp."
 
 
 @dataclass(frozen=True)
@@ -30,8 +26,7 @@ class GptqPlan(OutputPlan):
 
 def is_quantized(tensor: MergedTensor) -> bool:
     """Whether a tensor is a matrix of a decoder layer, and neither a norm nor a router."""
-    in_decoder = _LINEAR.match(tensor.name) is not None and not tensor.name.startswith(_BESIDE)
-    return len(tensor.shape) == 2 and in_decoder
+    return len(tensor.shape) == 2 and is_projection(tensor.name)
 
 
 def planned_parts(plan: GptqPlan) -> dict[str, dict[str, TensorPlan]]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from exporter.backends.gptq.options import Scheme
 from exporter.errors import UnservableError
-from exporter.families.roles import SHARED_INPUT, experts_of, shared_inputs
+from exporter.families.roles import experts_of, fused_modules, is_expert_down, module_of, shared_inputs
 from exporter.merge.model import MergedModel
 
 # What vLLM 0.32 has kernels for (TYPE_MAP in model_executor/layers/quantization/auto_gptq.py); it refuses desc_act.
@@ -16,8 +16,6 @@ SERVED_BITS = (4, 8)
 MARLIN_IN, MARLIN_OUT = 128, 64
 # Columns of an expert that its Marlin kernel takes (check_moe_marlin_supports_config in the same file).
 MARLIN_EXPERT_IN = 128
-# What vLLM calls the matrices that it makes one of.
-_FUSED = {SHARED_INPUT[0]: "qkv_proj", SHARED_INPUT[1]: "gate_up_proj"}
 
 
 def served_together(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -32,17 +30,8 @@ def module_patterns(group: Sequence[str]) -> list[str]:
     """Regular expressions for the modules of a group, and for what vLLM calls the layer that it makes of them."""
     if experts := experts_of(group[0]):
         return [rf"{re.escape(experts)}(?:\.\d+\.[^.]+)?"]
-    modules = [name.removesuffix(".weight") for name in group]
+    modules = [module_of(name) for name in group]
     return [re.escape(module) for module in (*modules, *fused_modules(group))]
-
-
-def fused_modules(group: Sequence[str]) -> list[str]:
-    """What vLLM calls the layer that it makes of a group's weights; nothing if it has the name of the only one."""
-    if experts := experts_of(group[0]):
-        return [experts]
-    parent = group[0].removesuffix(".weight").rpartition(".")[0]
-    leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in group}
-    return [f"{parent}.{fused}" for members, fused in _FUSED.items() if leaves == set(members)]
 
 
 def vllm_refusals(
@@ -80,7 +69,7 @@ def _ignores_rules(model: MergedModel, schemes: Mapping[str, Scheme], scheme: Sc
     for tensor in model.tensors:
         if len(tensor.shape) == 2 and experts_of(tensor.name) and schemes.get(tensor.name) != scheme:
             columns = tensor.shape[1]
-            if tensor.name.endswith(".down_proj.weight"):
+            if is_expert_down(tensor.name):
                 if scheme.group_size > 0 and columns % scheme.group_size:
                     return True
             elif columns % MARLIN_EXPERT_IN:

@@ -24,6 +24,7 @@ from exporter.backends.model_folder.weight_reader import (
 )
 from exporter.backends.weight_reader import NAMED_GROUPS, ImpossibleGroups, StoredRows, StoredWeight, Tolerance
 from exporter.errors import ArtifactError
+from exporter.families.roles import module_of
 from exporter.merge.model import MergedModel, MergedTensor
 
 # By bits, whatever the groups. The largest of tensor, group and scale that were measured on the demo: 8 bits 0.010,
@@ -96,7 +97,7 @@ class GptqReader:
                 stored = f"{found.dtype} {list(found.shape)}" if found else "missing"
                 raise contradiction(tensor.name, stored, f"floats {list(tensor.shape)}, or packed")
             return float_weight(tensor.name, tensor.name, found.dtype, found.shape)
-        name = tensor.name.removesuffix(".weight")
+        name = module_of(tensor.name)
         if lacking := [part for part in PARTS[:3] if part not in parts]:
             raise contradiction(f"{name}.{lacking[0]}", "missing", "there beside qweight")
         bits, (rows, columns) = bits_of(parts, self._bits), tensor.shape
@@ -118,12 +119,12 @@ class GptqReader:
 
     def _parts(self, weight: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that make up a packed weight."""
-        found = parts_of(self._shards.tensors, weight.removesuffix(".weight"))
+        found = parts_of(self._shards.tensors, module_of(weight))
         return {part: tensor.shape for part, tensor in found.items()}
 
     def _names(self, weight: str) -> list[str]:
         """What a weight may be stored as."""
-        module = weight.removesuffix(".weight")
+        module = module_of(weight)
         return [f"{module}.{part}" for part in PARTS] if f"{module}.qweight" in self._shards.tensors else [weight]
 
     def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:

@@ -17,7 +17,7 @@ from exporter.backends.gptqmodel.plan import GptqModelPlan
 from exporter.backends.output_plan import OutputPlan, TensorPlan
 from exporter.backends.safetensors.backend import SafetensorsBackend
 from exporter.errors import BackendError
-from exporter.families.roles import EMBEDDING
+from exporter.families.roles import EMBEDDING, module_of
 from exporter.inputs.checkpoint import INDEX_NAME
 from exporter.libraries import gptqmodel
 
@@ -198,7 +198,7 @@ def _check_packed(target: Path, plan: OutputPlan) -> None:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         found |= {name.removesuffix(".qweight") for name in header if name.endswith(".qweight")}
-    wanted = {t.name.removesuffix(".weight") for t in plan.tensors if t.type.startswith("INT")}
+    wanted = {module_of(t.name) for t in plan.tensors if t.type.startswith("INT")}
     if difference := sorted(found ^ wanted):
         raise BackendError(
             plan.label,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from exporter.errors import RuntimeScoreError
-from exporter.families.roles import RECOMPUTED
+from exporter.families.roles import is_recomputed
 from exporter.libraries.quiet import import_transformers
 from exporter.merge.model import MergedModel
 from exporter.tour.walk.adapters_beside import attach, linear_layers
@@ -99,7 +99,7 @@ class Skeleton:
             RuntimeScoreError: one has none.
         """
         wanted = self.slots(index).keys()
-        stored = {name for name in names if not name.endswith(RECOMPUTED)}
+        stored = {name for name in names if not is_recomputed(name)}
         for problem, found in (("missing", sorted(wanted - stored)), ("unexpected", sorted(stored - wanted))):
             if found:
                 raise RuntimeScoreError(

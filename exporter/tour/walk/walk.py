@@ -17,7 +17,7 @@ import torch
 from exporter.backends.base import ObservingWriter
 from exporter.backends.hessian import Moments
 from exporter.errors import BackendError, MissingTensorError
-from exporter.families.roles import EMBEDDING, HEAD, shared_inputs
+from exporter.families.roles import EMBEDDING, HEAD, is_dense_down, shared_inputs
 from exporter.inputs.row_blocks import DTYPES
 from exporter.libraries.torch_threads import use_threads
 from exporter.merge.merger import gather_rows
@@ -201,7 +201,7 @@ class Walk:
     def _last(groups: Sequence[tuple[str, ...]]) -> str | None:
         """The weight after whose input a layer has nothing more to show: that of a dense block's last product."""
         last = groups[-1][0]
-        return last if last.endswith(".mlp.down_proj.weight") else None
+        return last if is_dense_down(last) else None
 
     def _install(self, skeleton: Skeleton, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         """In what the layers compute in, or by promotion they would compute in what the buffers hold."""
