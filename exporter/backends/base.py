@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
+from exporter.backends.pieces import Piece
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,11 +100,12 @@ class Writer(Protocol):
 class ObservingWriter(Writer, Protocol):
     """A writer of an artifact that needs second moments: it is told a tensor's before it is given its rows."""
 
-    def observe(self, tensor: TensorPlan, sums: npt.NDArray[np.float64], tokens: int) -> None:
+    def observe(self, tensor: TensorPlan, piece: Piece, sums: npt.NDArray[np.float64], tokens: int) -> None:
         """Take what was seen at the input of a matrix.
 
         Args:
             tensor: one of the plan's tensors.
+            piece: the matrix among its pieces: one expert of a stack, say.
             sums: sum of squares by column, shape (columns,).
             tokens: number of inputs; 0 if calibration never reached it (an expert, say).
         """

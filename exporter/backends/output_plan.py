@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from exporter.backends.pieces import AS_IT_IS, Arrangement, Piece
+
 # Merged weights alone; second moments of the inputs of some matrices; Hessians to solve for them; calibration tokens.
 Needs = Literal["nothing", "moments", "hessians", "tokens"]
 
@@ -17,23 +19,36 @@ class TensorPlan:
 
     Attributes:
         name: its name in the output.
-        source: name of the merged tensor that it is made from.
+        pieces: the rows of merged tensors that it is made from; `whole(name)` for all of one.
         shape: its dimensions, outermost first.
         type: the type it is stored in, in the format's own words (`Q6_K`, `BF16`).
         file: the file it goes to, relative to the output folder.
         offset: byte in that file where it starts.
         row_bytes: bytes of one stored row.
         fallback_from: the type that the rules asked for, if its shape does not allow that one.
+        arrangement: how its values come from those of the merged rows.
     """
 
     name: str
-    source: str
+    pieces: tuple[Piece, ...]
     shape: tuple[int, ...]
     type: str
     file: str
     offset: int
     row_bytes: int
     fallback_from: str | None = None
+    arrangement: Arrangement = AS_IT_IS
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the merged tensors that it is made from."""
+        return tuple(piece.source for piece in self.pieces)
+
+    @property
+    def checksum_name(self) -> str:
+        """The name that its checksum goes by: that of the merged tensor if it is a whole one, else its own."""
+        only = self.pieces[0]
+        return only.source if len(self.pieces) == 1 and only.runs is None else self.name
 
     @property
     def columns(self) -> int:

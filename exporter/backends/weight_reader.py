@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from exporter.backends.pieces import AS_IT_IS, Arrangement, Piece, RowRun
 from exporter.merge.model import MergedModel
 
 # Tensors that are named for the same fault.
@@ -54,12 +56,14 @@ class StoredWeight:
 
     Attributes:
         name: its name in the files; of several that make up a weight, the one with the codes.
-        source: name of the merged tensor.
+        source: name of the merged tensor; of several in one stored tensor, one of them.
         type: the type it is stored in, in the format's own words.
         shape: its dimensions as a weight, outermost first.
         group: columns that share a scale; 1 if none is shared and every element is rounded by itself.
         block: columns whose scales share a scale; `group` if there is none above it.
         tolerance: what the type allows.
+        piece: the rows of the stored tensor that are this merged tensor's; None if it is a whole one.
+        arrangement: how the stored values come from the merged ones.
     """
 
     name: str
@@ -69,6 +73,42 @@ class StoredWeight:
     group: int
     block: int
     tolerance: Tolerance
+    piece: Piece | None = None
+    arrangement: Arrangement = AS_IT_IS
+
+    @property
+    def key(self) -> str:
+        """The name that it goes by among an artifact's weights."""
+        return self.source if self.piece is None else f"{self.source} in {self.name}"
+
+    @property
+    def checksum_name(self) -> str:
+        """See `TensorPlan.checksum_name`."""
+        return self.source if self.piece is None else self.name
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stored tensor, seen as a matrix."""
+        return prod(self.shape[:-1])
+
+    def inside(self, first: int, count: int) -> Iterable[RowRun]:
+        """Where some rows of the merged tensor are stored; see `Piece.inside`."""
+        return [RowRun(first, first, count)] if self.piece is None else self.piece.inside(first, count)
+
+
+def in_pieces(stored: StoredWeight, pieces: Sequence[Piece], arrangement: Arrangement) -> list[StoredWeight]:
+    """The merged tensors in a stored one.
+
+    Args:
+        stored: the stored tensor.
+        pieces: what it is made from.
+        arrangement: how its values come from those of the merged rows.
+    """
+    whole = len(pieces) == 1 and pieces[0].runs is None
+    return [
+        replace(stored, source=piece.source, piece=None if whole else piece, arrangement=arrangement)
+        for piece in pieces
+    ]
 
 
 # Groups of a tensor that are named; more are counted.
@@ -112,7 +152,7 @@ class WeightReader(Protocol):
 
     @property
     def weights(self) -> Mapping[str, StoredWeight]:
-        """What can be read, by the merged tensor's name."""
+        """What can be read, by its key: the merged tensor's name, where it is stored as a whole."""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -120,7 +160,7 @@ class WeightReader(Protocol):
         artifact's name promises."""
 
     def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
-        """Read some rows. Called from several threads.
+        """Read some rows of the stored tensor. Called from several threads.
 
         Raises:
             ArtifactError: they contradict the format.

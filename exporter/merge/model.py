@@ -119,13 +119,13 @@ def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> Me
 def _check_tensors(base: Checkpoint) -> None:
     """In a family that is known, every tensor that the configuration calls for must be there."""
     family = find_family(base.config)
-    for name, shape in family.expected_tensors(base.config).items() if family else ():
-        stored = base.tensors.get(name)
-        if stored is None or stored.shape != shape:
+    for spec in family.layout(base.config) if family else ():
+        stored = base.tensors.get(spec.name)
+        if stored is None or stored.shape != spec.shape:
             raise MissingTensorError(
-                name,
+                spec.name,
                 found=f"shape {list(stored.shape)}" if stored else "no such tensor",
-                expected=f"shape {list(shape)} by config.json",
+                expected=f"shape {list(spec.shape)} by config.json",
                 remedy="Fetch the base again.",
             )
 

@@ -130,14 +130,14 @@ class _Boarded:
     @classmethod
     def board(cls, folder: int, plan: OutputPlan, writer: Writer, staging: Staging) -> _Boarded:
         """Tensors without statistics ride; the others are observed or solved for."""
-        free = {tensor.source: tensor for tensor in plan.tensors if tensor.source not in plan.calibrated}
-        rider = Rider(plan.label, free, writer, staging) if free else None
+        free = [tensor for tensor in plan.tensors if not plan.calibrated.intersection(tensor.sources)]
+        rider = Rider.of(plan.label, free, writer, staging) if free else None
         observer = solver = None
         if plan.needs == "moments":
             if not isinstance(writer, ObservingWriter):
                 raise _defect(plan, "observe")
-            held = {tensor.source: tensor for tensor in plan.tensors if tensor.source in plan.calibrated}
-            observer = Rider(plan.label, held, writer, staging)
+            observed = [tensor for tensor in plan.tensors if plan.calibrated.intersection(tensor.sources)]
+            observer = Rider.of(plan.label, observed, writer, staging)
         elif plan.needs == "hessians":
             if not isinstance(writer, SolvingWriter):
                 raise _defect(plan, "solve")
@@ -174,7 +174,7 @@ class _Boarded:
         for rider in (self.rider, self.observer):
             if rider is not None:
                 known = rider.staging.checksums(rider.label)
-                found |= {name: known[one.name] for name, one in rider.tensors.items() if one.name in known}
+                found |= {one.checksum_name: known[one.name] for one in rider.plans if one.name in known}
         return found | {one.name: one.checksum for one in findings if one.checksum is not None}
 
     def _check_written(self) -> None:
@@ -182,7 +182,7 @@ class _Boarded:
         for rider in (self.rider, self.observer):
             if rider is None:
                 continue
-            stored = {tensor.name for tensor in rider.tensors.values() if tensor.nbytes}
+            stored = {tensor.name for tensor in rider.plans if tensor.nbytes}
             if missing := sorted(stored - rider.staging.done(rider.label)):
                 raise BackendError(
                     missing[0],

@@ -152,9 +152,9 @@ def _artifact(
             for tensor in artifact.tensors
         ],
         "checksums": {
-            tensor.source: written.checksums[tensor.source]
+            tensor.checksum_name: written.checksums[tensor.checksum_name]
             for tensor in artifact.tensors
-            if tensor.source in written.checksums
+            if tensor.checksum_name in written.checksums
         },
         "quantization": _quantization(written.findings),
         "weights": weights_json(weights),

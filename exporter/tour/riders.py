@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from exporter.artifact.staging import Staging
 from exporter.backends.base import Finding, SolvingWriter, Writer
 from exporter.backends.output_plan import TensorPlan
+from exporter.backends.pieces import Piece
 from exporter.tour.walk.hidden_states import States
 from exporter.tour.walk.sizes import KEEP_BYTES
 
@@ -97,12 +98,26 @@ class Rider:
 
     Attributes:
         label: its name in the journal of its staging folder.
-        tensors: its stored tensors by the name of the merged tensor they are made from.
+        tensors: by the merged tensor's name, its stored tensors that rows of it go to, and which of these.
         writer: where its rows go.
         staging: the folder that it is written under.
     """
 
     label: str
-    tensors: dict[str, TensorPlan]
+    tensors: Mapping[str, tuple[tuple[TensorPlan, Piece], ...]]
     writer: Writer
     staging: Staging
+
+    @classmethod
+    def of(cls, label: str, plans: Iterable[TensorPlan], writer: Writer, staging: Staging) -> Rider:
+        """A rider that stores these tensors."""
+        tensors: dict[str, list[tuple[TensorPlan, Piece]]] = {}
+        for plan in plans:
+            for piece in plan.pieces:
+                tensors.setdefault(piece.source, []).append((plan, piece))
+        return cls(label, {source: tuple(found) for source, found in tensors.items()}, writer, staging)
+
+    @property
+    def plans(self) -> tuple[TensorPlan, ...]:
+        """Its stored tensors, each once."""
+        return tuple({plan.name: plan for found in self.tensors.values() for plan, _ in found}.values())

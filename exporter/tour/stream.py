@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from exporter.backends.base import ChecksummingWriter, Writer
+from exporter.backends.output_plan import TensorPlan
+from exporter.backends.pieces import Piece
 from exporter.inputs.row_blocks import RowBlock, row_blocks
 from exporter.merge.merger import Merger, check_finite
 from exporter.merge.model import MergedModel, MergedTensor
@@ -49,6 +51,21 @@ class Target:
 
     values: torch.Tensor
     merged: bool
+
+
+@dataclass(frozen=True)
+class Taker:
+    """A stored tensor that takes rows of a merged one.
+
+    Attributes:
+        rider: the artifact.
+        plan: the stored tensor.
+        piece: the rows, and where they go.
+    """
+
+    rider: Rider
+    plan: TensorPlan
+    piece: Piece
 
 
 class Stream:
@@ -108,12 +125,16 @@ class Stream:
 
     def _offer(self, tensors: Iterable[MergedTensor], riders: Sequence[Rider], targets: Mapping[str, Target]) -> None:
         _await_memory(targets.values())
-        pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]] = deque()
+        pending: deque[tuple[Future[None], MergedTensor, list[Taker], int]] = deque()
         try:
             for tensor in sorted(tensors, key=lambda one: (self._shards[one.source.file], one.source.start)):
                 self._progress.reached(tensor.source.file)
-                takers = [rider for rider in riders if tensor.name in rider.tensors]
-                takers = [rider for rider in takers if rider.tensors[tensor.name].name not in self._done[rider]]
+                takers = [
+                    Taker(rider, plan, piece)
+                    for rider in riders
+                    for plan, piece in rider.tensors.get(tensor.name, ())
+                    if plan.name not in self._done[rider]
+                ]
                 target = targets.get(tensor.name)
                 if not takers and target is None:
                     self._read(tensor, tensor.source.nbytes)
@@ -143,12 +164,12 @@ class Stream:
         self._pool.shutdown(cancel_futures=True)
         self._commits.close()
 
-    def _settle(self, pending: deque[tuple[Future[None], MergedTensor, list[Rider], int]]) -> None:
+    def _settle(self, pending: deque[tuple[Future[None], MergedTensor, list[Taker], int]]) -> None:
         future, tensor, finished, nbytes = pending.popleft()
         future.result()
         self._read(tensor, nbytes)
         if finished:
-            self._commits.add(tensor, finished)
+            self._commits.add(finished)
 
     def _read(self, tensor: MergedTensor, nbytes: int) -> None:
         """Count every byte of a tensor once, however often it is offered."""
@@ -171,10 +192,10 @@ def _merge_block(
     tensor: MergedTensor,
     block: RowBlock,
     factors: tuple[torch.Tensor, ...],
-    takers: list[Rider],
+    takers: list[Taker],
     target: Target | None,
 ) -> None:
-    """Merge one block, and hand it to the target and to every rider that takes it."""
+    """Merge one block, and hand it to the target and to every stored tensor that takes rows of it."""
     rows = target.values.view(tensor.source.rows, -1)[block.first : block.first + block.count] if target else None
     wants_base = target is not None and not target.merged
     if wants_base and not takers:
@@ -185,8 +206,11 @@ def _merge_block(
         check_finite(tensor, merged)
         if rows is not None and not wants_base:
             rows.copy_(merged)
-        for rider in takers:
-            rider.writer.write(rider.tensors[tensor.name], block.first, merged)
+        for taker in takers:
+            values = taker.plan.arrangement.apply(merged)
+            for run in taker.piece.inside(block.first, block.count):
+                rows = values[run.source - block.first :][: run.count]
+                taker.rider.writer.write(taker.plan, run.stored, rows)
 
 
 class _Commits:
@@ -198,14 +222,19 @@ class _Commits:
     def __init__(self, riders: Sequence[Rider]) -> None:
         self._riders = riders
         self._waiting: list[tuple[Rider, str]] = []
+        self._missing = {(rider, plan.name): set(plan.sources) for rider in riders for plan in rider.plans}
         self._bytes = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._last: Future[None] | None = None
 
-    def add(self, tensor: MergedTensor, riders: Sequence[Rider]) -> None:
-        for rider in riders:
-            self._waiting.append((rider, rider.tensors[tensor.name].name))
-            self._bytes += rider.tensors[tensor.name].nbytes
+    def add(self, takers: Sequence[Taker]) -> None:
+        """All rows that these take of a merged tensor are written; what has all of its pieces is finished."""
+        for taker in takers:
+            missing = self._missing[taker.rider, taker.plan.name]
+            missing.discard(taker.piece.source)
+            if not missing:
+                self._waiting.append((taker.rider, taker.plan.name))
+                self._bytes += taker.plan.nbytes
         if self._bytes >= SYNC_BYTES:
             self._begin()
 

@@ -25,6 +25,7 @@ NPY = """
 import io
 import numpy as np
 from exporter.backends.output_plan import FilePlan, OutputPlan, TensorPlan
+from exporter.backends.pieces import whole
 from exporter.backends.writing.offset_writer import OffsetWriter
 
 class Npy:
@@ -41,7 +42,7 @@ class Npy:
             np.lib.format.write_array_header_1_0(head, description)
             start, file = head.tell(), f"{tensor.name}.npy"
             row_bytes = 4 * tensor.source.columns
-            tensors.append(TensorPlan(tensor.name, tensor.name, tensor.shape, "f32", file, start, row_bytes))
+            tensors.append(TensorPlan(tensor.name, whole(tensor.name), tensor.shape, "f32", file, start, row_bytes))
             files.append(FilePlan(file, start + tensors[-1].nbytes, head.getvalue()))
         return OutputPlan("npy", quant, ".", tuple(files), tuple(tensors))
 

@@ -20,6 +20,7 @@ from exporter.backends.gguf.encoder import make_encoder
 from exporter.backends.gguf.file_types import FILE_TYPES, FLOAT_TYPES, row_bytes
 from exporter.backends.gguf.imatrix.file import Imatrix, ImatrixError, Importance, imatrix_bytes, read_imatrix
 from exporter.backends.output_plan import TensorPlan
+from exporter.backends.pieces import whole
 from exporter.inputs.tokenizer import TokenizerFiles
 from exporter.tokens.embedded import embedded_text
 from exporter.tokens.windows import tokenize
@@ -328,12 +329,12 @@ def test_each_expert_is_weighed_by_its_own_tokens_as_in_llama_quantize(
     for name, entry in entries.items():
         assert entry.unseen == 2
         shape = (EXPERTS, EXPERT_ROWS, 256)
-        tensor = TensorPlan(name, name, shape, types[name], "f", 0, row_bytes(types[name], 256))
+        tensor = TensorPlan(name, whole(name), shape, types[name], "f", 0, row_bytes(types[name], 256))
         rows = torch.from_numpy(values[name].reshape(-1, 256))
-        found = b"".join(encode(tensor, rows[first : first + at_once], first) for first in range(0, len(rows), at_once))
+        found = b"".join(encode(tensor, first, rows[first : first + at_once]) for first in range(0, len(rows), at_once))
         assert found == expected[name], name
         # And not because the importance makes no difference.
-        same = make_encoder({})(tensor, rows) if quant not in ("IQ1_S", "IQ2_XS") else b""
+        same = make_encoder({})(tensor, 0, rows) if quant not in ("IQ1_S", "IQ2_XS") else b""
         assert same != found
 
 

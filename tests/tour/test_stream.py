@@ -12,6 +12,7 @@ import torch
 
 from exporter.artifact.staging import Staging
 from exporter.backends.output_plan import TensorPlan
+from exporter.backends.pieces import whole
 from exporter.inputs.row_blocks import RowBlock
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.cpu import CpuMerger
@@ -55,7 +56,7 @@ class Keeping:
         self.rows: dict[str, torch.Tensor] = {}
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
-        whole = self.rows.setdefault(tensor.source, torch.full(tensor.shape, torch.nan).view(tensor.rows, -1))
+        whole = self.rows.setdefault(tensor.sources[0], torch.full(tensor.shape, torch.nan).view(tensor.rows, -1))
         whole[first_row : first_row + block.shape[0]] = block
 
     def sync(self) -> None: ...
@@ -64,11 +65,11 @@ class Keeping:
 
 
 def rider(model: MergedModel, staging: Staging, label: str = "rider") -> Rider:
-    plans = {
-        tensor.name: TensorPlan(tensor.name, tensor.name, tensor.shape, "F32", "file", 0, 4 * tensor.shape[-1])
+    plans = [
+        TensorPlan(tensor.name, whole(tensor.name), tensor.shape, "F32", "file", 0, 4 * tensor.shape[-1])
         for tensor in model.tensors
-    }
-    return Rider(label, plans, Keeping(), staging)
+    ]
+    return Rider.of(label, plans, Keeping(), staging)
 
 
 def rows_of(one: Rider) -> dict[str, torch.Tensor]:

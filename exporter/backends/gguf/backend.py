@@ -22,12 +22,12 @@ from exporter.backends.gguf.imatrix.plan import (
     plan_imatrix,
 )
 from exporter.backends.gguf.ollama.modelfile import MODELFILE, modelfile
-from exporter.backends.gguf.tensor_names import family_of, model_shape, named_tensors
+from exporter.backends.gguf.tensor_names import GgufTensor, family_of, model_shape, named_tensors
 from exporter.backends.output_plan import FilePlan, Needs, OutputPlan, TensorPlan
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnknownQuantizationError
 from exporter.families.base import Family
-from exporter.merge.model import MergedModel, MergedTensor
+from exporter.merge.model import MergedModel
 
 
 class GgufBackend:
@@ -123,7 +123,7 @@ def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix 
         )  # fmt: skip
     family = family_of(model)
     named = named_tensors(model, family)
-    imatrix = plan_imatrix(source, file_type, {name: tensor.shape for name, tensor in named}, model.name)
+    imatrix = plan_imatrix(source, file_type, {tensor.name: tensor.shape for tensor in named}, model.name)
     file = f"{model.name}-{file_type.name}.gguf"
     tensors = _place(named, file_type, model_shape(model, family), file, imatrix=imatrix is not None)
     header = _header(model, family, file_type, tensors, imatrix.metadata() if imatrix else {})
@@ -146,7 +146,7 @@ def plan_file(model: MergedModel, quant: str, source: Imatrix | MeasuredImatrix 
         ),
         imatrix=imatrix,
         needs="moments" if measured else "nothing",
-        calibrated=frozenset(tensor.source for tensor in placed if tensor.name in imatrix.shapes)
+        calibrated=frozenset(source for tensor in placed if tensor.name in imatrix.shapes for source in tensor.sources)
         if imatrix and measured
         else frozenset(),
         made={imatrix.file: imatrix.nbytes} if imatrix and measured else {},
@@ -163,10 +163,10 @@ def open_file(plan: OutputPlan, folder: Path, importance: Mapping[str, Floats], 
             matrix has an entry for must be there.
         resume: keep what is in the file.
     """
-    from exporter.backends.writing.offset_writer import OffsetWriter
+    from exporter.backends.gguf.writer import GgufWriter
 
     planned = plan.imatrix.shapes if isinstance(plan, GgufPlan) and plan.imatrix else ()
-    return OffsetWriter(plan, folder, make_encoder(importance, planned), resume=resume)
+    return GgufWriter(plan, folder, make_encoder(importance, planned), resume=resume)
 
 
 def _documents(imatrix: ImatrixPlan | None) -> dict[str, bytes]:
@@ -175,15 +175,16 @@ def _documents(imatrix: ImatrixPlan | None) -> dict[str, bytes]:
 
 
 def _place(
-    named: list[tuple[str, MergedTensor]], file_type: FileType, shape: ModelShape, file: str, *, imatrix: bool
+    named: list[GgufTensor], file_type: FileType, shape: ModelShape, file: str, *, imatrix: bool
 ) -> list[TensorPlan]:
     """Types and offsets from the start of the data, in model order."""
     placed: list[TensorPlan] = []
     offset = 0
-    for name, tensor in named:
-        kind, wanted = tensor_type(name, tensor.shape, file_type, shape, imatrix=imatrix)
+    for tensor in named:
+        kind, wanted = tensor_type(tensor.name, tensor.shape, file_type, shape, imatrix=imatrix)
+        size = row_bytes(kind, tensor.shape[-1])
         plan = TensorPlan(
-            name, tensor.name, tensor.shape, kind, file, offset, row_bytes(kind, tensor.shape[-1]), wanted
+            tensor.name, tensor.pieces, tensor.shape, kind, file, offset, size, wanted, tensor.arrangement
         )
         placed.append(plan)
         offset = pad(offset + plan.nbytes)
@@ -197,11 +198,10 @@ def _shifted(tensor: TensorPlan, by: int) -> TensorPlan:
 def _header(
     model: MergedModel, family: Family, file_type: FileType, tensors: list[TensorPlan], imatrix: Mapping[str, Value]
 ) -> bytes:
-    from exporter.backends.gguf.metadata.model_keys import model_metadata
+    from exporter.backends.gguf.metadata.model_keys import ParameterCount, model_metadata
     from exporter.backends.gguf.metadata.tokenizer_keys import end_of_turn_metadata, vocabulary_metadata
 
-    parameters = sum(tensor.rows * tensor.columns for tensor in tensors)
-    metadata = model_metadata(model, family, file_type, parameters)
+    metadata = model_metadata(model, family, file_type, ParameterCount.of(tensors))
     metadata |= vocabulary_metadata(model.tokenizer, model.config)
     metadata |= end_of_turn_metadata(model)
     metadata |= imatrix

@@ -16,22 +16,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def make_encoder(
-    importance: Mapping[str, Floats], planned: Collection[str] = ()
-) -> Callable[..., bytes | bytearray | memoryview]:
-    """The encoder of a GGUF file: (tensor, block, first_row=None) to stored bytes.
+Encoder = Callable[[TensorPlan, int, "torch.Tensor"], bytes | bytearray | memoryview]
+
+
+def make_encoder(importance: Mapping[str, Floats], planned: Collection[str] = ()) -> Encoder:
+    """The encoder of a GGUF file: tensor, number of the block's first row and block to stored bytes.
 
     Args:
         importance: by GGUF tensor name, float32 [columns] (experts one after the other); tensors that are not in it
             are quantized without. Looked up when rows are written, so the mapping may still be filling.
         planned: tensors that may not be missing from it.
-
-    Returns:
-        An `Encoder`. `first_row`, the number of the block's first row, is needed where experts have importances of
-        their own.
     """
 
-    def encode(tensor: TensorPlan, block: torch.Tensor, first_row: int | None = None) -> bytes | bytearray | memoryview:
+    def encode(tensor: TensorPlan, first_row: int, block: torch.Tensor) -> bytes | bytearray | memoryview:
         from exporter.backends.writing.offset_writer import encode_float
 
         if tensor.type in FLOAT_TYPES:
@@ -47,8 +44,6 @@ def make_encoder(
             raise _protocol(tensor.name, f"{weights.size} importances", f"{groups * tensor.columns}")
         if groups == 1:
             return _quantize(tensor, rows, weights)
-        if first_row is None:
-            raise _protocol(tensor.name, "rows of unknown experts", "the number of the first row")
         return _quantize_experts(tensor, rows, weights.reshape(groups, tensor.columns), first_row)
 
     return encode

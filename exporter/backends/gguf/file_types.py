@@ -1,7 +1,7 @@
 """Which type each tensor of a GGUF file gets, given the file type.
 
 The rules are llama.cpp's (`llama_tensor_get_type_impl`, `tensor_type_fallback` and `tensor_requires_imatrix` in
-src/llama-quant.cpp of the release inside llama-cpp-python 0.3.36), restricted to dense Qwen models. They are data here:
+src/llama-quant.cpp of the release inside llama-cpp-python 0.3.36), restricted to Qwen models. They are data here:
 for each file type a default and, for the kinds of matrix that are treated otherwise, a rule over the layer's number,
 the model, and whether there is an importance matrix.
 """
@@ -44,12 +44,14 @@ class ModelShape:
         gqa: query heads per key-value head.
         tied: whether the head is the embedding.
         bump_attn_v: whether Q3_K and Q4_K of attn_v become Q5_K, as llama.cpp does for Qwen2 with 80 layers.
+        experts: number of experts of a layer, 0 in a dense model.
     """
 
     layers: int
     gqa: int
     tied: bool
     bump_attn_v: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,11 @@ def _guarded(better: str, default: str) -> dict[str, Rule]:
     return {"ffn_down": _with_imatrix(_early(8, better, default), default)}
 
 
+def _eight_experts(better: str, rule: Rule) -> Rule:
+    """llama.cpp's rules for models of eight experts, which its authors measured on Mixtral."""
+    return lambda at: better if at.model.experts == 8 else rule(at)
+
+
 def _iq3_xs(at: Position) -> str:
     return "IQ3_XXS" if at.inner else "IQ3_S"
 
@@ -147,8 +154,9 @@ def _lowest(name: str, number: int, default: str, better: str, embedding: str, a
     rules = {
         "token_embd": _always(embedding),
         "output": _always("Q5_K"),
-        "attn_v": _grouped("Q4_K", better),
-        "attn_output": _always(attn_output),
+        "attn_v": lambda at: "Q4_K" if at.model.gqa >= 4 or at.model.experts >= 4 else better,
+        "attn_k": _eight_experts("Q4_K", _always(default)),
+        "attn_output": _eight_experts("Q5_K", _always(attn_output)),
         "ffn_down": _early(8, better, default),
     }
     return FileType(name, number, default, rules, needs_imatrix=True)
@@ -198,7 +206,7 @@ FILE_TYPES: Mapping[str, FileType] = {
             {
                 "attn_v": _always("Q4_K"),
                 "attn_output": _always("Q4_K"),
-                "ffn_down": _early(8, "Q4_K", "IQ3_S"),
+                "ffn_down": lambda at: "Q4_K" if at.before(8) or (at.model.experts == 8 and at.favoured) else "IQ3_S",
             },
             needs_imatrix=True,
         ),
@@ -254,7 +262,16 @@ FILE_TYPES: Mapping[str, FileType] = {
     )
 }
 
-_BLOCK = re.compile(r"^blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.weight$")
+# Experts and the shared expert go by the rules of the dense matrix of their kind.
+_BLOCK = re.compile(
+    r"^blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)(?:_exps|_shexp)?\.weight$"
+)
+# Never quantized: the router of a mixture of experts.
+_ROUTER = "ffn_gate_inp"
+# File types whose attn_output becomes Q5_K in models of eight experts.
+_EIGHT_EXPERTS_OUTPUT = frozenset({
+    "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS",
+})  # fmt: skip
 
 
 def tensor_type(
@@ -272,7 +289,7 @@ def tensor_type(
     Returns:
         The type to store, and the type that the rules asked for if a row is not a multiple of that one's block.
     """
-    if len(shape) < 2 or "_norm." in name or not name.endswith(".weight"):
+    if len(shape) < 2 or "_norm." in name or not name.endswith(".weight") or _ROUTER in name:
         return "F32", None
     if file_type.default in FLOAT_TYPES:
         return file_type.default, None
@@ -295,8 +312,21 @@ def _wanted(name: str, columns: int, file_type: FileType, model: ModelShape, ima
     match = _BLOCK.match(name)
     kind, layer = (match[2], int(match[1])) if match else (name.removesuffix(".weight"), 0)
     wanted = file_type.rules.get(kind, _always(default))(Position(layer, model, imatrix))
-    bumped = kind == "attn_v" and model.bump_attn_v and default not in _LOWEST
+    if default in _LOWEST:
+        return wanted
+    if model.experts == 8:
+        return _of_eight_experts(kind, wanted, file_type)
+    bumped = kind == "attn_v" and model.bump_attn_v
     return "Q5_K" if bumped and wanted in ("Q3_K", "Q4_K") else wanted
+
+
+def _of_eight_experts(kind: str, wanted: str, file_type: FileType) -> str:
+    """What models of eight experts get in place of the usual type, outside of the branch for IQ2 and IQ1."""
+    if kind in ("attn_v", "attn_k"):
+        return "Q8_0"
+    if kind == "attn_output":
+        return "Q5_K" if file_type.name in _EIGHT_EXPERTS_OUTPUT else file_type.default
+    return wanted
 
 
 def has_importance(name: str) -> bool:

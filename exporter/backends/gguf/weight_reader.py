@@ -20,11 +20,12 @@ from exporter.backends.gguf.header_reader import Header, HeaderTensor, read_head
 from exporter.backends.gguf.imatrix.file import ImatrixError, Importance, read_imatrix
 from exporter.backends.gguf.metadata.model_keys_check import header_faults
 from exporter.backends.gguf.ollama.modelfile_check import modelfile_faults
+from exporter.backends.gguf.tensor_names import GgufTensor
 from exporter.backends.model_folder.weight_reader import contradiction, float_weight
-from exporter.backends.weight_reader import ImpossibleGroups, StoredRows, StoredWeight, Tolerance
+from exporter.backends.weight_reader import ImpossibleGroups, StoredRows, StoredWeight, Tolerance, in_pieces
 from exporter.errors import ArtifactError
 from exporter.families.base import Family
-from exporter.merge.model import MergedModel, MergedTensor
+from exporter.merge.model import MergedModel
 
 # Relative error that a type leaves on Gaussian weights, 512 rows of 1,024: the larger one of no importance and of one
 # that is the same for all columns.
@@ -46,7 +47,7 @@ class GgufReader:
     Args:
         file: the file.
         quant: name of its file type.
-        named: the merged tensors that it should hold, with their GGUF names.
+        named: the tensors that it should hold.
         shape: what the rules for types need to know of the model.
         model: the merged model.
         family: its family.
@@ -56,7 +57,7 @@ class GgufReader:
         self,
         file: Path,
         quant: str,
-        named: list[tuple[str, MergedTensor]],
+        named: list[GgufTensor],
         shape: ModelShape,
         model: MergedModel,
         family: Family,
@@ -83,7 +84,8 @@ class GgufReader:
         if header.imatrix:
             self._importance, unreadable = _importance(file, header)
             faults += unreadable
-        for name, tensor in named:
+        for tensor in named:
+            name = tensor.name
             wanted, _ = tensor_type(name, tensor.shape, file_type, shape, imatrix=header.imatrix)
             found = header.tensors.get(name)
             if found is None:
@@ -94,9 +96,10 @@ class GgufReader:
             elif found.end > size:
                 faults.append(f"{name} is cut off: {found.end - size} bytes are missing in {file.name}")
             else:
-                self.weights[tensor.name] = _weight(found, tensor.name, imatrix=header.imatrix)
+                weight = _weight(found, imatrix=header.imatrix)
+                self.weights |= {one.key: one for one in in_pieces(weight, tensor.pieces, tensor.arrangement)}
         faults += [
-            f"{name} is not a tensor of the model" for name in header.tensors.keys() - {name for name, _ in named}
+            f"{name} is not a tensor of the model" for name in header.tensors.keys() - {one.name for one in named}
         ]
         self.faults = tuple(faults)
 
@@ -169,16 +172,16 @@ def row_importances(found: Importance, weight: StoredWeight, first: int, count: 
     return rows
 
 
-def _weight(tensor: HeaderTensor, source: str, *, imatrix: bool) -> StoredWeight:
+def _weight(tensor: HeaderTensor, *, imatrix: bool) -> StoredWeight:
+    """A stored tensor, before it is known what it is made from."""
     if tensor.type in FLOAT_TYPES:
-        return float_weight(tensor.name, source, tensor.type, tensor.shape)
+        return float_weight(tensor.name, tensor.name, tensor.type, tensor.shape)
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]][0]
     group = 16 if tensor.type in _SMALL_GROUPS else 32
-    return StoredWeight(
-        tensor.name, source, tensor.type, tensor.shape, group, block, tolerance(tensor.type, block, imatrix=imatrix)
-    )
+    allowed = tolerance(tensor.type, block, imatrix=imatrix)
+    return StoredWeight(tensor.name, tensor.name, tensor.type, tensor.shape, group, block, allowed)
 
 
 def tolerance(kind: str, block: int, *, imatrix: bool) -> Tolerance:

@@ -33,6 +33,7 @@ def planned_parts(plan: GptqPlan) -> dict[str, dict[str, TensorPlan]]:
     """The four stored tensors of each packed matrix, by the merged tensor's name and then by part."""
     parts: dict[str, dict[str, TensorPlan]] = {}
     for tensor in plan.tensors:
-        if tensor.source in plan.schemes:
-            parts.setdefault(tensor.source, {})[tensor.name.rpartition(".")[2]] = tensor
+        (source,) = tensor.sources
+        if source in plan.schemes:
+            parts.setdefault(source, {})[tensor.name.rpartition(".")[2]] = tensor
     return parts

@@ -20,6 +20,7 @@ from exporter.backends.gptq.vllm_rules import check_servable, experts_bits, note
 from exporter.backends.gptqmodel.plan import GptqModelPlan
 from exporter.backends.model_folder.layout import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
+from exporter.backends.pieces import whole
 from exporter.backends.safetensors.backend import SafetensorsBackend
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
@@ -78,7 +79,7 @@ class GptqModelBackend:
         check_servable(f"gptqmodel {quant_name(bits, group_size)}", refusals, force=forced)
         # GPTQModel loads float32 and float16 as bf16 as well: rounded once, here, and the configuration says so.
         merged = SafetensorsBackend().plan(model, "bf16", {})
-        types = {tensor.source: tensor.type for tensor in merged.tensors}
+        types = {tensor.name: tensor.type for tensor in merged.tensors}
         tensors = tuple(_estimate(tensor, types[tensor.name], bits, group_size) for tensor in model.tensors)
         return GptqModelPlan(
             format=self.name,
@@ -127,7 +128,7 @@ def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> T
         kind, row_bytes = f"INT{bits}", math.ceil(columns * bits / 8 + groups * (2 + bits / 8))
     else:
         kind, row_bytes = dtype, columns * DTYPE_BYTES[dtype]
-    return TensorPlan(tensor.name, tensor.name, tensor.shape, kind, SINGLE_NAME, 0, row_bytes)
+    return TensorPlan(tensor.name, whole(tensor.name), tensor.shape, kind, SINGLE_NAME, 0, row_bytes)
 
 
 def _file_bytes(tensors: tuple[TensorPlan, ...]) -> int:

@@ -52,7 +52,7 @@ class GptqModelWriter:
         if not self._made.is_file():
             (work / "merged").mkdir(parents=True, exist_ok=True)
             self._inner = SafetensorsBackend().open(plan.merged, work / "merged", resume=resume)
-        self._tensors = {tensor.source: tensor for tensor in self._plan.merged.tensors}
+        self._tensors = {tensor.name: tensor for tensor in self._plan.merged.tensors}
 
     def place(self, device: str, threads: int) -> None:
         """See `PlacedWriter`."""
@@ -61,7 +61,7 @@ class GptqModelWriter:
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
         if self._inner is not None:
-            self._inner.write(self._tensors[tensor.source], first_row, block)
+            self._inner.write(self._tensors[tensor.name], first_row, block)
 
     def sync(self) -> None:
         """See `Writer`."""
@@ -84,7 +84,7 @@ class GptqModelWriter:
             earlier = json.loads(self._made.read_text("utf-8"))
             return _made(earlier["names"], earlier["rounded"])
         # GPTQModel takes ids beyond the vocabulary without a word.
-        rows = next((t.rows for t in self._plan.merged.tensors if t.source == EMBEDDING), math.inf)
+        rows = next((t.rows for t in self._plan.merged.tensors if t.name == EMBEDDING), math.inf)
         if not windows or max(map(max, windows)) >= rows:
             raise BackendError(
                 self._plan.label, found="tokens beyond the vocabulary" if windows else "no calibration tokens",

@@ -13,6 +13,7 @@ from typing import Any
 from exporter.artifact.durable import json_document
 from exporter.backends.model_folder.documents_check import UNREAD
 from exporter.backends.output_plan import FilePlan, TensorPlan
+from exporter.backends.pieces import whole
 from exporter.errors import RecipeError
 from exporter.inputs.checkpoint import INDEX_NAME, SINGLE_NAME
 from exporter.merge.model import MergedModel, MergedTensor
@@ -169,7 +170,7 @@ def _lay_out_shard(shard: list[Entry], file: str) -> tuple[list[TensorPlan], byt
     placed = [
         TensorPlan(
             entry.name,
-            entry.source,
+            whole(entry.source),
             entry.shape,
             entry.dtype,
             file,

@@ -68,7 +68,10 @@ class TensorChecksums:
             first: number of the first of these.
             data: these, as of `row_checksums`.
         """
-        found = row_checksums(data)
+        self.add_rows(tensor, rows, first, row_checksums(data))
+
+    def add_rows(self, tensor: str, rows: int, first: int, found: npt.NDArray[np.uint32]) -> None:
+        """Take the checksums of some rows of a tensor; see `add`."""
         with self._lock:
             if tensor not in self._taken:
                 self._taken[tensor] = _Taken(np.zeros(rows, dtype="<u4"), rows)
@@ -81,3 +84,9 @@ class TensorChecksums:
         with self._lock:
             taken = self._taken.pop(tensor, None)
         return as_text(joined(taken.rows)) if taken is not None and taken.left == 0 else None
+
+    def take_if_whole(self, tensor: str) -> str | None:
+        """Likewise; a tensor that lacks rows is not forgotten."""
+        with self._lock:
+            whole = tensor in self._taken and self._taken[tensor].left == 0
+        return self.take(tensor) if whole else None

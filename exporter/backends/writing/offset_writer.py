@@ -65,12 +65,23 @@ class OffsetWriter:
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
         """See `Writer`."""
-        rows, data = block.shape[0], self._encode(tensor, block)
+        rows, data = block.shape[0], self.encoded(tensor, first_row, block)
         _check_size(tensor, rows, data)
         # Of what the encoder returned, whatever becomes of it.
         encoded = np.frombuffer(data, dtype=np.uint8).reshape(rows, tensor.row_bytes)
         self._checksums.add(tensor.name, tensor.rows, first_row, encoded)
         self._put(tensor, first_row, rows, data)
+
+    def encoded(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> bytes | bytearray | memoryview:
+        """Rows as they are stored; overridden where an encoder must know which rows these are.
+
+        Args:
+            tensor: one of the plan's tensors.
+            first_row: number of the first of these rows.
+            block: float32, shape (rows, columns).
+        """
+        del first_row
+        return self._encode(tensor, block)
 
     def store(self, tensor: TensorPlan, data: memoryview) -> None:
         """Store all rows of a tensor as they are.

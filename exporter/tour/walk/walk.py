@@ -175,8 +175,8 @@ class Walk:
                     remedy="This is a defect of the backend.",
                 )  # fmt: skip
             for name, one in moments.items():
-                if name in observer.tensors:
-                    observer.writer.observe(observer.tensors[name], one.sums.numpy(), one.tokens)
+                for plan, piece in observer.tensors.get(name, ()):
+                    observer.writer.observe(plan, piece, one.sums.numpy(), one.tokens)
 
     def _solve(self, index: int, solver: Solver, slot: Slot) -> None:
         self._install(self._merged, index, slot)

@@ -43,12 +43,19 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
 
 
 def tensor_figures(result: WeightsResult | None) -> dict[str, dict[str, Any]]:
-    """Relative error, and survival where there is a delta, by the stored tensor's name and by the merged one's."""
-    found: dict[str, dict[str, Any]] = {}
-    for weight, sums in result.tensors if result else ():
-        figures = {key: value for key, value in _figures(sums).items() if key != "survival" or value is not None}
-        found |= {weight.source: figures, weight.name: figures}
-    return found
+    """Relative error, and survival where there is a delta, by the stored tensor's name and by the merged one's.
+
+    Of a stored tensor that is made of several merged ones, and the other way round, the figures are of all of it.
+    """
+    sums: dict[str, list[Sums]] = {}
+    for weight, one in result.tensors if result else ():
+        for name in {weight.source, weight.name}:
+            sums.setdefault(name, []).append(one)
+    figures = {name: _figures(parts[0] if len(parts) == 1 else total(parts)) for name, parts in sums.items()}
+    return {
+        name: {key: value for key, value in one.items() if key != "survival" or value is not None}
+        for name, one in figures.items()
+    }
 
 
 def _nearest(weight: StoredWeight, check: LimitCheck) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.backends.base import Backend
+from exporter.backends.pieces import RowRun
 from exporter.backends.weight_reader import (
     CheckingReader,
     ImpossibleGroups,
@@ -19,7 +20,7 @@ from exporter.backends.weight_reader import (
     StoredWeight,
     WeightReader,
 )
-from exporter.backends.writing.checksums import as_text, joined, row_checksums
+from exporter.backends.writing.checksums import TensorChecksums, row_checksums
 from exporter.errors import ArtifactError
 from exporter.merge.model import MergedModel, MergedTensor
 from exporter.verify.weights.limits import LimitCheck, figure_checks, is_judged, survival_check
@@ -45,9 +46,9 @@ class WeightsResult:
     Attributes:
         tensors: what is stored of each merged tensor, with its sums; in model order.
         faults: what is wrong with the files themselves.
-        impossible_groups: groups of columns that no quantizer makes of the merge, by the merged tensor's name; only of
-            tensors that have any.
-        altered: merged tensors that are not stored as they were encoded, in order.
+        impossible_groups: groups of columns that no quantizer makes of the merge, by the key of the stored weight; only
+            of weights that have any.
+        altered: tensors that are not stored as they were encoded, in order, by the name that their checksum goes by.
         checked: of how many tensors that is known.
         checks: the limits of a weight, each with the figure that it bounds.
     """
@@ -105,54 +106,74 @@ class WeightsResult:
             if not check.kept:
                 yield check.reason
                 return
-        if impossible_groups := self.impossible_groups.get(weight.source):
+        if impossible_groups := self.impossible_groups.get(weight.key):
             rest = impossible_groups.count - len(impossible_groups.named)
             more = f"; and {rest} more groups of columns" if rest else ""
             yield f"{weight.source}: {'; '.join(impossible_groups.named)}{more}"
-        elif weight.source in self.altered:
-            yield f"{weight.source} is not stored as it was encoded: its checksum is another than the export's"
+        elif weight.checksum_name in self.altered:
+            yield f"{weight.checksum_name} is not stored as it was encoded: its checksum is another than the export's"
 
 
 @dataclass(frozen=True)
 class Part:
-    """What was found in some rows of a tensor.
+    """What was found in some rows of a stored weight.
 
     Attributes:
+        weight: the weight.
+        stored: number of the first row in the stored tensor.
         sums: their sums.
         impossible_groups: what in them no quantizer makes of the merge.
         checksums: of the rows, uint32 (`exporter.backends.writing.checksums`); None if there is nothing to hold them
             against.
     """
 
+    weight: StoredWeight
+    stored: int
     sums: Sums
     impossible_groups: ImpossibleGroups
     checksums: npt.NDArray[np.uint32] | None
 
     @classmethod
-    def of(cls, stored: StoredRows, sums: Sums, impossible_groups: ImpossibleGroups, *, checked: bool) -> Part:
+    def of(
+        cls,
+        weight: StoredWeight,
+        run: RowRun,
+        rows: StoredRows,
+        sums: Sums,
+        impossible_groups: ImpossibleGroups,
+        *,
+        checked: bool,
+    ) -> Part:
         """Of rows that were read; with `checked`, their checksums are taken."""
-        encoded = stored.encoded if checked else None
-        return cls(sums, impossible_groups, None if encoded is None else row_checksums(encoded))
+        encoded = rows.encoded if checked else None
+        checksums = None if encoded is None else row_checksums(encoded)
+        return cls(weight, run.stored, sums, impossible_groups, checksums)
 
 
 @dataclass
 class Gathered:
-    """What was found in the stored weights, by the merged tensor's name, and what is wrong with the files."""
+    """What was found in the stored weights, by their keys, and what is wrong with the files.
+
+    Checksums are by the name that a tensor's goes by, and of the tensors whose rows have all been read.
+    """
 
     faults: list[str]
     sums: dict[str, Sums] = field(default_factory=dict)
     impossible_groups: dict[str, ImpossibleGroups] = field(default_factory=dict)
-    checksums: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
+    _taken: TensorChecksums = field(default_factory=TensorChecksums)
 
-    def add(self, name: str, part: Part) -> None:
-        """Take the rows of a tensor that follow those before."""
-        self.sums[name] = self.sums.get(name, Sums()).plus(part.sums)
+    def add(self, part: Part) -> None:
+        """Take rows of a weight; sums are added in the order in which they come."""
+        key, name = part.weight.key, part.weight.checksum_name
+        self.sums[key] = self.sums.get(key, Sums()).plus(part.sums)
         if part.impossible_groups.count:
-            self.impossible_groups[name] = self.impossible_groups.get(name, ImpossibleGroups()).plus(
-                part.impossible_groups
-            )
+            before = self.impossible_groups.get(key, ImpossibleGroups())
+            self.impossible_groups[key] = before.plus(part.impossible_groups)
         if part.checksums is not None:
-            self.checksums[name] = joined(part.checksums, self.checksums.get(name, 0))
+            self._taken.add_rows(name, part.weight.rows, part.stored, part.checksums)
+            if checksum := self._taken.take_if_whole(name):
+                self.checksums[name] = checksum
 
     def result(
         self,
@@ -164,10 +185,10 @@ class Gathered:
 
         Args:
             tensors: of each tensor, in model order, its whole sums.
-            expected: checksums by the merged tensor's name.
+            expected: checksums by the name that a tensor's goes by.
             checks: see `WeightsResult`.
         """
-        altered = tuple(name for name, found in self.checksums.items() if as_text(found) != expected[name])
+        altered = tuple(name for name, found in self.checksums.items() if found != expected[name])
         faults = tuple(dict.fromkeys(self.faults))
         return WeightsResult(tuple(tensors), faults, self.impossible_groups, altered, len(self.checksums), checks)
 
@@ -175,31 +196,31 @@ class Gathered:
 Check = Callable[[MergedModel, WeightReader, int, Mapping[str, str]], WeightsResult]
 
 
-def gathered(reader: WeightReader, parts: Iterable[tuple[str, Callable[[], Part]]], threads: int) -> Gathered:
+def gathered(reader: WeightReader, parts: Iterable[Callable[[], list[Part]]], threads: int) -> Gathered:
     """Look at parts of stored weights on several threads, a few at a time.
 
     Sums are added up in the order of the parts: the figures do not depend on the number of threads.
 
     Args:
         reader: reads them.
-        parts: the merged tensor's name, and what looks at some of its rows; those of a tensor in order.
+        parts: each looks at some rows of a merged tensor, wherever they are stored; those of a tensor in order.
         threads: how many.
     """
     found = Gathered(list(reader.faults))
-    pending: deque[tuple[str, Future[Part]]] = deque()
+    pending: deque[Future[list[Part]]] = deque()
 
     def settle() -> None:
-        name, future = pending.popleft()
         try:
-            found.add(name, future.result())
+            for part in pending.popleft().result():
+                found.add(part)
         except ArtifactError as error:
             found.faults.append(f"{error.thing}: found {error.found}, expected {error.expected}")
 
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
-        for name, part in parts:
+        for part in parts:
             while len(pending) >= 2 * threads:
                 settle()
-            pending.append((name, pool.submit(part)))
+            pending.append(pool.submit(part))
         while pending:
             settle()
     return found
@@ -214,34 +235,43 @@ def check_weights(
         model: the merged model.
         reader: the artifact's weights.
         threads: threads that compute.
-        checksums: of its tensors as they were encoded, by the merged tensor's name, as far as they are known.
+        checksums: of its tensors as they were encoded, by `StoredWeight.checksum_name`, as far as they are known.
     """
     from exporter.inputs.row_blocks import DEFAULT_BLOCK_BYTES, row_blocks
     from exporter.inputs.tensor_reader import TensorReader
     from exporter.libraries.torch_threads import torch_threads_kept
     from exporter.merge.device import make_merger
 
-    present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
+    stored = by_source(reader)
+    present = [tensor for tensor in model.tensors if tensor.name in stored]
     with torch_threads_kept(), TensorReader() as bases:
         merger = make_merger("cpu", bases)
         known = checksums or {}
-        check = _checker(merger, reader, known)
+        check = _checker(merger, reader, stored, known)
 
-        def parts() -> Iterator[tuple[str, Callable[[], Part]]]:
+        def parts() -> Iterator[Callable[[], list[Part]]]:
             for tensor in sorted(present, key=lambda one: (str(one.source.file), one.source.start)):
                 factors = merger.factors(tensor)
                 for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu"):
-                    yield tensor.name, partial(check, tensor, block, factors)
+                    yield partial(check, tensor, block, factors)
 
         found = gathered(reader, parts(), threads)
     sums = found.sums
-    whole = ((reader.weights[one.name], sums[one.name].whole()) for one in present if one.name in sums)
-    return found.result(whole, known)
+    weights = [weight for tensor in present for weight in stored[tensor.name]]
+    return found.result(((one, sums[one.key].whole()) for one in weights if one.key in sums), known)
+
+
+def by_source(reader: WeightReader) -> dict[str, list[StoredWeight]]:
+    """What is stored of each merged tensor, by its name."""
+    found: dict[str, list[StoredWeight]] = {}
+    for weight in reader.weights.values():
+        found.setdefault(weight.source, []).append(weight)
+    return found
 
 
 def _checker(
-    merger: Merger, reader: WeightReader, checksums: Mapping[str, str]
-) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], Part]:
+    merger: Merger, reader: WeightReader, stored: Mapping[str, Sequence[StoredWeight]], checksums: Mapping[str, str]
+) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], list[Part]]:
     """Takes the sums of row blocks, and looks for impossible groups where the reader can. Used by several threads."""
     import torch
 
@@ -251,16 +281,26 @@ def _checker(
     workspace = Workspace()
     checking = reader if isinstance(reader, CheckingReader) else None
 
-    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> Part:
-        weight = reader.weights[tensor.name]
+    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> list[Part]:
         shape = (block.count, tensor.source.columns)
         base = workspace.take("base", torch.float32, shape) if tensor.updates else None
-        merged = merger.block(tensor, block, factors, base=base).numpy()
-        stored, impossible_groups = reader.rows(weight, block.first, block.count), ImpossibleGroups()
+        merged = merger.block(tensor, block, factors, base=base)
+        noise = merge_noise(tensor)
+        return [
+            look(weight, run, merged[first : first + run.count], None if base is None else base[first:], noise)
+            for weight in stored[tensor.name]
+            for run in weight.inside(block.first, block.count)
+            for first in (run.source - block.first,)
+        ]
+
+    def look(weight: StoredWeight, run: RowRun, merged: torch.Tensor, base: torch.Tensor | None, noise: float) -> Part:
+        wanted = weight.arrangement.apply(merged).numpy()
+        before = None if base is None else weight.arrangement.apply(base[: run.count]).numpy()
+        rows, impossible_groups = reader.rows(weight, run.stored, run.count), ImpossibleGroups()
         if checking is not None:
-            impossible_groups = checking.impossible_groups(weight, block.first, stored, merged, merge_noise(tensor))
-        sums = block_sums(stored.values, merged, None if base is None else base.numpy(), weight, block.first)
-        return Part.of(stored, sums, impossible_groups, checked=tensor.name in checksums)
+            impossible_groups = checking.impossible_groups(weight, run.stored, rows, wanted, noise)
+        sums = block_sums(rows.values, wanted, before, weight, run.source)
+        return Part.of(weight, run, rows, sums, impossible_groups, checked=weight.checksum_name in checksums)
 
     return check
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends.weight_reader import ImpossibleGroups, WeightReader
+from exporter.backends.pieces import RowRun
+from exporter.backends.weight_reader import ImpossibleGroups, StoredWeight, WeightReader
 from exporter.inputs.row_blocks import DEFAULT_BLOCK_BYTES, RowBlock, row_blocks
 from exporter.merge.model import MergedModel
-from exporter.verify.weights.check import Check, Part, WeightsResult, gathered
+from exporter.verify.weights.check import Check, Part, WeightsResult, by_source, gathered
 from exporter.verify.weights.sketch_limits import estimate_checks, estimated_sums
 
 if TYPE_CHECKING:
@@ -40,25 +41,29 @@ def check_sketches(
         checksums: see `check_weights`.
         sketches: what is known of the merge.
     """
-    present = [tensor for tensor in model.tensors if tensor.name in reader.weights]
+    stored = by_source(reader)
+    present = [tensor for tensor in model.tensors if tensor.name in stored]
 
-    def part(name: str, block: RowBlock) -> Part:
-        weight = reader.weights[name]
-        stored = reader.rows(weight, block.first, block.count)
-        known = sketches.rows(name, block.first, block.count)
-        sums = estimated_sums(stored.values, *known, weight, block.first)
-        return Part.of(stored, sums, ImpossibleGroups(), checked=name in checksums)
+    def look(name: str, block: RowBlock) -> list[Part]:
+        return [part(weight, run) for weight in stored[name] for run in weight.inside(block.first, block.count)]
+
+    def part(weight: StoredWeight, run: RowRun) -> Part:
+        rows = reader.rows(weight, run.stored, run.count)
+        known = sketches.rows(weight.source, run.source, run.count)
+        sums = estimated_sums(weight.arrangement.undo(rows.values), *known, weight, run.source)
+        return Part.of(weight, run, rows, sums, ImpossibleGroups(), checked=weight.checksum_name in checksums)
 
     parts = (
-        (tensor.name, partial(part, tensor.name, block))
+        partial(look, tensor.name, block)
         for tensor in present
         for block in row_blocks(tensor.source, DEFAULT_BLOCK_BYTES, "cpu")
     )
     found = gathered(reader, parts, threads)
     tensors = []
     for tensor in present:
-        if tensor.name in found.sums:
-            different, looked_at = sketches.base_values(tensor.name)
-            whole = replace(found.sums[tensor.name].whole(), different=different, looked_at=looked_at)
-            tensors.append((reader.weights[tensor.name], whole))
+        different, looked_at = sketches.base_values(tensor.name)
+        for weight in stored[tensor.name]:
+            if weight.key in found.sums:
+                whole = replace(found.sums[weight.key].whole(), different=different, looked_at=looked_at)
+                tensors.append((weight, whole))
     return found.result(tensors, checksums, estimate_checks)

@@ -26,7 +26,7 @@ def write_gguf(base: Path, plan: GgufPlan, folder: Path, importance: Mapping[str
     else:
         writer = open_file(plan, folder, importance, resume=False)
     for tensor in plan.tensors:
-        rows = tensors[tensor.source].to(torch.float32).reshape(tensor.rows, tensor.columns)
+        rows = torch.cat([tensors[source].to(torch.float32).reshape(-1, tensor.columns) for source in tensor.sources])
         # In two blocks, as they may come.
         half = tensor.rows // 2
         for first, block in ((half, rows[half:]), (0, rows[:half])):

@@ -49,7 +49,7 @@ class Shape:
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Its tensors by GGUF name: the shapes that the family calls for, one token and one head being enough."""
-        family = next(family for family in FAMILIES if family.gguf_architecture == self.architecture)
+        family = next(family for family in FAMILIES if family.gguf.architecture == self.architecture)
         config = {
             "vocab_size": 2, "hidden_size": self.hidden, "num_hidden_layers": self.layers,
             "num_attention_heads": self.gqa, "num_key_value_heads": 1, "head_dim": self.hidden,
@@ -57,7 +57,7 @@ class Shape:
         }  # fmt: skip
         architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         names = gguf.get_tensor_name_map(architecture, self.layers)
-        expected = family.expected_tensors(config)
+        expected = {spec.name: spec.shape for spec in family.layout(config)}
         return {names.get_name(name, try_suffixes=(".weight", ".bias")): shape for name, shape in expected.items()}
 
 

@@ -85,7 +85,7 @@ def test_the_plan(model: MergedModel) -> None:
     assert (plan.quant, plan.needs, plan.entry) == ("gptq-int4-g32", "tokens", ".")
     assert plan.runtimes == ("vllm", "transformers")
     assert plan.temporary_bytes > model.parameters * 2
-    assert {tensor.source for tensor in plan.tensors} == {tensor.name for tensor in model.tensors}
+    assert {source for tensor in plan.tensors for source in tensor.sources} == {tensor.name for tensor in model.tensors}
     assert sum(tensor.type == "INT4" for tensor in plan.tensors) == 14
     assert "bf16" in plan.notes[0]
     assert "tokenizer.json" in plan.copies
@@ -218,7 +218,7 @@ def write(
     writer.place("cpu", threads)
     weights = load_file(model.base.folder / "model.safetensors")
     for tensor in plan.tensors:
-        block = weights[tensor.source].float().reshape(tensor.rows, tensor.columns)
+        block = weights[tensor.sources[0]].float().reshape(tensor.rows, tensor.columns)
         half = tensor.rows // 2
         writer.write(tensor, half, block[half:])
         if half:

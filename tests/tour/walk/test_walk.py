@@ -21,6 +21,7 @@ from exporter.artifact.staging import Staging
 from exporter.backends.base import Finding, Solution
 from exporter.backends.hessian import Moments
 from exporter.backends.output_plan import TensorPlan
+from exporter.backends.pieces import Piece, whole
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.device import make_merger
 from exporter.merge.model import MergedModel
@@ -93,12 +94,13 @@ class Observing:
         self.moments: dict[str, tuple[npt.NDArray[np.float64], int]] = {}
         self.rows: dict[str, torch.Tensor] = {}
 
-    def observe(self, tensor: TensorPlan, sums: npt.NDArray[np.float64], tokens: int) -> None:
-        self.moments[tensor.source] = (sums.copy(), tokens)
+    def observe(self, tensor: TensorPlan, piece: Piece, sums: npt.NDArray[np.float64], tokens: int) -> None:
+        self.moments[piece.source] = (sums.copy(), tokens)
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
-        assert tensor.source in self.moments
-        whole = self.rows.setdefault(tensor.source, torch.zeros(tensor.shape))
+        (source,) = tensor.sources
+        assert source in self.moments
+        whole = self.rows.setdefault(source, torch.zeros(tensor.shape))
         whole[first_row : first_row + block.shape[0]] = block
 
     def sync(self) -> None: ...
@@ -126,12 +128,12 @@ def projections(model: MergedModel) -> list[str]:
 
 
 def observer(model: MergedModel, staging: Staging) -> Rider:
-    plans = {
-        tensor.name: TensorPlan(tensor.name, tensor.name, tensor.shape, "F32", "file", 0, 4 * tensor.shape[-1])
+    plans = [
+        TensorPlan(tensor.name, whole(tensor.name), tensor.shape, "F32", "file", 0, 4 * tensor.shape[-1])
         for tensor in model.tensors
         if tensor.name in projections(model)
-    }
-    return Rider("observer", plans, Observing(), staging)
+    ]
+    return Rider.of("observer", plans, Observing(), staging)
 
 
 @pytest.fixture

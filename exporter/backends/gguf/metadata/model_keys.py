@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file but for the tokenizer: what llama.cpp's converter writes for a dense Qwen.
+"""The metadata of a GGUF file but for the tokenizer: what llama.cpp's converter writes for a Qwen.
 
 Keys and their order follow conversion/base.py (`TextModel.set_gguf_parameters`) of the release inside
 llama-cpp-python 0.3.36. What this writes differently is listed in docs/formats.md.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from exporter.backends.gguf.file_types import FileType
 from exporter.backends.gguf.header import Value
+from exporter.backends.output_plan import TensorPlan
 from exporter.errors import UnsupportedModelError
 from exporter.families.base import Family, number
 from exporter.inputs.checkpoint import read_json
@@ -35,21 +37,55 @@ _SAMPLING = {
 }
 
 
-def model_metadata(model: MergedModel, family: Family, file_type: FileType, parameters: int) -> dict[str, Value]:
+@dataclass(frozen=True)
+class ParameterCount:
+    """Elements of a file's tensors, as llama.cpp's converter counts them for the size label.
+
+    Attributes:
+        total: of all tensors.
+        each_expert: of one expert in all layers; 0 in a dense model.
+        experts: number of experts of a layer.
+    """
+
+    total: int
+    each_expert: int = 0
+    experts: int = 0
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorPlan]) -> ParameterCount:
+        """Of a file's tensors; experts are in stacks."""
+        stacks = [tensor for tensor in tensors if len(tensor.pieces) > 1]
+        return cls(
+            total=sum(tensor.rows * tensor.columns for tensor in tensors),
+            each_expert=sum(tensor.rows * tensor.columns // len(tensor.pieces) for tensor in stacks),
+            experts=len(stacks[0].pieces) if stacks else 0,
+        )
+
+    @property
+    def size_label(self) -> str:
+        """Such as `0.6B` or `128x1.8B`."""
+        shared = self.total - self.each_expert * self.experts
+        label: str = gguf.size_label(self.total, shared, self.each_expert, self.experts)
+        return label
+
+
+def model_metadata(
+    model: MergedModel, family: Family, file_type: FileType, parameters: ParameterCount
+) -> dict[str, Value]:
     """The `general.*` and `<architecture>.*` keys, in the converter's order.
 
     Args:
         model: the merged model.
         family: its family.
         file_type: the file type that is written.
-        parameters: number of elements of all stored tensors, for the size label.
+        parameters: elements of all stored tensors, for the size label.
     """
     return {
-        "general.architecture": Value("string", family.gguf_architecture),
+        "general.architecture": Value("string", family.gguf.architecture),
         "general.type": Value("string", "model"),
         **_sampling(model.base.folder),
         **_naming(model, parameters),
-        **_hyperparameters(model.config, family),
+        **_hyperparameters(family.text(model.config), family),
         "general.file_type": Value("uint32", file_type.number),
         "general.quantization_version": Value("uint32", int(gguf.GGML_QUANT_VERSION)),
     }
@@ -66,7 +102,7 @@ def _sampling(folder: Path) -> dict[str, Value]:
     return found
 
 
-def _naming(model: MergedModel, parameters: int) -> dict[str, Value]:
+def _naming(model: MergedModel, parameters: ParameterCount) -> dict[str, Value]:
     """Name, its parts by gguf's own heuristic, size label, and the license from the base's model card."""
     logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
@@ -75,14 +111,14 @@ def _naming(model: MergedModel, parameters: int) -> dict[str, Value]:
         # The card is prose for people; a damaged one says nothing about the model.
         card = {}
     kept = {key: card[key] for key in ("license", "license_name", "license_link", "tags", "language") if key in card}
-    named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), kept, {}, Path(model.name), parameters)
+    named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), kept, {}, Path(model.name), parameters.total)
     values = {
         "name": named.name or model.name,
         "version": named.version,
         "organization": named.organization,
         "finetune": named.finetune,
         "basename": named.basename,
-        "size_label": named.size_label or gguf.size_label(parameters, parameters, 0, 0),
+        "size_label": named.size_label or parameters.size_label,
         "license": ",".join(named.license) if isinstance(named.license, list) else named.license,
         "license.name": named.license_name,
         "license.link": named.license_link,
@@ -95,7 +131,7 @@ def _naming(model: MergedModel, parameters: int) -> dict[str, Value]:
 
 
 def _hyperparameters(config: Mapping[str, Any], family: Family) -> dict[str, Value]:
-    architecture, heads = family.gguf_architecture, number(config, "num_attention_heads")
+    architecture, heads = family.gguf.architecture, number(config, "num_attention_heads")
     sizes = {
         "block_count": number(config, "num_hidden_layers"),
         "context_length": number(config, "max_position_embeddings"),
@@ -115,7 +151,8 @@ def _hyperparameters(config: Mapping[str, Any], family: Family) -> dict[str, Val
     if config.get("head_dim") is not None:
         found[f"{architecture}.attention.key_length"] = Value("uint32", number(config, "head_dim"))
         found[f"{architecture}.attention.value_length"] = Value("uint32", number(config, "head_dim"))
-    return found
+    own = {key: number(config, source) for key, source in family.gguf.keys}
+    return found | {f"{architecture}.{key}": Value("uint32", size) for key, size in own.items()}
 
 
 def rope_metadata(config: Mapping[str, Any]) -> dict[str, Value]:

@@ -52,10 +52,12 @@ def header_faults(metadata: Mapping[str, Any], model: MergedModel, family: Famil
         model: the merged model.
         family: its family.
     """
-    architecture = f"{family.gguf_architecture}."
+    architecture = f"{family.gguf.architecture}."
     definition = model.tokenizer.definition()
-    stated = {"general.architecture": family.gguf_architecture, "general.type": "model"}
-    stated |= {f"{architecture}{key}": value for key, value in _hyperparameters(model.config).items()}
+    stated = {"general.architecture": family.gguf.architecture, "general.type": "model"}
+    stated |= {
+        f"{architecture}{key}": value for key, value in _hyperparameters(family.text(model.config), family).items()
+    }
     stated |= _sampling(model)
     stated |= tokenizer_values(model, definition)
     # A runtime may act on a key that the model has no value for.
@@ -68,7 +70,7 @@ def header_faults(metadata: Mapping[str, Any], model: MergedModel, family: Famil
     yield from piece_faults(metadata, model, definition)
 
 
-def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def _hyperparameters(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     heads = config.get("num_attention_heads")
@@ -79,6 +81,7 @@ def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope.scaling.type": None if kind == "default" else kind,
         "rope.scaling.factor": None if kind == "default" else rope.get("factor"),
         **(_yarn(rope, config) if kind == "yarn" else {}),
+        **{key: config.get(source) for key, source in family.gguf.keys},
     }
 
 
