@@ -12,7 +12,7 @@ import torch
 
 from exporter.artifact.staging import Staging
 from exporter.backends.output_plan import TensorPlan
-from exporter.backends.pieces import whole
+from exporter.backends.pieces import Arrangement, stack, whole
 from exporter.inputs.row_blocks import RowBlock
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.cpu import CpuMerger
@@ -121,3 +121,32 @@ def test_artifacts_of_one_label_are_told_apart(sources: tuple[Path, Path], tmp_p
     assert fresh.done("rider") == {tensor.name for tensor in model.tensors}
     written.close()
     fresh.close()
+
+
+def test_a_stack_is_written_piece_by_piece_and_is_done_when_it_has_all(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two matrices as one stored tensor with its columns in another order, offered in two steps."""
+    model = merged_model(*sources)
+    names = ["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    rows, columns = tensors[names[0]].shape
+    arrangement = Arrangement(tuple(reversed(range(columns))), "plus_one")
+    plan = TensorPlan(
+        names[0], stack(names, rows), (2, rows, columns), "F32", "file", 0, 4 * columns, arrangement=arrangement
+    )
+    staging = Staging(tmp_path / "out", "key")
+    one = Rider.of("rider", [plan], Keeping(), staging)
+    with TensorReader() as reader:
+        stream = Stream(model, [one], Leaving(reader), threads=2, block_bytes=4096, progress=Progress())
+        stream.offer([tensors[names[1]]])
+        stream.finish()
+        assert staging.done("rider") == set()
+        stream.offer([tensors[names[0]]])
+        stream.finish()
+        assert staging.done("rider") == {plan.name}
+        stream.close()
+    staging.close()
+    expected = load_peft(*sources).base_model.merge_and_unload().state_dict()
+    wanted = torch.cat([expected[name] for name in names]).flip(1) + 1
+    assert (rows_of(one)[names[0]] - wanted).abs().max() < 1e-6
