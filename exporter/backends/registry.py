@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from exporter.backends.base import Backend
-from exporter.errors import BackendError, UnknownFormatError
+from exporter.errors import UnknownFormatError
+from exporter.libraries.entry_points import entries, load, not_loaded
 
 GROUP = "exporter.backends"
 
 
 @cache
 def _entries() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        if entry.name in found and found[entry.name].value != entry.value:
-            raise BackendError(
-                f"backend {entry.name!r}",
-                found=f"{found[entry.name].value} and {entry.value}",
-                expected="one backend of that name",
-                remedy="Uninstall one of the two packages.",
-            )
-        found[entry.name] = entry
-    return found
+    return entries(GROUP)
 
 
 def backend_names() -> tuple[str, ...]:
     """Names of all installed backends, sorted."""
-    return tuple(sorted(_entries()))
+    return tuple(_entries())
 
 
 def load_backend(name: str) -> Backend:
@@ -36,6 +27,7 @@ def load_backend(name: str) -> Backend:
 
     Raises:
         UnknownFormatError: no such backend; names those that exist.
+        BackendError: it does not load.
     """
     if name not in _entries():
         raise UnknownFormatError(
@@ -45,13 +37,9 @@ def load_backend(name: str) -> Backend:
             remedy="Install the package that provides it, or choose another format.",
         )
     entry = _entries()[name]
+    made = load(entry)
     try:
-        backend: Backend = entry.load()()
-    except Exception as error:  # whatever another package's module does when it is imported
-        raise BackendError(
-            f"backend {name!r} ({entry.value})",
-            found=f"{type(error).__name__}: {error}"[:200],
-            expected="a module and a class that load",
-            remedy="Install what the package needs, or uninstall it.",
-        ) from error
+        backend: Backend = made()
+    except Exception as error:  # whatever another package's class does when it is made
+        raise not_loaded(entry, error) from error
     return backend
