@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from exporter.backends.pieces import AS_IT_IS, Arrangement, Piece
+from exporter.runtimes.artifact_facts import ArtifactFacts, PackedWeights
 
 # Merged weights alone; second moments of the inputs of some matrices; Hessians to solve for them; calibration tokens.
 Needs = Literal["nothing", "moments", "hessians", "tokens"]
@@ -97,9 +98,7 @@ class OutputPlan:
         documents: small files known by now: name to content.
         copies: files taken over as they are: name to source.
         runtimes: runtimes that can verify it, the preferred one first.
-        packed_bits: every number of bits that any of its GPTQ weights has, for which a runtime needs more than for
-            others; empty if it has none.
-        packed_experts: likewise of the experts among those weights.
+        packed: every kind of packed weights in it, for which a runtime needs more than for others.
         notes: degradations and choices that the reader should know of.
         needs: what it must be given beside the merged weights.
         calibrated: merged tensors whose second moments are observed, or that are solved for, by what it needs.
@@ -117,8 +116,7 @@ class OutputPlan:
     documents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     copies: Mapping[str, Path] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ()
-    packed_bits: frozenset[int] = frozenset()
-    packed_experts: frozenset[int] = frozenset()
+    packed: frozenset[PackedWeights] = frozenset()
     notes: tuple[str, ...] = ()
     needs: Needs = "nothing"
     calibrated: frozenset[str] = field(default=frozenset(), repr=False)
@@ -142,6 +140,11 @@ class OutputPlan:
     def names(self, made: Iterable[str] = ()) -> list[str]:
         """All of its files, with those that were made at the end."""
         return [file.name for file in self.files] + list(self.documents) + list(self.copies) + list(made)
+
+    @property
+    def facts(self) -> ArtifactFacts:
+        """What a runtime goes by that is asked whether it serves the artifact."""
+        return ArtifactFacts(self.format, self.quant, self.entry, frozenset(self.names(self.made)), self.packed)
 
     @property
     def fallbacks(self) -> tuple[TensorPlan, ...]:

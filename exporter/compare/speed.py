@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.errors import RuntimeScoreError
-from exporter.runtimes.base import Answering, Session
+from exporter.runtimes.base import Session
 from exporter.runtimes.registry import load_runtime
 from exporter.tokens.embedded import embedded_beginning
 from exporter.verify.published.manifest_record import read_manifest
@@ -60,12 +60,13 @@ def measure_folders(folders: Sequence[Path], device: str, reporter: Reporter) ->
             name = artifact.runtime(folder)
             reporter.doing(f"speed of {artifact.label} in {name}")
             runtime = load_runtime(name, device)
-            if not isinstance(runtime, Answering):
+            opening = runtime.session(artifact.path(folder).resolve(), PROMPT_TOKENS + OUTPUT_TOKENS)
+            if opening is None:
                 raise RuntimeScoreError(
                     f"runtime {name}", found="one that only scores", expected="one that answers",
                     remedy="Leave --speed out.",
                 )  # fmt: skip
-            with runtime.session(artifact.path(folder).resolve(), PROMPT_TOKENS + OUTPUT_TOKENS) as session:
+            with opening as session:
                 prompt, output = measure(session)
             found[folder, artifact.format, artifact.quant] = Speed(runtime.version(), prompt, output)
     reporter.scored()

@@ -19,7 +19,7 @@ from exporter.plan.open_model import open_model
 from exporter.plan.reference_pack import PackPlan
 from exporter.plan.resources import check_disk, check_memory, states_budget
 from exporter.recipe import Execution, Output, Recipe
-from exporter.runtimes.registry import check_endpoint, choose_runtime
+from exporter.runtimes.registry import check_endpoint, choose_runtime, runtimes_for, startup_seconds
 from exporter.tokens.end_tokens import stop_tokens
 from exporter.tokens.positions import check_windows
 from exporter.tokens.windows import CalibrationWindows, check_drawable, make_token_sets, most_windows
@@ -40,7 +40,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
     threads = execution.workers
     artifacts = [artifact for folder in folders for artifact in folder.artifacts]
     chosen = [runtime for folder in folders for runtime in folder.runtimes.values()]
-    servers = 0 if execution.endpoint is not None else chosen.count("vllm")
+    startup = startup_seconds(chosen, execution.endpoint)
     calibrate = any(artifact.needs != "nothing" for artifact in artifacts)
     check_windows(
         model.config,
@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, execution: Execution) -> ExportPlan:
         tokens=tokens,
         merge_bytes=merge_memory(model, threads, execution.block_bytes),
         walk=PlannedWalk(model, artifacts, tokens, recipe.compute_dtype, states_budget(), held, prompts),
-        seconds=seconds(model, artifacts, threads, tokens, servers=servers, answers=recipe.evaluation.answers),
+        seconds=seconds(model, artifacts, threads, tokens, startup=startup, answers=recipe.evaluation.answers),
         pack=pack,
     )
     _check_resources(plan)
@@ -107,7 +107,9 @@ def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> Folde
     planned = tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants)
     planned = backend.share(planned) if isinstance(backend, SharingBackend) else planned
     ends = stop_tokens(model).notes
-    artifacts = tuple(replace(artifact, notes=(*artifact.notes, *ends)) if ends else artifact for artifact in planned)
+    artifacts = tuple(
+        replace(one, notes=(*one.notes, *ends), runtimes=runtimes_for(one.facts, one.runtimes)) for one in planned
+    )
     # Of model folders, which are their own entry, one to an output, however their shards are named.
     entries = Counter(
         name for one in artifacts for name in dict.fromkeys((one.entry, *(file.name for file in one.files)))
@@ -153,8 +155,7 @@ def _scored_by(artifact: OutputPlan, execution: Execution) -> str:
             artifact.runtimes,
             endpoint=execution.endpoint,
             wanted=execution.runtime,
-            packed_bits=artifact.packed_bits,
-            packed_experts=artifact.packed_experts,
+            packed=artifact.packed,
         )
     except RecipeError as error:
         if execution.runtime is not None:

@@ -25,8 +25,6 @@ _BLOCK_FACTOR = 5
 FEWER_TOKENS = "fewer tokens"
 
 _STARTUP_SECONDS = 4.0
-# Until vLLM answers, and until it has ended.
-_SERVER_SECONDS = 45.0
 # Elements a second and thread: reading, merging and writing floats; and ggml_quantize_chunk, by type.
 _MERGE_RATE = 150e6
 # Multiply-adds a second and thread in a forward pass.
@@ -211,12 +209,18 @@ def seconds(
     threads: int,
     tokens: TokenSets,
     *,
-    servers: int = 0,
+    startup: float = 0.0,
     answers: bool = False,
 ) -> float:
-    """Rough duration of a run that starts so many vLLM servers, and asks for answers or does not.
+    """Rough duration of a run in seconds, as if every verdict were clear on the first evaluation tokens.
 
-    As if every verdict were clear on the first evaluation tokens.
+    Args:
+        model: the merged model.
+        artifacts: everything that is written.
+        threads: worker threads.
+        tokens: evaluation and calibration windows.
+        startup: seconds that runtimes take to start their servers.
+        answers: whether artifacts are asked for answers.
     """
     work = model.parameters / _MERGE_RATE
     for artifact in artifacts:
@@ -241,4 +245,4 @@ def seconds(
                 )
                 / threads
             )
-    return duration + passed * model.parameters / (_FORWARD_RATE * threads) + servers * _SERVER_SECONDS
+    return duration + passed * model.parameters / (_FORWARD_RATE * threads) + startup

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from exporter.errors import RuntimeScoreError
+from exporter.errors import RecipeError, RuntimeScoreError
+from exporter.runtimes.artifact_facts import ArtifactFacts, PackedWeights
 from exporter.tokens.windows import Windows
 
 OnWindow = Callable[[int], None]
@@ -58,31 +61,6 @@ class TopKScores(TokenScores):
     """
 
     top: TopK
-
-
-class Runtime(Protocol):
-    """Loads an artifact as its server would and scores windows with it."""
-
-    name: str
-
-    def score(
-        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
-    ) -> TokenScores:
-        """Score an artifact.
-
-        Args:
-            artifact: a file or a model folder.
-            windows: what to score.
-            on_window: called with 1 after each window.
-            on_logits: called with all logits of each window, by a runtime that has them.
-
-        Raises:
-            RuntimeScoreError: the runtime cannot load or run it.
-            RuntimeUnavailableError: of those, what the runtime can tell to be no fault of the artifact's.
-        """
-
-    def version(self) -> str:
-        """Name and version, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +121,117 @@ class Session(Protocol):
         """All tokens that answers end with, if the runtime tells."""
 
 
-@runtime_checkable
-class Answering(Protocol):
-    """A runtime that does more than score."""
+class Runtime(ABC):
+    """Loads an artifact as its server would, and scores windows with it.
 
-    def session(self, artifact: Path, n_ctx: int) -> AbstractContextManager[Session]:
-        """Load an artifact for prompts and continuations of `n_ctx` tokens together.
+    A runtime is a subclass that is registered in the entry-point group `exporter.runtimes` under its name. Its module
+    must import quickly, as a plan asks the class whether it serves an artifact: methods import torch and the like.
+
+    Attributes:
+        name: what `--runtime` calls it.
+        title: what errors call it; empty if that is its name.
+        takes_endpoint: whether it scores with a running server, whose address is given.
+        startup_seconds: rough time until a server that it starts answers, and until that server has ended.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    takes_endpoint: ClassVar[bool] = False
+    startup_seconds: ClassVar[float] = 0.0
+
+    @classmethod
+    def open(cls, device: str, endpoint: str | None) -> Runtime:
+        """Make one for a run. Nothing is loaded yet.
+
+        Args:
+            device: where it computes, if it has a choice.
+            endpoint: address of a running server, for a runtime that takes one; None starts one.
 
         Raises:
-            RuntimeScoreError: the runtime cannot load it; see `Runtime.score`.
+            RecipeError: the endpoint is not an address.
         """
+        del device, endpoint
+        return cls()
+
+    @classmethod
+    def serves(cls, artifact: ArtifactFacts) -> bool:
+        """Whether it can score an artifact whose backend does not name it among those that can.
+
+        True only where the facts are enough to know. A backend that names a runtime knows more, and is not overruled.
+        """
+        del artifact
+        return False
+
+    @classmethod
+    def lacks(
+        cls, packed: Collection[PackedWeights], endpoint: str | None, others: Sequence[str]
+    ) -> RecipeError | None:
+        """Why it cannot be had on this machine; None if it can. Quick: nothing is loaded or asked.
+
+        Args:
+            packed: every kind of packed weights in the artifact.
+            endpoint: address of a running server, or None.
+            others: what else serves the artifact, the preferred one first.
+
+        Raises:
+            RecipeError: something that was asked for is not there, so that no other runtime may step in silently.
+        """
+        del packed, endpoint, others
+        return None
+
+    @classmethod
+    def commands(cls, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """What serves an artifact from inside its folder: a name, and the command or Python code, for the model card.
+
+        Args:
+            manifest: the folder's `export.json`.
+            artifact: one of its `artifacts`.
+        """
+        del manifest, artifact
+        return []
+
+    @abstractmethod
+    def score(
+        self, artifact: Path, windows: Windows, on_window: OnWindow, on_logits: OnLogits | None = None
+    ) -> TokenScores:
+        """Score an artifact.
+
+        Args:
+            artifact: a file or a model folder.
+            windows: what to score.
+            on_window: called with 1 after each window.
+            on_logits: called with all logits of each window, by a runtime that has them.
+
+        Raises:
+            RuntimeScoreError: the runtime cannot load or run it.
+            RuntimeUnavailableError: of those, what the runtime can tell to be no fault of the artifact's.
+        """
+
+    @abstractmethod
+    def version(self) -> str:
+        """Name and version, for the manifest."""
+
+    def session(self, artifact: Path, n_ctx: int) -> AbstractContextManager[Session] | None:
+        """Load an artifact for prompts and continuations of `n_ctx` tokens together.
+
+        Returns:
+            None if the runtime does nothing but score.
+
+        Raises:
+            RuntimeScoreError: on entering: the runtime cannot load it; see `score`.
+        """
+        del artifact, n_ctx
+        return None
+
+
+def shell_entry(artifact: Mapping[str, Any]) -> str:
+    """The entry of an artifact, quoted for a shell. A name that begins with a dash is no option.
+
+    Args:
+        artifact: one of the `artifacts` of an `export.json`.
+    """
+    entry = str(artifact["entry"])
+    return shlex.quote(f"./{entry}" if entry.startswith("-") else entry)
 
 
 def score_logits(logits: Any, targets: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:

@@ -1,35 +1,78 @@
-"""Which runtime scores an artifact."""
+"""Finds runtimes by the entry-point group `exporter.runtimes`, and chooses the one that scores an artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cache
+from importlib.metadata import EntryPoint
 
-from exporter.errors import RecipeError, RuntimeScoreError
+from exporter.errors import RecipeError
+from exporter.libraries.entry_points import entries, load, not_loaded
+from exporter.runtimes.artifact_facts import ArtifactFacts, PackedWeights
 from exporter.runtimes.base import Runtime
 
-RUNTIMES = ("llamacpp", "transformers", "vllm")
+GROUP = "exporter.runtimes"
+
+
+@cache
+def _entries() -> dict[str, EntryPoint]:
+    return entries(GROUP, RecipeError)
+
+
+def runtime_names() -> tuple[str, ...]:
+    """Names of all installed runtimes, sorted."""
+    return tuple(_entries())
+
+
+def find_runtime(name: str) -> type[Runtime]:
+    """The class of a runtime. Quick: what it computes with is not imported.
+
+    Raises:
+        RecipeError: there is none of that name, or it does not load.
+    """
+    if name not in _entries():
+        raise _unknown(name)
+    found = load(_entries()[name], RecipeError)
+    if not (isinstance(found, type) and issubclass(found, Runtime)):
+        raise not_loaded(_entries()[name], TypeError("it is no subclass of Runtime"), RecipeError)
+    return found
+
+
+def usable_runtimes(names: Sequence[str]) -> dict[str, type[Runtime]]:
+    """Those of some runtimes that are installed and load, in the same order. One broken package takes no other down."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = find_runtime(name)
+        except RecipeError:
+            continue
+    return found
+
+
+def runtimes_for(artifact: ArtifactFacts, preferred: Sequence[str]) -> tuple[str, ...]:
+    """The runtimes that can score an artifact: those that its backend prefers, then others that say they serve it.
+
+    Args:
+        artifact: what is known of it.
+        preferred: the runtimes that its backend names, the preferred one first.
+    """
+    others = usable_runtimes([name for name in runtime_names() if name not in preferred])
+    return (*preferred, *(name for name, other in others.items() if other.serves(artifact)))
 
 
 def choose_runtime(
-    names: Sequence[str],
-    *,
-    endpoint: str | None,
-    wanted: str | None = None,
-    packed_bits: Collection[int] = (),
-    packed_experts: Collection[int] = (),
+    names: Sequence[str], *, endpoint: str | None, wanted: str | None = None, packed: Collection[PackedWeights] = ()
 ) -> str:
     """The runtime that will score an artifact: the one that is wanted, or the first that can be had here.
 
-    vLLM can be had if an environment has it or a server is running; the others come with this package. Cheap enough
-    for a plan: nothing is loaded or asked.
+    Cheap enough for a plan: nothing is loaded or asked.
 
     Args:
-        names: runtimes that serve the artifact, the preferred one first.
-        endpoint: address of a running vLLM server, or None.
+        names: runtimes that serve the artifact, the preferred one first. One that is not installed is passed over, if
+            another is and it is not wanted.
+        endpoint: address of a running server, or None.
         wanted: the runtime that was asked for, or None.
-        packed_bits: every number of bits that the artifact's GPTQ weights have: not every runtime that is here takes
-            them. Empty if it has none.
-        packed_experts: likewise of the experts among those weights.
+        packed: every kind of packed weights in the artifact: not every runtime that is here takes them.
 
     Raises:
         RecipeError: the one that is wanted does not serve the artifact, or none can be had here.
@@ -45,108 +88,65 @@ def choose_runtime(
             expected=" or ".join(names),
             remedy="Choose one of them, or leave --runtime out.",
         )
-    if unknown := [name for name in names if name not in RUNTIMES]:
-        raise _unknown(unknown[0])
+    asked = [wanted] if wanted else [name for name in names if name in _entries()] or names[:1]
     refusals = []
-    for name in (wanted,) if wanted else names:
-        others = [other for other in names if other != name]
-        refusal = _lacking(name, endpoint, packed_bits, others, packed_experts)
+    for name in asked:
+        others = [other for other in names if other != name and other in _entries()]
+        refusal = find_runtime(name).lacks(packed, endpoint, others)
         if refusal is None:
             return name
         refusals.append(refusal)
     raise refusals[0]
 
 
-def _lacking(
-    name: str,
-    endpoint: str | None,
-    packed_bits: Collection[int],
-    others: Sequence[str],
-    packed_experts: Collection[int],
-) -> RecipeError | None:
-    """Why a runtime cannot be had here, if it cannot; `others` are what else serves the artifact.
-
-    Raises:
-        RecipeError: an environment of vLLM was named and is not there, which must not be passed over in silence.
-    """
-    if name == "vllm" and endpoint is None:
-        from exporter.runtimes.vllm.runtime import available, missing_kernel, serve_python
-
-        try:
-            serve_python()
-        except RuntimeScoreError as error:
-            # Known before anything is written, so it is a refusal.
-            remedy = error.remedy + " Or score with --runtime transformers." * ("transformers" in others)
-            refusal = RecipeError(error.thing, found=error.found, expected=error.expected, remedy=remedy)
-            if available():
-                raise refusal from None
-            return refusal
-        if packed_bits and (missing := missing_kernel(packed_bits, experts=packed_experts)):
-            return RecipeError(
-                "runtime vllm",
-                found=missing,
-                expected="one for GPTQ weights",
-                remedy="Score with a server elsewhere: --endpoint."
-                + " Or with --runtime transformers." * ("transformers" in others),
-            )
-    if name == "transformers" and packed_bits:
-        from exporter.libraries import gptqmodel
-
-        if lacking := gptqmodel.missing_packages():
-            return RecipeError(
-                "runtime transformers",
-                found=f"no {' and no '.join(lacking)}",
-                expected="what it loads GPTQ weights with",
-                remedy=f"{gptqmodel.INSTALL}, or choose another --runtime.",
-            )
-    return None
-
-
 def check_endpoint(endpoint: str | None, chosen: Sequence[str]) -> None:
-    """An endpoint must be of use: what is at it is vLLM.
+    """An endpoint must be of use to a runtime that scores.
 
     Args:
-        endpoint: address of a running vLLM server, or None.
+        endpoint: address of a running server, or None.
         chosen: the runtimes of all artifacts.
 
     Raises:
-        RecipeError: it is given, and no artifact is scored by vLLM.
+        RecipeError: it is given, and no artifact is scored by a runtime that takes one.
     """
-    if endpoint is not None and "vllm" not in chosen:
-        raise RecipeError(
-            f"--endpoint {endpoint}",
-            found="no artifact that vLLM scores" + (f", only {', '.join(dict.fromkeys(chosen))}" if chosen else ""),
-            expected="one that is scored by the server at it",
-            remedy="Leave --endpoint out, or see --runtime.",
-        )
+    if endpoint is None or any(find_runtime(name).takes_endpoint for name in chosen):
+        return
+    taking = [one.title or one.name for one in usable_runtimes(runtime_names()).values() if one.takes_endpoint]
+    raise RecipeError(
+        f"--endpoint {endpoint}",
+        found=f"no artifact that {' or '.join(taking)} scores"
+        + (f", only {', '.join(dict.fromkeys(chosen))}" if chosen else ""),
+        expected="one that is scored by the server at it",
+        remedy="Leave --endpoint out, or see --runtime.",
+    )
 
 
 def load_runtime(name: str, device: str = "cpu", endpoint: str | None = None) -> Runtime:
     """A runtime by name.
 
     Args:
-        name: one of `RUNTIMES`.
+        name: one of `runtime_names`.
         device: where it computes, if it has a choice.
-        endpoint: address of a running server, for vllm; None starts one.
+        endpoint: address of a running server, for a runtime that takes one; None starts one.
 
     Raises:
         RecipeError: there is none of that name, or the endpoint is not an address.
     """
-    if name == "llamacpp":
-        from exporter.runtimes.llamacpp.runtime import LlamaCpp
+    return find_runtime(name).open(device, endpoint)
 
-        return LlamaCpp()
-    if name == "transformers":
-        from exporter.runtimes.transformers.runtime import Transformers
 
-        return Transformers(device)
-    if name == "vllm":
-        from exporter.runtimes.vllm.runtime import Vllm
+def startup_seconds(names: Sequence[str], endpoint: str | None) -> float:
+    """Rough time that runtimes take to start their servers, one after another; at an endpoint one is running.
 
-        return Vllm(endpoint)
-    raise _unknown(name)
+    Args:
+        names: the runtime of each artifact.
+        endpoint: address of a running server, or None.
+    """
+    found = map(find_runtime, names)
+    return sum(one.startup_seconds for one in found if endpoint is None or not one.takes_endpoint)
 
 
 def _unknown(name: str) -> RecipeError:
-    known = " or ".join((", ".join(RUNTIMES[:-1]), RUNTIMES[-1]))
-    return RecipeError(f"runtime {name!r}", found="unknown", expected=known, remedy="Choose one.")
+    names = runtime_names()
+    known = " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+    return RecipeError(f"runtime {name!r}", found="unknown", expected=known or "one", remedy="Choose one.")

@@ -51,13 +51,13 @@ class Npy:
 """
 
 
-def install(folder: Path, name: str, source: str, value: str, distribution: str = "one") -> Path:
+def install(folder: Path, name: str, source: str, value: str, distribution: str = "one", kind: str = "backend") -> Path:
     """Lay out a distribution as pip leaves it: a module, and metadata with an entry point."""
-    module, metadata = folder / f"{name}_backend.py", folder / f"{distribution}-1.0.dist-info"
+    module, metadata = folder / f"{name}_{kind}.py", folder / f"{distribution}-1.0.dist-info"
     metadata.mkdir(parents=True)
     module.write_text(source)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[exporter.backends]\n{name} = {value}\n")
+    (metadata / "entry_points.txt").write_text(f"[exporter.{kind}s]\n{name} = {value}\n")
     return folder
 
 

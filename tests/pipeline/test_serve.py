@@ -10,6 +10,7 @@ import pytest
 
 from exporter.inputs.tokenizer import TokenizerFiles
 from exporter.recipe import Calibration, Evaluation
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.transformers.runtime import Transformers
 from exporter.runtimes.vllm.runtime import missing_kernel
 from exporter.runtimes.vllm.server import PLUGIN
@@ -46,7 +47,7 @@ def test_gptq_is_scored_by_vllm(
 ) -> None:
     """As the merge does, nearly, and as the independent unpacking does in float32."""
     found = {bits, *(other["bits"] for other in overrides.values())}
-    if lacking := missing_kernel(found):
+    if lacking := missing_kernel([PackedWeights("gptq", one) for one in found]):
         pytest.skip(lacking)
     result = export_to(
         tmp_path / "out", demo / "base", demo / "adapter", format="gptq", quant=f"gptq-int{bits}-g128", verify=True,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from exporter.plan.gate_limits import Gate
 from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration, Evaluation
 from exporter.reference.predictions import score_reference, walk_reference
-from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, TopK, TopKScores
+from exporter.runtimes.base import OnLogits, OnWindow, Runtime, TokenScores, TopK, TopKScores
 from exporter.runtimes.llamacpp.runtime import LlamaCpp
 from exporter.runtimes.transformers.runtime import Transformers
 from exporter.tokens.windows import Windows, make_windows
@@ -133,12 +133,12 @@ def test_a_model_whose_scores_are_not_finite_is_not_published(
 
 
 @dataclass
-class Given:
+class Given(Runtime):
     """A runtime that has these scores of every artifact, and these logits, if any."""
 
     scores: TokenScores
     logits: torch.Tensor | None = None
-    name: str = "given"
+    name: ClassVar[str] = "given"
 
     def version(self) -> str:
         return "given 1"
@@ -195,7 +195,7 @@ def test_a_log_probability_of_the_top_k_that_is_no_number_is_an_error() -> None:
 # --- more tokens while undecided -----------------------------------------------------------------------------------
 
 
-class Seeded:
+class Seeded(Runtime):
     """A runtime whose right tokens are as much less likely than the reference's as its windows' first token says."""
 
     name = "seeded"

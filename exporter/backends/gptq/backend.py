@@ -13,13 +13,10 @@ from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing
 from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
 from exporter.backends.gptq.plan import GptqPlan, is_quantized
 from exporter.backends.gptq.vllm_rules import (
-    MARLIN_IN,
-    MARLIN_OUT,
     check_servable,
-    experts_bits,
     module_patterns,
     notes_of,
-    on_cpu,
+    packed_kinds,
     runtimes_of,
     served_together,
     vllm_refusals,
@@ -30,6 +27,7 @@ from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.families.roles import experts_of, module_of
 from exporter.merge.model import MergedModel, MergedTensor
+from exporter.runtimes.vllm.gptq import MARLIN_IN, MARLIN_OUT, on_cpu
 from exporter.version import __version__
 
 
@@ -71,6 +69,7 @@ class GptqBackend:
         check_servable(f"gptq {name}", refusals, force=settings.force_unservable)
         dtype = _float_dtype(model)
         files, tensors = lay_out(_entries(model, schemes, dtype), limit)
+        packed = packed_kinds(schemes)
         quantization = _quantization_config(schemes, scheme, settings, model)
         documents = documents_of(model, tensors, dtype, {"quantization_config": quantization})
         # The older readers look for this one.
@@ -83,9 +82,8 @@ class GptqBackend:
             tensors=tensors,
             documents=documents,
             copies=copies_of(model),
-            runtimes=runtimes_of(refusals, schemes, mixed="dynamic" in quantization),
-            packed_bits=frozenset(scheme.bits for scheme in schemes.values()),
-            packed_experts=experts_bits(schemes),
+            runtimes=runtimes_of(refusals, packed, mixed="dynamic" in quantization),
+            packed=packed,
             notes=_notes(model, schemes, refusals, mixed="dynamic" in quantization),
             needs="hessians",
             calibrated=frozenset(schemes),
@@ -237,9 +235,9 @@ def _notes(model: MergedModel, schemes: Mapping[str, Scheme], refusals: list[str
         notes.append(
             "vLLM serves it: on a GPU with its Marlin kernel"
             + (f" ({len(unfit)} matrices are padded or slower: not multiples of 128 by 64)" if unfit else "")
-            + on_cpu({scheme.bits for scheme in schemes.values()}, experts_bits(schemes))
+            + on_cpu(packed_kinds(schemes))
         )
-    notes += notes_of(refusals, schemes, mixed=mixed)
+    notes += notes_of(refusals, packed_kinds(schemes), mixed=mixed)
     kept = sum(1 for tensor in model.tensors if len(tensor.shape) == 2 and tensor.name not in schemes)
     packed = sum(tensor.elements for tensor in tensors)
     notes.append(

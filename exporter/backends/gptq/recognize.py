@@ -13,6 +13,7 @@ from exporter.backends.gptq.names import QUANTS, WORD_BITS, quant_name
 from exporter.errors import ExporterError
 from exporter.families.roles import experts_of
 from exporter.inputs.checkpoint import StoredTensor, read_header
+from exporter.runtimes.artifact_facts import PackedWeights
 
 
 def gptq_type(quantization: Mapping[str, Any]) -> str | None:
@@ -31,8 +32,8 @@ def parameters_of(name: str, tensor: StoredTensor, quantization: Mapping[str, An
     return 0 if name.endswith(tuple(f".{part}" for part in PARTS)) else prod(tensor.shape)
 
 
-def packed_bits(entry: Path) -> tuple[frozenset[int], frozenset[int]]:
-    """Every number of bits that GPTQ weights of a model folder have, and that experts among them have.
+def packed_weights(entry: Path) -> frozenset[PackedWeights]:
+    """Every kind of GPTQ weights in a model folder.
 
     By the shapes of its tensors: the configuration may have bits that no layer has, where rules override it for all.
     Where these cannot be read, and there are none, by the configuration. Empty for what has no such weights, and for
@@ -43,13 +44,14 @@ def packed_bits(entry: Path) -> tuple[frozenset[int], frozenset[int]]:
         rules = (config.get("dynamic") or {}).values()
         said = frozenset(int(one["bits"]) for one in (config, *rules) if "bits" in one)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return frozenset(), frozenset()
+        return frozenset()
+    unread = frozenset(PackedWeights("gptq", bits) for bits in said)
     try:
         stored = {name: one.shape for file in entry.glob("*.safetensors") for name, one in read_header(file).items()}
         modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
         # Without its indices a layer's shapes do not tell.
         bits = {module: bits_of(parts_of(stored, module), max(said, default=0)) for module in modules}
     except (ExporterError, IndexError, ZeroDivisionError):
-        return said, frozenset()
-    experts = frozenset(bits[module] for module in modules if experts_of(f"{module}.weight"))
-    return frozenset(bits.values()) or said, experts
+        return unread
+    found = frozenset(PackedWeights("gptq", bits[module], bool(experts_of(f"{module}.weight"))) for module in modules)
+    return found or unread

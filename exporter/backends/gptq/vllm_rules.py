@@ -9,13 +9,9 @@ from exporter.backends.gptq.options import Scheme
 from exporter.errors import UnservableError
 from exporter.families.roles import experts_of, fused_modules, is_expert_down, module_of, shared_inputs
 from exporter.merge.model import MergedModel
-
-# What vLLM 0.32 has kernels for (TYPE_MAP in model_executor/layers/quantization/auto_gptq.py); it refuses desc_act.
-SERVED_BITS = (4, 8)
-# What its Marlin kernel takes without padding (GPTQ_MARLIN_MIN_THREAD_K and _N in utils/marlin_utils.py).
-MARLIN_IN, MARLIN_OUT = 128, 64
-# Columns of an expert that its Marlin kernel takes (check_moe_marlin_supports_config in the same file).
-MARLIN_EXPERT_IN = 128
+from exporter.runtimes.artifact_facts import PackedWeights
+from exporter.runtimes.transformers.gptq import loads_gptq
+from exporter.runtimes.vllm.gptq import MARLIN_EXPERT_IN, SERVED_BITS
 
 
 def served_together(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -77,29 +73,13 @@ def _ignores_rules(model: MergedModel, schemes: Mapping[str, Scheme], scheme: Sc
     return False
 
 
-def packs_experts(packed: Iterable[str]) -> bool:
-    """Whether experts are among the packed weights."""
-    return any(experts_of(name) for name in packed)
-
-
-def experts_bits(schemes: Mapping[str, Scheme]) -> frozenset[int]:
-    """Every number of bits that packed experts have; empty if none are packed."""
-    return frozenset(scheme.bits for name, scheme in schemes.items() if experts_of(name))
-
-
-def on_cpu(bits: Collection[int], experts: Collection[int]) -> str:
-    """How a note that vLLM serves a folder goes on about its build for processors, which has a kernel for 4 bits only.
+def packed_kinds(schemes: Mapping[str, Scheme]) -> frozenset[PackedWeights]:
+    """Every kind of packed weights.
 
     Args:
-        bits: every number of bits that packed weights have.
-        experts: likewise of the experts among them.
+        schemes: how each packed matrix is quantized, by the merged tensor's name.
     """
-    if 8 in experts:
-        return "; not on the CPU, where it has no kernel for experts of 8 bits"
-    amx = ", and experts on processors with AMX" if experts else ""
-    if 8 not in bits:
-        return f", on the CPU too{amx}"
-    return f", on the CPU with our plugin exporter-vllm-cpu-gptq8 alone, which unpacks 8 bits to 16 when loading{amx}"
+    return frozenset(PackedWeights("gptq", scheme.bits, bool(experts_of(name))) for name, scheme in schemes.items())
 
 
 def check_servable(label: str, refusals: Sequence[str], *, force: bool) -> None:
@@ -117,25 +97,22 @@ def check_servable(label: str, refusals: Sequence[str], *, force: bool) -> None:
         )
 
 
-def runtimes_of(refusals: Sequence[str], packed: Collection[str], *, mixed: bool = False) -> tuple[str, ...]:
+def runtimes_of(refusals: Sequence[str], packed: Collection[PackedWeights], *, mixed: bool = False) -> tuple[str, ...]:
     """What loads the result, the preferred one first.
-
-    transformers loads GPTQ through optimum, which does not look at `dynamic` and replaces linear layers only, while the
-    experts of a layer are one tensor in transformers 5: packed ones fit nowhere.
 
     Args:
         refusals: why vLLM would not.
-        packed: names of the packed weights.
+        packed: every kind of packed weights.
         mixed: whether some have settings of their own.
     """
-    return ("vllm",) * (not refusals) + ("transformers",) * (not mixed and not packs_experts(packed))
+    return ("vllm",) * (not refusals) + ("transformers",) * loads_gptq(packed, mixed=mixed)
 
 
-def notes_of(refusals: Sequence[str], packed: Collection[str], *, mixed: bool = False) -> list[str]:
+def notes_of(refusals: Sequence[str], packed: Collection[PackedWeights], *, mixed: bool = False) -> list[str]:
     """What the reader of a plan should know of it; arguments as of `runtimes_of`."""
     notes = []
     if refusals:
-        loaded = "transformers" in runtimes_of(refusals, packed, mixed=mixed)
+        loaded = loads_gptq(packed, mixed=mixed)
         notes.append(
             f"no server takes it ({'; '.join(refusals)})"
             + (
@@ -146,7 +123,7 @@ def notes_of(refusals: Sequence[str], packed: Collection[str], *, mixed: bool = 
         )
     if mixed:
         notes.append("modules differ in their settings, which transformers does not support for GPTQ")
-    if packs_experts(packed):
+    if any(one.experts for one in packed):
         notes.append(
             "experts are packed one by one: transformers has those of a layer in one tensor, and does not load them"
         )

@@ -16,7 +16,7 @@ from exporter.backends.gptq.backend import GptqBackend
 from exporter.backends.gptq.names import QUANTS, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
 from exporter.backends.gptq.plan import is_quantized
-from exporter.backends.gptq.vllm_rules import check_servable, experts_bits, notes_of, runtimes_of, vllm_refusals
+from exporter.backends.gptq.vllm_rules import check_servable, notes_of, packed_kinds, runtimes_of, vllm_refusals
 from exporter.backends.gptqmodel.plan import GptqModelPlan
 from exporter.backends.model_folder.layout import DEFAULT_MAX_SHARD_BYTES, parse_size
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
@@ -73,8 +73,9 @@ class GptqModelBackend:
         settings = _settings(bits, group_size, options)
         _check_shapes(model, bits, group_size)
         scheme = Scheme(bits, group_size, settings["sym"], settings["desc_act"], settings["damp_percent"])
-        packed = {tensor.name: scheme for tensor in model.tensors if is_quantized(tensor)}
-        refusals = vllm_refusals(model, packed, scheme)
+        schemes = {tensor.name: scheme for tensor in model.tensors if is_quantized(tensor)}
+        packed = packed_kinds(schemes)
+        refusals = vllm_refusals(model, schemes, scheme)
         forced = _flag("force_unservable", options.get("force_unservable", False))
         check_servable(f"gptqmodel {quant_name(bits, group_size)}", refusals, force=forced)
         # GPTQModel loads float32 and float16 as bf16 as well: rounded once, here, and the configuration says so.
@@ -91,8 +92,7 @@ class GptqModelBackend:
             documents={name: text for name, text in merged.documents.items() if name == GENERATION_CONFIG},
             copies=merged.copies,
             runtimes=runtimes_of(refusals, packed),
-            packed_bits=frozenset({bits}),
-            packed_experts=experts_bits(packed),
+            packed=packed,
             notes=(*_notes(merged), *notes_of(refusals, packed)),
             needs=self.needs,
             made={

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 
 from exporter.errors import RuntimeScoreError, RuntimeUnavailableError
-from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, check_vocabulary, score_logits
+from exporter.runtimes.artifact_facts import ArtifactFacts
+from exporter.runtimes.base import (
+    OnLogits,
+    OnWindow,
+    Runtime,
+    TokenScores,
+    check_vocabulary,
+    score_logits,
+    shell_entry,
+)
 from exporter.runtimes.llamacpp.session import LlamaCppSession
 from exporter.tokens.windows import Windows
 
@@ -27,10 +37,27 @@ def ollama_name(name: str, quant: str) -> str:
 _Listeners = tuple[OnWindow, OnLogits | None]
 
 
-class LlamaCpp:
+class LlamaCpp(Runtime):
     """Scores a GGUF file with llama.cpp, one window at a time in one sequence."""
 
-    name = "llamacpp"
+    name: ClassVar[str] = "llamacpp"
+    title: ClassVar[str] = "llama.cpp"
+
+    @classmethod
+    def serves(cls, artifact: ArtifactFacts) -> bool:
+        """See `Runtime`: any GGUF file."""
+        return artifact.entry.endswith(".gguf")
+
+    @classmethod
+    def commands(cls, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """See `Runtime`: the server, the command line, and Ollama if there is a Modelfile."""
+        entry = shell_entry(artifact)
+        commands = [("llama-server", f"llama-server -m {entry}"), ("llama-cli", f"llama-cli -m {entry}")]
+        modelfile = next((file for file in artifact["files"] if file.partition(".")[0] == "Modelfile"), None)
+        if modelfile is not None:
+            model = ollama_name(str(manifest["name"]), artifact["quant"])
+            commands.append(("ollama", f"ollama create {model} -f {shlex.quote(modelfile)}\nollama run {model}"))
+        return commands
 
     def version(self) -> str:
         """See `Runtime`."""
@@ -54,7 +81,7 @@ class LlamaCpp:
 
     @contextmanager
     def session(self, artifact: Path, n_ctx: int) -> Iterator[LlamaCppSession]:
-        """See `Answering`."""
+        """See `Runtime`."""
         import llama_cpp
 
         log, lines = _capture_log(llama_cpp)

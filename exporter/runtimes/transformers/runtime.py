@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 
-from exporter.errors import RuntimeScoreError
+from exporter.errors import RecipeError, RuntimeScoreError
 from exporter.libraries import gptqmodel
 from exporter.libraries.quiet import import_transformers
-from exporter.runtimes.base import OnLogits, OnWindow, TokenScores, score_logits
+from exporter.runtimes.artifact_facts import ArtifactFacts, PackedWeights
+from exporter.runtimes.base import OnLogits, OnWindow, Runtime, TokenScores, score_logits
 from exporter.runtimes.transformers.session import TransformersSession
 from exporter.tokens.windows import Windows
 
-TRANSFORMERS_CODE = """\
+_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
@@ -29,10 +30,42 @@ chat = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**chat, max_new_tokens=200)[0, chat["input_ids"].shape[1] :]))"""
 
 
-class Transformers:
+class Transformers(Runtime):
     """Scores a model folder in the dtype that it is stored in."""
 
-    name = "transformers"
+    name: ClassVar[str] = "transformers"
+
+    @classmethod
+    def open(cls, device: str, endpoint: str | None) -> Transformers:
+        """See `Runtime`."""
+        del endpoint
+        return cls(device)
+
+    @classmethod
+    def serves(cls, artifact: ArtifactFacts) -> bool:
+        """See `Runtime`: any model folder of plain weights. Backends know whether it loads their packed ones."""
+        return artifact.is_plain_model_folder
+
+    @classmethod
+    def lacks(
+        cls, packed: Collection[PackedWeights], endpoint: str | None, others: Sequence[str]
+    ) -> RecipeError | None:
+        """See `Runtime`: GPTQ weights need packages that nothing else does."""
+        del endpoint, others
+        if any(one.method == "gptq" for one in packed) and (lacking := gptqmodel.missing_packages()):
+            return RecipeError(
+                "runtime transformers",
+                found=f"no {' and no '.join(lacking)}",
+                expected="what it loads GPTQ weights with",
+                remedy=f"{gptqmodel.INSTALL}, or choose another --runtime.",
+            )
+        return None
+
+    @classmethod
+    def commands(cls, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """See `Runtime`."""
+        del manifest, artifact
+        return [("transformers", _CODE)]
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
@@ -63,7 +96,7 @@ class Transformers:
 
     @contextmanager
     def session(self, artifact: Path, n_ctx: int) -> Iterator[TransformersSession]:
-        """See `Answering`. A context needs no preparation here."""
+        """See `Runtime`. A context needs no preparation here."""
         del n_ctx
         yield TransformersSession(artifact, load_model(artifact, "auto", self._device))
 

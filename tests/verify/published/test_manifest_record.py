@@ -19,6 +19,7 @@ from exporter.libraries import gptqmodel
 from exporter.pipeline.plan import make_plan
 from exporter.plan.reporter import Reporter
 from exporter.recipe import Calibration, Evaluation, Execution
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.registry import choose_runtime
 from exporter.runtimes.vllm import runtime as vllm
 from exporter.tokens.embedded import embedded_text
@@ -39,11 +40,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gptqmodel, "missing_packages", lambda: ())
 
 
-def missing_kernel(bits: Collection[int], *, experts: Collection[int]) -> str | None:
+def missing_kernel(packed: Collection[PackedWeights]) -> str | None:
     """In place of vLLM's own."""
-    if experts:
-        return f"no kernel for experts of {' and '.join(map(str, sorted(experts)))} bits"
-    return "no kernel for 8 bits" if 8 in bits else None
+    if experts := sorted({one.bits for one in packed if one.experts}):
+        return f"no kernel for experts of {' and '.join(map(str, experts))} bits"
+    return "no kernel for 8 bits" if 8 in {one.bits for one in packed} else None
 
 
 def folder_of(folder: Path, quantization: Any) -> Path:
@@ -141,7 +142,7 @@ def test_what_an_export_writes_is_scored_by_what_it_planned(
     for file in artifact.files:
         (folder / file.name).write_bytes(file.header)
         os.truncate(folder / file.name, file.nbytes)
-    planned = choose_runtime(["vllm", "transformers"], endpoint=None, packed_bits=artifact.packed_bits)
+    planned = choose_runtime(["vllm", "transformers"], endpoint=None, packed=artifact.packed)
     assert planned == chosen
     assert ARTIFACT.runtime(folder) == planned
 

@@ -17,7 +17,7 @@ from exporter.errors import ExporterError, RuntimeScoreError, RuntimeUnavailable
 from exporter.plan.gate_limits import Gate
 from exporter.plan.reporter import Reporter
 from exporter.reference.further_tokens import PackTokens
-from exporter.runtimes.base import TokenScores
+from exporter.runtimes.base import Runtime, TokenScores
 from exporter.runtimes.transformers import session as transformers_session
 from exporter.runtimes.transformers.runtime import Transformers
 from exporter.verify.candidates import Candidate, judge_candidates
@@ -251,7 +251,7 @@ LOGITS = np.random.default_rng(0).standard_normal((2, 9, 24)).astype(np.float32)
 REFERENCE = reference_of(LOGITS)
 
 
-class Scoring:
+class Scoring(Runtime):
     """A runtime whose scores are the reference's, less so much; or which raises an error."""
 
     name = "scoring"
