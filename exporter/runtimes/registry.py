@@ -82,6 +82,9 @@ def choose_runtime(
             "artifact", found="no runtime that can score it", expected="one", remedy="Name one with --runtime."
         )
     if wanted is not None and wanted not in names:
+        if wanted in _entries():
+            # One that does not load could not say that it serves the artifact; its own error tells more.
+            find_runtime(wanted)
         raise RecipeError(
             f"--runtime {wanted}",
             found="a runtime that this artifact is not for",
