@@ -6,15 +6,15 @@ from functools import cache
 from importlib.metadata import EntryPoint
 
 from exporter.backends.base import Backend
-from exporter.errors import UnknownFormatError
-from exporter.libraries.entry_points import entries, load, not_loaded
+from exporter.errors import BackendError, UnknownFormatError
+from exporter.libraries.entry_points import EntryPointGroup
 
-GROUP = "exporter.backends"
+GROUP = EntryPointGroup("exporter.backends", "backend", BackendError)
 
 
 @cache
 def _entries() -> dict[str, EntryPoint]:
-    return entries(GROUP)
+    return GROUP.entries()
 
 
 def backend_names() -> tuple[str, ...]:
@@ -36,10 +36,8 @@ def load_backend(name: str) -> Backend:
             expected="one of " + ", ".join(backend_names()),
             remedy="Install the package that provides it, or choose another format.",
         )
-    entry = _entries()[name]
-    made = load(entry)
-    try:
-        backend: Backend = made()
-    except Exception as error:  # whatever another package's class does when it is made
-        raise not_loaded(entry, error) from error
-    return backend
+    return GROUP.load(_entries()[name], _made)
+
+
+def _made(backend: type[Backend]) -> Backend:
+    return backend()

@@ -1,68 +1,65 @@
-"""Reads a group of entry points: how backends, runtimes and adapter methods of any package are found."""
+"""Reads groups of entry points: how backends, runtimes and adapter methods of any package are found."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
-from exporter.errors import BackendError, ExporterError
+from exporter.errors import ExporterError
+
+T = TypeVar("T")
 
 
-def entries(group: str, error: type[ExporterError] = BackendError) -> dict[str, EntryPoint]:
-    """The entry points of a group by name, in the order of their names. Imports none of them.
+@dataclass(frozen=True)
+class EntryPointGroup:
+    """A group of entry points.
 
-    Args:
-        group: such as `exporter.backends`; its last word, without the s, is what errors call an entry.
-        error: the class of the error that is raised.
-
-    Raises:
-        ExporterError: two packages have an entry of the same name, but not the same object.
+    Attributes:
+        name: of the group, such as `exporter.backends`.
+        kind: what errors call an entry: `backend`.
+        error: the class of its errors.
     """
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=group):
-        if entry.name in found and found[entry.name].value != entry.value:
-            raise error(
-                f"{_kind(entry)} {entry.name!r}",
-                found=f"{found[entry.name].value} and {entry.value}",
-                expected=f"one {_kind(entry)} of that name",
-                remedy="Uninstall one of the two packages.",
-            )
-        found[entry.name] = entry
-    return dict(sorted(found.items()))
 
+    name: str
+    kind: str
+    error: type[ExporterError]
 
-def load(entry: EntryPoint, error: type[ExporterError] = BackendError) -> Any:
-    """What an entry point names, such as a class.
+    def entries(self) -> dict[str, EntryPoint]:
+        """All entries by name, in the order of their names. Imports none of them.
 
-    Args:
-        entry: one of `entries`.
-        error: the class of the error that is raised.
+        Raises:
+            ExporterError: two packages have an entry of the same name, but not the same object. Its class is `error`.
+        """
+        found: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=self.name):
+            if entry.name in found and found[entry.name].value != entry.value:
+                raise self.error(
+                    f"{self.kind} {entry.name!r}",
+                    found=f"{found[entry.name].value} and {entry.value}",
+                    expected=f"one {self.kind} of that name",
+                    remedy="Uninstall one of the two packages.",
+                )
+            found[entry.name] = entry
+        return dict(sorted(found.items()))
 
-    Raises:
-        ExporterError: its module cannot be imported, or has no such name.
-    """
-    try:
-        return entry.load()
-    except Exception as raised:  # whatever another package's module does when it is imported
-        raise not_loaded(entry, raised, error) from raised
+    def load(self, entry: EntryPoint, use: Callable[[Any], T]) -> T:
+        """Import what an entry names, and make of it what is needed.
 
+        Args:
+            entry: one of `entries`.
+            use: takes the imported object. It may raise anything, such as TypeError for an object of the wrong kind.
 
-def not_loaded(entry: EntryPoint, raised: Exception, error: type[ExporterError] = BackendError) -> ExporterError:
-    """The error that an entry point does not load, or that its class cannot be used.
-
-    Args:
-        entry: one of `entries`.
-        raised: what its module or class raised.
-        error: the class of the error that is made.
-    """
-    return error(
-        f"{_kind(entry)} {entry.name!r} ({entry.value})",
-        found=f"{type(raised).__name__}: {raised}"[:200],
-        expected="a module and a class that load",
-        remedy="Install what the package needs, or uninstall it.",
-    )
-
-
-def _kind(entry: EntryPoint) -> str:
-    """`backend` for an entry of the group `exporter.backends`."""
-    return entry.group.rpartition(".")[2].removesuffix("s")
+        Raises:
+            ExporterError: the module cannot be imported, or has no such name, or `use` raised. Its class is `error`.
+        """
+        try:
+            return use(entry.load())
+        except Exception as raised:  # whatever another package's module does when it is imported
+            raise self.error(
+                f"{self.kind} {entry.name!r} ({entry.value})",
+                found=f"{type(raised).__name__}: {raised}"[:200],
+                expected="a module and a class that load",
+                remedy="Install what the package needs, or uninstall it.",
+            ) from raised

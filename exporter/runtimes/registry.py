@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint
+from typing import Any
 
 from exporter.errors import RecipeError
-from exporter.libraries.entry_points import entries, load, not_loaded
+from exporter.libraries.entry_points import EntryPointGroup
 from exporter.runtimes.artifact_facts import ArtifactFacts, PackedWeights
 from exporter.runtimes.base import Runtime
 
-GROUP = "exporter.runtimes"
+GROUP = EntryPointGroup("exporter.runtimes", "runtime", RecipeError)
 
 
 @cache
 def _entries() -> dict[str, EntryPoint]:
-    return entries(GROUP, RecipeError)
+    return GROUP.entries()
 
 
 def runtime_names() -> tuple[str, ...]:
@@ -32,9 +33,12 @@ def find_runtime(name: str) -> type[Runtime]:
     """
     if name not in _entries():
         raise _unknown(name)
-    found = load(_entries()[name], RecipeError)
+    return GROUP.load(_entries()[name], _checked)
+
+
+def _checked(found: Any) -> type[Runtime]:
     if not (isinstance(found, type) and issubclass(found, Runtime)):
-        raise not_loaded(_entries()[name], TypeError("it is no subclass of Runtime"), RecipeError)
+        raise TypeError("it is no subclass of Runtime")
     return found
 
 

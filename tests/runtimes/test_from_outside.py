@@ -98,7 +98,16 @@ def test_a_runtime_from_outside_scores_and_stands_in_the_card(
     env = {"PYTHONPATH": str(install(tmp_path / "site", "echo", ECHO, VALUE, kind="runtime"))}
     text = tmp_path / "text.txt"
     text.write_text("Text to score. " * 500)
-    arguments = ["--base", base, "--adapter", make_adapter(base), "--format", "safetensors", "--name", "tuned"]
+    arguments: list[str | Path] = [
+        "--base",
+        base,
+        "--adapter",
+        make_adapter(base),
+        "--format",
+        "safetensors",
+        "--name",
+        "tuned",
+    ]
     arguments += ["--calibration", text, "--eval-tokens", "128", "--max-eval-tokens", "128", "--eval-window", "64"]
     arguments += ["--out", out]
     arguments += ["--runtime", "echo"] if wanted else ["--no-verify"]
@@ -177,7 +186,7 @@ def test_one_that_does_not_load_takes_nothing_else_down(
     installed("echo", *BROKEN[kind])
     with pytest.raises(RecipeError, match="echo"):
         find_runtime("echo")
-    arguments = ["plan", "--base", base, "--format", "safetensors", "--out", tmp_path / "out"]
+    arguments: list[str | Path] = ["plan", "--base", base, "--format", "safetensors", "--out", tmp_path / "out"]
     arguments += ["--eval-tokens", "128", "--max-eval-tokens", "128", "--eval-window", "64"]
     assert invoke(*arguments).exit_code == 0
     failed = invoke(*arguments, "--runtime", "echo")
