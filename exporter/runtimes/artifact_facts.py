@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class PackedWeights:
     """One kind of packed weights, for which a runtime needs kernels or packages that plain weights do without.
 

@@ -72,8 +72,8 @@ def choose_runtime(
     Cheap enough for a plan: nothing is loaded or asked.
 
     Args:
-        names: runtimes that serve the artifact, the preferred one first. One that is not installed is passed over, if
-            another is and it is not wanted.
+        names: runtimes that serve the artifact, the preferred one first. One that is not installed, or does not load,
+            is passed over if another does and it is not wanted.
         endpoint: address of a running server, or None.
         wanted: the runtime that was asked for, or None.
         packed: every kind of packed weights in the artifact: not every runtime that is here takes them.
@@ -95,11 +95,10 @@ def choose_runtime(
             expected=" or ".join(names),
             remedy="Choose one of them, or leave --runtime out.",
         )
-    asked = [wanted] if wanted else [name for name in names if name in _entries()] or names[:1]
+    usable = usable_runtimes(names)
     refusals = []
-    for name in asked:
-        others = [other for other in names if other != name and other in _entries()]
-        refusal = find_runtime(name).lacks(packed, endpoint, others)
+    for name in (wanted,) if wanted else tuple(usable) or names[:1]:
+        refusal = find_runtime(name).lacks(packed, endpoint, [other for other in usable if other != name])
         if refusal is None:
             return name
         refusals.append(refusal)

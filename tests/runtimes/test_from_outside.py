@@ -186,6 +186,7 @@ def test_one_that_does_not_load_takes_nothing_else_down(
     installed("echo", *BROKEN[kind])
     with pytest.raises(RecipeError, match="echo"):
         find_runtime("echo")
+    assert choose_runtime(("echo", "transformers"), endpoint=None) == "transformers"
     arguments: list[str | Path] = ["plan", "--base", base, "--format", "safetensors", "--out", tmp_path / "out"]
     arguments += ["--eval-tokens", "128", "--max-eval-tokens", "128", "--eval-window", "64"]
     assert invoke(*arguments).exit_code == 0
