@@ -102,7 +102,8 @@ class Family:
         architecture: the class in `architectures`.
         layer: the tensors of a decoder layer, in model order.
         gguf: how a GGUF file spells the model.
-        sizes: sizes of its own: name to the key of the configuration. Every family has `vocabulary`, `hidden`,
+        sizes: sizes of its own: name to the keys of the configuration, of which the first that is there counts, as
+            transformers renamed some. Every family has `vocabulary`, `hidden`,
             `inner` (where the configuration has it), `head` (elements of an attention head), `queries` and `keys`
             (rows of their projections).
         experts: name of the size that counts the experts; None if it has none.
@@ -114,7 +115,7 @@ class Family:
     architecture: str
     layer: tuple[Row, ...]
     gguf: GgufSpelling
-    sizes: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: str | None = None
     text_config: str | None = None
     prefix: str = "model."
@@ -138,7 +139,8 @@ class Family:
             heads, head = number(config, "num_attention_heads"), self.head_dim(config)
             counts = {"head": 1, "queries": heads, "keys": number(config, "num_key_value_heads", heads)}
             return counts[name] * head
-        return number(config, self.sizes.get(name) or _SIZES[name])
+        keys = self.sizes.get(name) or (_SIZES[name],)
+        return number(config, next((key for key in keys if config.get(key) is not None), keys[0]))
 
     def layout(self, config: Config) -> Iterator[TensorSpec]:
         """Every tensor that the configuration calls for, in model order; the head only if it is untied.

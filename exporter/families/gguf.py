@@ -62,7 +62,7 @@ class GgufSpelling:
 
     Attributes:
         architecture: value of `general.architecture`.
-        keys: keys of its own under the architecture, in the converter's order, each with the key of the configuration.
+        keys: keys of its own under the architecture, in the converter's order, each with a size of the family by name.
         fixed: settings that llama.cpp does not look at.
         names: names of tensors that are other than `NAMES`.
         large_layers: number of layers of the size for which llama.cpp stores attn_v in more bits (LLM_TYPE_70B in

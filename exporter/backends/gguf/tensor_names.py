@@ -47,7 +47,9 @@ def family_of(model: MergedModel) -> Family:
         )
     config = family.text(model.config)
     for fixed in family.gguf.fixed:
-        if (found := config.get(fixed.key, fixed.default)) != fixed.value:
+        found = config.get(fixed.key)
+        found = fixed.default if found is None else found
+        if found != fixed.value:
             raise UnsupportedModelError(
                 f"config.json: {fixed.key}", found=_shown(found), expected=f"{_shown(fixed.value)}: {fixed.reason}",
                 remedy="Export to safetensors.",

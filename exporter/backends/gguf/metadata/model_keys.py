@@ -151,7 +151,7 @@ def _hyperparameters(config: Mapping[str, Any], family: Family) -> dict[str, Val
     if config.get("head_dim") is not None:
         found[f"{architecture}.attention.key_length"] = Value("uint32", number(config, "head_dim"))
         found[f"{architecture}.attention.value_length"] = Value("uint32", number(config, "head_dim"))
-    own = {key: number(config, source) for key, source in family.gguf.keys}
+    own = {key: family.size(config, name) for key, name in family.gguf.keys}
     return found | {f"{architecture}.{key}": Value("uint32", size) for key, size in own.items()}
 
 

@@ -81,7 +81,7 @@ def _hyperparameters(config: Mapping[str, Any], family: Family) -> dict[str, Any
         "rope.scaling.type": None if kind == "default" else kind,
         "rope.scaling.factor": None if kind == "default" else rope.get("factor"),
         **(_yarn(rope, config) if kind == "yarn" else {}),
-        **{key: config.get(source) for key, source in family.gguf.keys},
+        **{key: family.size(config, name) for key, name in family.gguf.keys},
     }
 
 
