@@ -24,11 +24,12 @@ Make = Callable[..., Path]
 NPY = """
 import io
 import numpy as np
+from exporter.backends.base import Backend
 from exporter.backends.output_plan import FilePlan, OutputPlan, TensorPlan
 from exporter.backends.pieces import whole
 from exporter.backends.writing.offset_writer import OffsetWriter
 
-class Npy:
+class Npy(Backend):
     name, summary, quants, needs, packages = "npy", "one .npy file a tensor", ("f32",), "nothing", ("numpy",)
 
     def default_quant(self, model):
@@ -131,6 +132,7 @@ BROKEN = {
     "package that is missing": ("import no_such_package\n", "broken_backend:Backend"),
     "class that is missing": ("", "broken_backend:Backend"),
     "class that does not start": ("class Backend:\n    def __init__(self): 1 / 0\n", "broken_backend:Backend"),
+    "class of another kind": ("class Backend: pass\n", "broken_backend:Backend"),
 }
 
 

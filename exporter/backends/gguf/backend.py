@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS
 from exporter.backends.gguf.encoder import make_encoder
 from exporter.backends.gguf.file_types import FILE_TYPES, FileType, ModelShape, row_bytes, tensor_type
@@ -30,7 +30,7 @@ from exporter.families.base import Family
 from exporter.merge.model import MergedModel
 
 
-class GgufBackend:
+class GgufBackend(Backend):
     """Writes one GGUF file a quantization type."""
 
     name: ClassVar[str] = "gguf"
@@ -66,7 +66,7 @@ class GgufBackend:
         return plan_file(model, quant, imatrix_source(wanted))
 
     def share(self, artifacts: tuple[OutputPlan, ...]) -> tuple[OutputPlan, ...]:
-        """See `SharingBackend`: each of several files has a Modelfile of its own."""
+        """See `Backend`: each of several files has a Modelfile of its own."""
         if len(artifacts) == 1:
             return artifacts
         return tuple(
@@ -91,7 +91,7 @@ class GgufBackend:
         return open_file(plan, folder, {name: entry.mean() for name, entry in entries.items()}, resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.gguf.weight_reader import GgufReader
 
         family = family_of(model)

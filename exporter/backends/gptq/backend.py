@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from exporter.artifact.durable import json_document
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
 from exporter.backends.gptq.plan import GptqPlan, is_quantized
@@ -31,7 +31,7 @@ from exporter.runtimes.vllm.gptq import MARLIN_IN, MARLIN_OUT, on_cpu
 from exporter.version import __version__
 
 
-class GptqBackend:
+class GptqBackend(Backend):
     """Writes packed shards, index, configuration and tokenizer."""
 
     name: ClassVar[str] = "gptq"
@@ -102,7 +102,7 @@ class GptqBackend:
         return GptqWriter(plan, folder, resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry)

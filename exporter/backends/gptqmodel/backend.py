@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.gptq.backend import GptqBackend
 from exporter.backends.gptq.names import QUANTS, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
@@ -36,7 +36,7 @@ _HEADER_BYTES = 128
 _CONFIG_BYTES = 2000
 
 
-class GptqModelBackend:
+class GptqModelBackend(Backend):
     """Writes a folder of packed weights with GPTQModel."""
 
     name: ClassVar[str] = "gptqmodel"
@@ -114,7 +114,7 @@ class GptqModelBackend:
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry, own_scales=False)

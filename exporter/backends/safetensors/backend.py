@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.model_folder.layout import (
     DEFAULT_MAX_SHARD_BYTES,
     Entry,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
-class SafetensorsBackend:
+class SafetensorsBackend(Backend):
     """Writes shards, index, configuration and tokenizer."""
 
     name: ClassVar[str] = "safetensors"
@@ -91,7 +91,7 @@ class SafetensorsBackend:
         return OffsetWriter(plan, folder, _encode, resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.model_folder.weight_reader import FloatReader
 
         return FloatReader(model, entry, _stored_dtypes(model, quant, self.default_quant(model)))
