@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from exporter.backends.hessian import Moments
+    from exporter.backends.type_limits import TypeLimits
     from exporter.backends.weight_reader import WeightReader
     from exporter.merge.model import MergedModel
     from exporter.tokens.windows import CalibrationWindows
@@ -181,6 +182,9 @@ class Backend(ABC):
         quants: the quantization types it knows, in the order to list them.
         needs: the most that one of its types must be given beside the merged weights.
         packages: distributions that must be installed for it.
+        limits: the default limits of the gate by type. A type without an entry has those of the gate's fallback.
+        quantize_rates: elements a second and thread of encoding, by the type of a stored tensor, for estimates of time.
+            A type without an entry is as quick as writing floats.
     """
 
     name: ClassVar[str]
@@ -188,6 +192,8 @@ class Backend(ABC):
     quants: ClassVar[tuple[str, ...]]
     needs: ClassVar[Needs]
     packages: ClassVar[tuple[str, ...]]
+    limits: ClassVar[Mapping[str, TypeLimits]] = {}
+    quantize_rates: ClassVar[Mapping[str, float]] = {}
 
     @abstractmethod
     def default_quant(self, model: MergedModel) -> str:

@@ -45,3 +45,12 @@ def _made(found: type[Any]) -> Backend:
     if not isinstance(backend, Backend):
         raise TypeError(f"{found.__qualname__} does not inherit from {Backend.__module__}.Backend")
     return backend
+
+
+def find_backend(name: str) -> Backend | None:
+    """Load a backend by name; None if no backend of that name is installed.
+
+    Raises:
+        BackendError: it does not load, or is not a `Backend`.
+    """
+    return load_backend(name) if name in _entries() else None

@@ -21,9 +21,11 @@ from exporter.backends.gguf.imatrix.plan import (
     imatrix_source,
     plan_imatrix,
 )
+from exporter.backends.gguf.limits import LIMITS, QUANTIZE_RATES
 from exporter.backends.gguf.ollama.modelfile import MODELFILE, modelfile
 from exporter.backends.gguf.tensor_names import GgufTensor, family_of, model_shape, named_tensors
 from exporter.backends.output_plan import FilePlan, Needs, OutputPlan, TensorPlan
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnknownQuantizationError
 from exporter.families.base import Family
@@ -38,6 +40,8 @@ class GgufBackend(Backend):
     quants: ClassVar[tuple[str, ...]] = tuple(FILE_TYPES)
     needs: ClassVar[Needs] = "moments"
     packages: ClassVar[tuple[str, ...]] = ("gguf", "llama-cpp-python")
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
+    quantize_rates: ClassVar[Mapping[str, float]] = QUANTIZE_RATES
 
     def default_quant(self, model: MergedModel) -> str:
         """Q4_K_M, the usual compromise of size and quality."""

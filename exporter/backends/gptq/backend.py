@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from exporter.artifact.durable import json_document
 from exporter.backends.base import Backend, Writer
+from exporter.backends.gptq.limits import LIMITS
 from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
 from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
 from exporter.backends.gptq.plan import GptqPlan, is_quantized
@@ -23,6 +24,7 @@ from exporter.backends.gptq.vllm_rules import (
 )
 from exporter.backends.model_folder.layout import Entry, copies_of, documents_of, in_base_order, lay_out, parse_size
 from exporter.backends.output_plan import Needs, OutputPlan
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.families.roles import experts_of, module_of
@@ -39,6 +41,7 @@ class GptqBackend(Backend):
     quants: ClassVar[tuple[str, ...]] = QUANTS
     needs: ClassVar[Needs] = "hessians"
     packages: ClassVar[tuple[str, ...]] = ("safetensors", "transformers", "peft")
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
 
     def default_quant(self, model: MergedModel) -> str:
         """4 bits in groups of 128, for which every server has its fastest kernels, or in the largest that fit."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from exporter.backends.base import Backend, Writer
 from exporter.backends.gptq.backend import GptqBackend
+from exporter.backends.gptq.limits import LIMITS
 from exporter.backends.gptq.names import QUANTS, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
 from exporter.backends.gptq.plan import is_quantized
@@ -22,6 +23,7 @@ from exporter.backends.model_folder.layout import DEFAULT_MAX_SHARD_BYTES, parse
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
 from exporter.backends.pieces import whole
 from exporter.backends.safetensors.backend import SafetensorsBackend
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.inputs.checkpoint import DTYPE_BYTES, SINGLE_NAME
@@ -44,6 +46,7 @@ class GptqModelBackend(Backend):
     quants: ClassVar[tuple[str, ...]] = QUANTS
     needs: ClassVar[Needs] = "tokens"
     packages: ClassVar[tuple[str, ...]] = gptqmodel.PACKAGES
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
 
     def default_quant(self, model: MergedModel) -> str:
         """As our own GPTQ backend."""

@@ -18,6 +18,8 @@ from exporter.backends.model_folder.layout import (
     parse_size,
 )
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
+from exporter.backends.safetensors.limits import LIMITS
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnknownQuantizationError
 from exporter.inputs.checkpoint import DTYPE_BYTES
@@ -38,6 +40,7 @@ class SafetensorsBackend(Backend):
     quants: ClassVar[tuple[str, ...]] = tuple(DTYPES)
     needs: ClassVar[Needs] = "nothing"
     packages: ClassVar[tuple[str, ...]] = ("safetensors",)
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
 
     def default_quant(self, model: MergedModel) -> str:
         """The dtype of most of the base's elements."""
