@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from exporter.backends.hessian import Moments
+    from exporter.backends.recognized import Recognized
     from exporter.backends.type_limits import TypeLimits
     from exporter.backends.weight_reader import WeightReader
     from exporter.merge.model import MergedModel
@@ -234,6 +235,18 @@ class Backend(ABC):
             entry: what a runtime loads: a file, or the folder.
         """
         del model, quant, entry
+        return None
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """Say what an artifact is that came without a manifest; None if it is none of this format.
+
+        Args:
+            path: a file, or a folder with a `config.json`.
+
+        Raises:
+            ArtifactError: it seems to be of this format, but does not say what it is. Other backends are asked too.
+        """
+        del path
         return None
 
 

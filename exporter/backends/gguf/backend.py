@@ -25,6 +25,7 @@ from exporter.backends.gguf.limits import LIMITS, QUANTIZE_RATES
 from exporter.backends.gguf.ollama.modelfile import MODELFILE, modelfile
 from exporter.backends.gguf.tensor_names import GgufTensor, family_of, model_shape, named_tensors
 from exporter.backends.output_plan import FilePlan, Needs, OutputPlan, TensorPlan
+from exporter.backends.recognized import Recognized
 from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnknownQuantizationError
@@ -100,6 +101,12 @@ class GgufBackend(Backend):
 
         family = family_of(model)
         return GgufReader(entry, quant, named_tensors(model, family), model_shape(model, family), model, family)
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """See `Backend`: any file, by its header."""
+        from exporter.backends.gguf.recognize import recognize_file
+
+        return recognize_file(path)
 
 
 def _default_imatrix(quant: str, *, verified: bool) -> str:

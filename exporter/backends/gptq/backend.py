@@ -24,6 +24,7 @@ from exporter.backends.gptq.vllm_rules import (
 )
 from exporter.backends.model_folder.layout import Entry, copies_of, documents_of, in_base_order, lay_out, parse_size
 from exporter.backends.output_plan import Needs, OutputPlan
+from exporter.backends.recognized import Recognized
 from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
@@ -109,6 +110,12 @@ class GptqBackend(Backend):
         from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry)
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """See `Backend`: any model folder with a quantization."""
+        from exporter.backends.gptq.recognize import recognize_folder
+
+        return recognize_folder(path)
 
 
 def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:

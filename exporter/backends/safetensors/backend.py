@@ -18,6 +18,7 @@ from exporter.backends.model_folder.layout import (
     parse_size,
 )
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
+from exporter.backends.recognized import Recognized
 from exporter.backends.safetensors.limits import LIMITS
 from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
@@ -98,6 +99,12 @@ class SafetensorsBackend(Backend):
         from exporter.backends.model_folder.weight_reader import FloatReader
 
         return FloatReader(model, entry, _stored_dtypes(model, quant, self.default_quant(model)))
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """See `Backend`: a model folder without a quantization."""
+        from exporter.backends.safetensors.recognize import recognize_floats
+
+        return recognize_floats(path, DTYPES)
 
 
 def _encode(tensor: TensorPlan, block: torch.Tensor) -> memoryview:
