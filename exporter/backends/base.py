@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from exporter.backends.type_limits import TypeLimits
     from exporter.backends.weight_reader import WeightReader
     from exporter.merge.model import MergedModel
+    from exporter.runtimes.artifact_facts import PackedWeights
     from exporter.tokens.windows import CalibrationWindows
 
 
@@ -186,6 +187,7 @@ class Backend(ABC):
         limits: the default limits of the gate by type. A type without an entry has those of the gate's fallback.
         quantize_rates: elements a second and thread of encoding, by the type of a stored tensor, for estimates of time.
             A type without an entry is as quick as writing floats.
+        always_quantized: whether the Hub lists every artifact with the quantized models, whatever types it stores.
     """
 
     name: ClassVar[str]
@@ -195,6 +197,7 @@ class Backend(ABC):
     packages: ClassVar[tuple[str, ...]]
     limits: ClassVar[Mapping[str, TypeLimits]] = {}
     quantize_rates: ClassVar[Mapping[str, float]] = {}
+    always_quantized: ClassVar[bool] = False
 
     @abstractmethod
     def default_quant(self, model: MergedModel) -> str:
@@ -248,6 +251,24 @@ class Backend(ABC):
         """
         del path
         return None
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """Tags of the model card that people search for, beside the names of format and type.
+
+        Args:
+            quant: the type, resolved.
+        """
+        del quant
+        return ()
+
+    def packed_weights(self, entry: Path) -> frozenset[PackedWeights]:
+        """Every kind of packed weights in an artifact; empty if it has none, or if its files cannot be read.
+
+        Args:
+            entry: what a runtime loads: a file, or the folder.
+        """
+        del entry
+        return frozenset()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class GgufBackend(Backend):
     packages: ClassVar[tuple[str, ...]] = ("gguf", "llama-cpp-python")
     limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
     quantize_rates: ClassVar[Mapping[str, float]] = QUANTIZE_RATES
+    always_quantized: ClassVar[bool] = True
 
     def default_quant(self, model: MergedModel) -> str:
         """Q4_K_M, the usual compromise of size and quality."""
@@ -107,6 +108,11 @@ class GgufBackend(Backend):
         from exporter.backends.gguf.recognize import recognize_file
 
         return recognize_file(path)
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """See `Backend`: the program that takes the file."""
+        del quant
+        return ("llama.cpp",)
 
 
 def _default_imatrix(quant: str, *, verified: bool) -> str:

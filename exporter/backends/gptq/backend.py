@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from exporter.artifact.durable import json_document
 from exporter.backends.base import Backend, Writer
 from exporter.backends.gptq.limits import LIMITS
-from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
+from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, bits_tags, packing_multiple, quant_name
 from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
 from exporter.backends.gptq.plan import GptqPlan, is_quantized
 from exporter.backends.gptq.vllm_rules import (
@@ -30,6 +30,7 @@ from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.families.roles import experts_of, module_of
 from exporter.merge.model import MergedModel, MergedTensor
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.vllm.gptq import MARLIN_IN, MARLIN_OUT, on_cpu
 from exporter.version import __version__
 
@@ -116,6 +117,16 @@ class GptqBackend(Backend):
         from exporter.backends.gptq.recognize import recognize_folder
 
         return recognize_folder(path)
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """See `Backend`: `4-bit` is what the Hub calls it."""
+        return bits_tags(quant)
+
+    def packed_weights(self, entry: Path) -> frozenset[PackedWeights]:
+        """See `Backend`."""
+        from exporter.backends.gptq.recognize import packed_weights
+
+        return packed_weights(entry)
 
 
 def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:

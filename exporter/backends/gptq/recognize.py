@@ -1,4 +1,4 @@
-"""Recognizes a GPTQ folder that came without a manifest, and the bits of its packed weights."""
+"""Recognizes a GPTQ folder that came without a manifest, and the kinds of its packed weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from exporter.backends.base import Backend, Writer
 from exporter.backends.gptq.backend import GptqBackend
 from exporter.backends.gptq.limits import LIMITS
-from exporter.backends.gptq.names import QUANTS, quant_name
+from exporter.backends.gptq.names import QUANTS, bits_tags, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
 from exporter.backends.gptq.plan import is_quantized
 from exporter.backends.gptq.vllm_rules import check_servable, notes_of, packed_kinds, runtimes_of, vllm_refusals
@@ -29,6 +29,7 @@ from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.inputs.checkpoint import DTYPE_BYTES, SINGLE_NAME
 from exporter.libraries import gptqmodel
 from exporter.merge.model import MergedModel, MergedTensor
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.tokens.end_tokens import GENERATION_CONFIG
 
 DEFAULT_DAMP = 0.05
@@ -121,6 +122,16 @@ class GptqModelBackend(Backend):
         from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry, own_scales=False)
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """See `Backend`: `4-bit` is what the Hub calls it."""
+        return bits_tags(quant)
+
+    def packed_weights(self, entry: Path) -> frozenset[PackedWeights]:
+        """See `Backend`."""
+        from exporter.backends.gptq.recognize import packed_weights
+
+        return packed_weights(entry)
 
 
 def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> TensorPlan:
