@@ -32,7 +32,7 @@ import numpy.typing as npt
 from report import table, write_json
 
 from exporter.backends.registry import load_backend
-from exporter.backends.weight_reader import ReadingBackend, StoredWeight, WeightReader
+from exporter.backends.weight_reader import StoredWeight, WeightReader
 from exporter.inputs.row_blocks import DEFAULT_BLOCK_BYTES, row_blocks
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.device import make_merger
@@ -146,10 +146,9 @@ def print_artifact(
     Raises:
         ValueError: what writes its format cannot read it back.
     """
-    backend = load_backend(artifact.format)
-    if not isinstance(backend, ReadingBackend):
+    reader = load_backend(artifact.format).read(model, artifact.quant, artifact.path(folder))
+    if reader is None:
         raise ValueError(f"{artifact.label} cannot be read back")
-    reader = backend.read(model, artifact.quant, artifact.path(folder))
     measures = MEASURES if sketches is None else ESTIMATES
     try:
         started, threads = time.process_time(), Execution().workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import EntryPoint
+from typing import Any
 
 from exporter.backends.base import Backend
 from exporter.errors import BackendError, UnknownFormatError
@@ -27,7 +28,7 @@ def load_backend(name: str) -> Backend:
 
     Raises:
         UnknownFormatError: no such backend; names those that exist.
-        BackendError: it does not load.
+        BackendError: it does not load, or is not a `Backend`.
     """
     if name not in _entries():
         raise UnknownFormatError(
@@ -39,5 +40,17 @@ def load_backend(name: str) -> Backend:
     return GROUP.load(_entries()[name], _made)
 
 
-def _made(backend: type[Backend]) -> Backend:
-    return backend()
+def _made(found: type[Any]) -> Backend:
+    backend = found()
+    if not isinstance(backend, Backend):
+        raise TypeError(f"{found.__qualname__} does not inherit from {Backend.__module__}.Backend")
+    return backend
+
+
+def find_backend(name: str) -> Backend | None:
+    """Load a backend by name; None if no backend of that name is installed.
+
+    Raises:
+        BackendError: it does not load, or is not a `Backend`.
+    """
+    return load_backend(name) if name in _entries() else None

@@ -1,18 +1,16 @@
-"""Protocols of backends that read back what they wrote, and what they say of a stored weight."""
+"""The base class of readers that read an artifact's weights back, and what they say of a stored weight."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from exporter.backends.pieces import AS_IT_IS, Arrangement, Piece, RowRun
-from exporter.merge.model import MergedModel
 
 # Tensors that are named for the same fault.
 NAMED = 3
@@ -147,18 +145,19 @@ class StoredRows:
     encoded: npt.NDArray[np.uint8] | None
 
 
-class WeightReader(Protocol):
-    """Reads stored weights back from the files of an artifact, by nothing but what is in them."""
+class WeightReader(ABC):
+    """Reads stored weights back from the files of an artifact, by nothing but what is in them.
 
-    @property
-    def weights(self) -> Mapping[str, StoredWeight]:
-        """What can be read, by its key: the merged tensor's name, where it is stored as a whole."""
+    Attributes:
+        weights: the weights that can be read, by their keys: the merged tensor's name, where it is stored as a whole.
+        faults: the faults of the files, in words: a tensor that is missing, cut off, or not of the type that the
+            artifact's name promises.
+    """
 
-    @property
-    def faults(self) -> tuple[str, ...]:
-        """What is wrong with the files, in words: a tensor that is missing, cut off, or not of the type that the
-        artifact's name promises."""
+    weights: Mapping[str, StoredWeight]
+    faults: tuple[str, ...]
 
+    @abstractmethod
     def rows(self, weight: StoredWeight, first: int, count: int) -> StoredRows:
         """Read some rows of the stored tensor. Called from several threads.
 
@@ -166,18 +165,17 @@ class WeightReader(Protocol):
             ArtifactError: they contradict the format.
         """
 
+    @abstractmethod
     def close(self) -> None:
         """Close every file."""
-
-
-@runtime_checkable
-class CheckingReader(WeightReader, Protocol):
-    """A reader that also knows what its quantizer would have stored, exactly enough to see what rounding hides."""
 
     def impossible_groups(
         self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
     ) -> ImpossibleGroups:
-        """What in some rows cannot come from the merge. Called from several threads.
+        """Groups of some rows that the quantizer cannot have made from the merge. Called from several threads.
+
+        A reader overrides this where it knows its quantizer exactly enough to see faults that rounding hides. By
+        default there are none.
 
         Args:
             weight: the weight.
@@ -186,17 +184,5 @@ class CheckingReader(WeightReader, Protocol):
             merged: the merged rows: float32, shape (rows, columns), which are not changed.
             noise: how far the rows that were quantized may be off these, as a share of the largest values around each.
         """
-
-
-@runtime_checkable
-class ReadingBackend(Protocol):
-    """A backend whose artifacts can be read back."""
-
-    def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """Open an artifact's weights.
-
-        Args:
-            model: the merged model that it was made from.
-            quant: its type, resolved.
-            entry: what a runtime loads: a file, or the folder.
-        """
+        del weight, first, stored, merged, noise
+        return ImpossibleGroups()

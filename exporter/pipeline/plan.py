@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from exporter.backends.base import SharingBackend
 from exporter.backends.output_plan import OutputPlan
 from exporter.backends.registry import load_backend
 from exporter.errors import OutputExistsError, RecipeError
@@ -104,8 +103,7 @@ def _pack_folder(recipe: Recipe) -> Path | None:
 def _plan_folder(output: Output, model: MergedModel, *, verified: bool) -> FolderPlan:
     backend = load_backend(output.format)
     quants = output.quant or (backend.default_quant(model),)
-    planned = tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants)
-    planned = backend.share(planned) if isinstance(backend, SharingBackend) else planned
+    planned = backend.share(tuple(backend.plan(model, quant, output.options, verified=verified) for quant in quants))
     ends = stop_tokens(model).notes
     artifacts = tuple(
         replace(one, notes=(*one.notes, *ends), runtimes=runtimes_for(one.facts, one.runtimes)) for one in planned

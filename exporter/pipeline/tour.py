@@ -13,17 +13,7 @@ import torch
 
 from exporter.artifact.hashing import InputHasher
 from exporter.artifact.staging import Staging
-from exporter.backends.base import (
-    Finding,
-    FinishedFiles,
-    FinishingWriter,
-    HashingWriter,
-    ObservingWriter,
-    PlacedWriter,
-    SolvingWriter,
-    Writer,
-    WriteResult,
-)
+from exporter.backends.base import Finding, Writer, WriteResult, overrides
 from exporter.backends.output_plan import OutputPlan
 from exporter.errors import BackendError
 from exporter.inputs.tensor_reader import TensorReader
@@ -81,8 +71,7 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
         ]
         for one in boarded:
             stack.callback(one.writer.close)
-            if isinstance(one.writer, PlacedWriter):
-                one.writer.place(device, plan.threads)
+            one.writer.place(device, plan.threads)
         passengers = Passengers(
             [one.rider for one in boarded if one.rider],
             [one.observer for one in boarded if one.observer],
@@ -134,12 +123,12 @@ class _Boarded:
         rider = Rider.of(plan.label, free, writer, staging) if free else None
         observer = solver = None
         if plan.needs == "moments":
-            if not isinstance(writer, ObservingWriter):
+            if not overrides(writer, "observe"):
                 raise _defect(plan, "observe")
             observed = [tensor for tensor in plan.tensors if plan.calibrated.intersection(tensor.sources)]
             observer = Rider.of(plan.label, observed, writer, staging)
         elif plan.needs == "hessians":
-            if not isinstance(writer, SolvingWriter):
+            if not overrides(writer, "solve"):
                 raise _defect(plan, "solve")
             solver = Solver(f"{folder} {plan.label}", plan.calibrated, writer, sequential=plan.sequential)
         return cls(folder, plan, writer, rider, observer, solver)
@@ -160,13 +149,8 @@ class _Boarded:
                 expected=f"all {len(self.plan.calibrated)} of the plan",
                 remedy="Leave them in 16 bits by an override, or report it.",
             )
-        made = (
-            self.writer.finish(plan.tokens.calibration)
-            if isinstance(self.writer, FinishingWriter)
-            else FinishedFiles(())
-        )
-        digests = self.writer.digests() if isinstance(self.writer, HashingWriter) else {}
-        return WriteResult(digests, made, mine, self._checksums(mine))
+        made = self.writer.finish(plan.tokens.calibration)
+        return WriteResult(self.writer.digests(), made, mine, self._checksums(mine))
 
     def _checksums(self, findings: Sequence[Finding]) -> dict[str, str]:
         """By the merged tensor's name: of what rode, and of what was solved for."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from exporter.backends.gguf.limits import QUANTIZE_RATE
 from exporter.backends.output_plan import OutputPlan
+from exporter.backends.registry import find_backend
 from exporter.families.roles import layer_of, shared_inputs
 from exporter.inputs.checkpoint import DTYPE_BYTES
 from exporter.merge.model import MergedModel
@@ -25,7 +25,7 @@ _BLOCK_FACTOR = 5
 FEWER_TOKENS = "fewer tokens"
 
 _STARTUP_SECONDS = 4.0
-# Elements a second and thread: reading, merging and writing floats; and ggml_quantize_chunk, by type.
+# Elements a second and thread: reading, merging and writing floats. A backend says its own rates of encoding.
 _MERGE_RATE = 150e6
 # Multiply-adds a second and thread in a forward pass.
 _FORWARD_RATE = 50e9
@@ -224,8 +224,10 @@ def seconds(
     """
     work = model.parameters / _MERGE_RATE
     for artifact in artifacts:
+        backend = find_backend(artifact.format)
+        rates = backend.quantize_rates if backend else {}
         for tensor in artifact.tensors:
-            work += tensor.rows * tensor.columns / QUANTIZE_RATE.get(tensor.type, _MERGE_RATE)
+            work += tensor.rows * tensor.columns / rates.get(tensor.type, _MERGE_RATE)
     duration = _STARTUP_SECONDS + work / threads
     passed = 0
     if tokens.evaluation:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from exporter.backends.gptq.names import parse_quant
+from exporter.backends.registry import find_backend
 from exporter.publish.manifest_text import (
     change_text,
     divergence_text,
@@ -104,15 +104,14 @@ def _metadata(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
     format_, adapters = manifest["recipe"]["format"], manifest["inputs"][1:]
     served = {name for artifact in manifest["artifacts"] for name in artifact["runtimes"]}
     types = {kind for artifact in manifest["artifacts"] for kind in artifact["types"]}
-    # The Hub lists every GGUF folder with the quantized ones, whatever its types.
-    quantized = "llamacpp" in served or not types <= _FLOAT_TYPES
+    backend = find_backend(format_)
+    quantized = (backend is not None and backend.always_quantized) or not types <= _FLOAT_TYPES
     relation = "quantized" if quantized else "finetune" if adapters else None
     library = "transformers" if "transformers" in served else "llama-cpp-python" if "llamacpp" in served else None
-    tags = [format_, *(["lora"] if adapters else []), *(["llama.cpp"] if "llamacpp" in served else [])]
     quants = [artifact["quant"] for artifact in manifest["artifacts"]]
-    # `4-bit` is what the Hub calls it, `Q4_K_M` what people search for.
-    bits = [f"{packed[0]}-bit" for packed in map(parse_quant, quants) if packed]
-    tags = list(dict.fromkeys([*tags, *bits, *quants]))
+    # A format's own tags, and what people search for: `Q4_K_M`.
+    own = [tag for quant in quants for tag in backend.tags(quant)] if backend else []
+    tags = list(dict.fromkeys([format_, *(["lora"] if adapters else []), *own, *quants]))
     values = {
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from exporter.artifact.staging import Staging
-from exporter.backends.base import Finding, SolvingWriter, Writer
+from exporter.backends.base import Finding, Writer
 from exporter.backends.output_plan import TensorPlan
 from exporter.backends.pieces import Piece
 from exporter.tour.walk.hidden_states import States
@@ -30,7 +30,7 @@ class Solver:
 
     label: str
     sources: frozenset[str]
-    writer: SolvingWriter
+    writer: Writer
     sequential: bool = False
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from exporter.backends.base import ChecksummingWriter, Writer
 from exporter.backends.output_plan import TensorPlan
 from exporter.backends.pieces import Piece
 from exporter.inputs.row_blocks import RowBlock, row_blocks
@@ -256,9 +255,4 @@ class _Commits:
         for rider in self._riders:
             if stored := [name for owner, name in waiting if owner is rider]:
                 rider.writer.sync()
-                rider.staging.record((rider.label, name, _checksum(rider.writer, name)) for name in stored)
-
-
-def _checksum(writer: Writer, tensor: str) -> str | None:
-    """Of a tensor that is written, if the writer takes any."""
-    return writer.checksum(tensor) if isinstance(writer, ChecksummingWriter) else None
+                rider.staging.record((rider.label, name, rider.writer.checksum(name)) for name in stored)

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from exporter.backends import registry
-from exporter.errors import BackendError, UnknownFormatError
+from exporter.errors import ArtifactError, BackendError, ReferencePackError, UnknownFormatError
+from exporter.plan.gate_limits import FALLBACK_GATE, LARGE, Gate, gate_for
+from exporter.verify.published.without_manifest import bare_manifest
 from tests.commands import invoke, run
 from tests.exports import merge_with_us, refused
 from tests.folders import listing
@@ -24,11 +26,12 @@ Make = Callable[..., Path]
 NPY = """
 import io
 import numpy as np
+from exporter.backends.base import Backend
 from exporter.backends.output_plan import FilePlan, OutputPlan, TensorPlan
 from exporter.backends.pieces import whole
 from exporter.backends.writing.offset_writer import OffsetWriter
 
-class Npy:
+class Npy(Backend):
     name, summary, quants, needs, packages = "npy", "one .npy file a tensor", ("f32",), "nothing", ("numpy",)
 
     def default_quant(self, model):
@@ -126,11 +129,62 @@ def test_backend_that_nothing_can_verify_is_refused_by_the_plan(
     assert listing(tmp_path) == before
 
 
+SAYING = (
+    NPY
+    + """
+    def recognize(self, path):
+        return Recognized("f32", path.name, ("theirs",), 12, 256, 99) if path.suffix == ".npy" else None
+
+    def tags(self, quant):
+        return ("numpy", f"of-{quant}")
+
+Npy.limits = {"f32": TypeLimits(0.01, 0.9, 0.02, published=(0.005, 0.01), top_k=False)}
+"""
+).replace(
+    "import io\n",
+    "import io\n"
+    + """
+from exporter.backends.recognized import Recognized
+from exporter.backends.type_limits import TypeLimits
+""",
+)
+
+
+def test_backend_from_outside_says_its_limits_and_tags(installed: Callable[..., None]) -> None:
+    installed("npy", SAYING, "npy_backend:Npy")
+    assert gate_for("npy f32", "f32", {}, 1000) == Gate(0.01, 0.9, 0.02)
+    assert gate_for("npy f32", "f32", {}, LARGE) == Gate(0.005, 0.9, 0.01, size_class="from_1b")
+    assert gate_for("npy f16", "f16", {}, 1000) == FALLBACK_GATE
+    backend = registry.find_backend("npy")
+    assert backend is not None
+    assert backend.tags("f32") == ("numpy", "of-f32")
+    assert backend.packed_weights(Path()) == frozenset()
+    assert registry.find_backend("onnx") is None
+
+
+def test_backend_from_outside_recognizes_its_files(installed: Callable[..., None], tmp_path: Path) -> None:
+    """What another backend says of the file does not matter then, and no backend of a broken package either."""
+    file, other = tmp_path / "model.npy", tmp_path / "model.txt"
+    file.touch()
+    other.touch()
+    with pytest.raises(ArtifactError, match="GGUF"):
+        bare_manifest(file, 256)
+    installed("npy", SAYING, "npy_backend:Npy")
+    installed("broken", "", "no_such_module:Backend", distribution="two")
+    (artifact,) = bare_manifest(file, 256).artifacts
+    assert (artifact.label, artifact.entry, artifact.runtimes, artifact.bytes) == ("npy f32", file.name, ["theirs"], 99)
+    with pytest.raises(ArtifactError, match="GGUF"):
+        bare_manifest(other, 256)
+    with pytest.raises(ReferencePackError):
+        bare_manifest(file, 300)
+
+
 BROKEN = {
     "module that is missing": ("", "no_such_module:Backend"),
     "package that is missing": ("import no_such_package\n", "broken_backend:Backend"),
     "class that is missing": ("", "broken_backend:Backend"),
     "class that does not start": ("class Backend:\n    def __init__(self): 1 / 0\n", "broken_backend:Backend"),
+    "class of another kind": ("class Backend: pass\n", "broken_backend:Backend"),
 }
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from exporter.cli.consoles import PLAIN_WIDTH
 from exporter.cli.screen import Screen
 from exporter.cli.verdict_table import show_table
-from exporter.plan.gate_limits import DEFAULT_GATES
 from exporter.runtimes.base import TokenScores
 from exporter.tokens.windows import Windows
 from exporter.verify.gate import judge, not_scored
 from exporter.verify.scores.metrics import Divergences, compare
+from tests.default_gates import DEFAULT_GATES
 
 LABEL = "gptqmodel gptq-int4-g128"
 

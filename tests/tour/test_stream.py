@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from exporter.artifact.staging import Staging
+from exporter.backends.base import Writer
 from exporter.backends.output_plan import TensorPlan
 from exporter.backends.pieces import Arrangement, stack, whole
 from exporter.inputs.row_blocks import RowBlock
@@ -49,7 +50,7 @@ class Leaving(CpuMerger):
         self._own.last.fill_(torch.nan)
 
 
-class Keeping:
+class Keeping(Writer):
     """A writer that keeps its rows."""
 
     def __init__(self) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import pytest
 
 from exporter.backends.registry import backend_names, load_backend
-from exporter.plan.gate_limits import DEFAULT_GATES, FALLBACK_GATE, LARGE_GATES, Gate, gate_for
+from exporter.plan.gate_limits import FALLBACK_GATE, Gate, gate_for
 from exporter.recipe import Limits
 from exporter.verify.gate import Check, Kind, Verdict, judge
 from exporter.verify.scores.metrics import Comparison, Estimate, Spread, TopKSpread
 from exporter.verify.weights.check import WeightsResult
+from tests.default_gates import DEFAULT_GATES, LARGE_GATES
 
 GATE = Gate(max_delta=0.05, min_same_top=0.9)
 SMALL, LARGE = 999_999_999, 1_000_000_000

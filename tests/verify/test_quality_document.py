@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.plan.gate_limits import DEFAULT_GATES, FALLBACK_GATE, LARGE_GATES, TOP_K_SHARE, Gate
+from exporter.plan.gate_limits import FALLBACK_GATE, TOP_K_SHARE, Gate
+from tests.default_gates import DEFAULT_GATES, LARGE_GATES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
 Rows = list[list[str]]

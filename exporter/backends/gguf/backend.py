@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS
 from exporter.backends.gguf.encoder import make_encoder
 from exporter.backends.gguf.file_types import FILE_TYPES, FileType, ModelShape, row_bytes, tensor_type
@@ -21,16 +21,19 @@ from exporter.backends.gguf.imatrix.plan import (
     imatrix_source,
     plan_imatrix,
 )
+from exporter.backends.gguf.limits import LIMITS, QUANTIZE_RATES
 from exporter.backends.gguf.ollama.modelfile import MODELFILE, modelfile
 from exporter.backends.gguf.tensor_names import GgufTensor, family_of, model_shape, named_tensors
 from exporter.backends.output_plan import FilePlan, Needs, OutputPlan, TensorPlan
+from exporter.backends.recognized import Recognized
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnknownQuantizationError
 from exporter.families.base import Family
 from exporter.merge.model import MergedModel
 
 
-class GgufBackend:
+class GgufBackend(Backend):
     """Writes one GGUF file a quantization type."""
 
     name: ClassVar[str] = "gguf"
@@ -38,6 +41,9 @@ class GgufBackend:
     quants: ClassVar[tuple[str, ...]] = tuple(FILE_TYPES)
     needs: ClassVar[Needs] = "moments"
     packages: ClassVar[tuple[str, ...]] = ("gguf", "llama-cpp-python")
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
+    quantize_rates: ClassVar[Mapping[str, float]] = QUANTIZE_RATES
+    always_quantized: ClassVar[bool] = True
 
     def default_quant(self, model: MergedModel) -> str:
         """Q4_K_M, the usual compromise of size and quality."""
@@ -66,7 +72,7 @@ class GgufBackend:
         return plan_file(model, quant, imatrix_source(wanted))
 
     def share(self, artifacts: tuple[OutputPlan, ...]) -> tuple[OutputPlan, ...]:
-        """See `SharingBackend`: each of several files has a Modelfile of its own."""
+        """See `Backend`: each of several files has a Modelfile of its own."""
         if len(artifacts) == 1:
             return artifacts
         return tuple(
@@ -91,11 +97,22 @@ class GgufBackend:
         return open_file(plan, folder, {name: entry.mean() for name, entry in entries.items()}, resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.gguf.weight_reader import GgufReader
 
         family = family_of(model)
         return GgufReader(entry, quant, named_tensors(model, family), model_shape(model, family), model, family)
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """See `Backend`: any file, by its header."""
+        from exporter.backends.gguf.recognize import recognize_file
+
+        return recognize_file(path)
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """See `Backend`: the program that takes the file."""
+        del quant
+        return ("llama.cpp",)
 
 
 def _default_imatrix(quant: str, *, verified: bool) -> str:

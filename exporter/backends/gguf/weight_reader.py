@@ -22,7 +22,14 @@ from exporter.backends.gguf.metadata.model_keys_check import header_faults
 from exporter.backends.gguf.ollama.modelfile_check import modelfile_faults
 from exporter.backends.gguf.tensor_names import GgufTensor
 from exporter.backends.model_folder.weight_reader import contradiction, float_weight
-from exporter.backends.weight_reader import ImpossibleGroups, StoredRows, StoredWeight, Tolerance, in_pieces
+from exporter.backends.weight_reader import (
+    ImpossibleGroups,
+    StoredRows,
+    StoredWeight,
+    Tolerance,
+    WeightReader,
+    in_pieces,
+)
 from exporter.errors import ArtifactError
 from exporter.families.base import Family
 from exporter.merge.model import MergedModel
@@ -41,8 +48,8 @@ _OWN_SCALE = 32
 _SMALL_GROUPS = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 
 
-class GgufReader:
-    """The weights of one GGUF file; see `CheckingReader`.
+class GgufReader(WeightReader):
+    """The weights of one GGUF file; see `WeightReader`.
 
     Args:
         file: the file.
@@ -73,7 +80,7 @@ class GgufReader:
         try:
             header = read_header(file)
         except ArtifactError as error:
-            self.faults: tuple[str, ...] = (f"{error.thing} is not readable: {error.found}",)
+            self.faults = (f"{error.thing} is not readable: {error.found}",)
             return
         self._tensors, size, faults = header.tensors, os.fstat(self._descriptor).st_size, []
         file_type = FILE_TYPES[quant]
@@ -111,7 +118,7 @@ class GgufReader:
     def impossible_groups(
         self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
     ) -> ImpossibleGroups:
-        """See `CheckingReader`."""
+        """See `WeightReader`."""
         from exporter.backends.gguf.blocks.impossible_groups import impossible_groups
 
         found = (self._importance or {}).get(weight.name)

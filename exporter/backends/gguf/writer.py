@@ -76,7 +76,7 @@ class MeasuringWriter(GgufWriter):
         self._importance[tensor.name].reshape(experts, -1)[expert] = own.mean()
 
     def finish(self, calibration: CalibrationWindows | None) -> FinishedFiles:
-        """See `FinishingWriter`: the importance matrix, as llama-imatrix would have written it.
+        """See `Writer`: the importance matrix, as llama-imatrix would have written it.
 
         Raises:
             ImatrixError: a sum is not finite.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from exporter.artifact.durable import json_document
-from exporter.backends.base import Writer
-from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, packing_multiple, quant_name
+from exporter.backends.base import Backend, Writer
+from exporter.backends.gptq.limits import LIMITS
+from exporter.backends.gptq.names import GROUP_SIZES, QUANTS, WORD_BITS, bits_tags, packing_multiple, quant_name
 from exporter.backends.gptq.options import FEWEST_TOKENS, GptqOptions, Scheme
 from exporter.backends.gptq.plan import GptqPlan, is_quantized
 from exporter.backends.gptq.vllm_rules import (
@@ -23,15 +24,18 @@ from exporter.backends.gptq.vllm_rules import (
 )
 from exporter.backends.model_folder.layout import Entry, copies_of, documents_of, in_base_order, lay_out, parse_size
 from exporter.backends.output_plan import Needs, OutputPlan
+from exporter.backends.recognized import Recognized
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.families.roles import experts_of, module_of
 from exporter.merge.model import MergedModel, MergedTensor
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.runtimes.vllm.gptq import MARLIN_IN, MARLIN_OUT, on_cpu
 from exporter.version import __version__
 
 
-class GptqBackend:
+class GptqBackend(Backend):
     """Writes packed shards, index, configuration and tokenizer."""
 
     name: ClassVar[str] = "gptq"
@@ -39,6 +43,7 @@ class GptqBackend:
     quants: ClassVar[tuple[str, ...]] = QUANTS
     needs: ClassVar[Needs] = "hessians"
     packages: ClassVar[tuple[str, ...]] = ("safetensors", "transformers", "peft")
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
 
     def default_quant(self, model: MergedModel) -> str:
         """4 bits in groups of 128, for which every server has its fastest kernels, or in the largest that fit."""
@@ -102,10 +107,26 @@ class GptqBackend:
         return GptqWriter(plan, folder, resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry)
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """See `Backend`: any model folder with a quantization."""
+        from exporter.backends.gptq.recognize import recognize_folder
+
+        return recognize_folder(path)
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """See `Backend`: `4-bit` is what the Hub calls it."""
+        return bits_tags(quant)
+
+    def packed_weights(self, entry: Path) -> frozenset[PackedWeights]:
+        """See `Backend`."""
+        from exporter.backends.gptq.recognize import packed_weights
+
+        return packed_weights(entry)
 
 
 def _schemes(model: MergedModel, settings: GptqOptions, scheme: Scheme) -> dict[str, Scheme]:

@@ -32,3 +32,9 @@ def parse_quant(name: str) -> tuple[int, int] | None:
     if match is None or f"gptq-{match[0].removeprefix('gptq-')}" not in QUANTS:
         return None
     return int(match[1]), -1 if match[2] == "all" else int(match[2])
+
+
+def bits_tags(name: str) -> tuple[str, ...]:
+    """A model card's tags for the bits of a type, such as `4-bit`; empty if it is none of `QUANTS`."""
+    parsed = parse_quant(name)
+    return (f"{parsed[0]}-bit",) if parsed else ()

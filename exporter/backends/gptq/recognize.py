@@ -1,4 +1,4 @@
-"""Recognizes a GPTQ folder that came without a manifest."""
+"""Recognizes a GPTQ folder that came without a manifest, and the kinds of its packed weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,37 @@ from typing import Any
 
 from exporter.backends.gptq.bit_unpacking import PARTS, bits_of, parts_of
 from exporter.backends.gptq.names import QUANTS, WORD_BITS, quant_name
-from exporter.errors import ExporterError
+from exporter.backends.model_folder.recognize import ModelFolder
+from exporter.backends.recognized import Recognized
+from exporter.errors import ArtifactError, ExporterError
 from exporter.families.roles import experts_of
-from exporter.inputs.checkpoint import StoredTensor, read_header
+from exporter.inputs.checkpoint import StoredTensor, read_header, read_json
 from exporter.runtimes.artifact_facts import PackedWeights
 
 
-def gptq_type(quantization: Mapping[str, Any]) -> str | None:
+def recognize_folder(path: Path) -> Recognized | None:
+    """What is known of a model folder with GPTQ weights; None for a file, and for a folder without a quantization.
+
+    Raises:
+        ArtifactError: the folder has another quantization, or it holds no tensors.
+        CheckpointError: the configuration or a header cannot be read.
+    """
+    if not path.is_dir():
+        return None
+    quantization = read_json(path / "config.json").get("quantization_config")
+    if quantization is None:
+        return None
+    folder = ModelFolder.read(path)
+    quant = _quant(quantization) if isinstance(quantization, dict) else None
+    if quant is None:
+        raise ArtifactError(
+            "config.json: quantization_config", found=json.dumps(quantization)[:100], expected="GPTQ, or none",
+            remedy="Only what this program writes has limits.",
+        )  # fmt: skip
+    return folder.recognized(quant, sum(_parameters(name, one, quantization) for name, one in folder.tensors.items()))
+
+
+def _quant(quantization: Mapping[str, Any]) -> str | None:
     """The type that a configuration names; None if it names none that has limits."""
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
     if quantization.get("quant_method") != "gptq" or not (isinstance(bits, int) and isinstance(group_size, int)):
@@ -25,7 +49,7 @@ def gptq_type(quantization: Mapping[str, Any]) -> str | None:
     return name if name in QUANTS else None
 
 
-def parameters_of(name: str, tensor: StoredTensor, quantization: Mapping[str, Any]) -> int:
+def _parameters(name: str, tensor: StoredTensor, quantization: Mapping[str, Any]) -> int:
     """Weights that a stored tensor stands for."""
     if name.endswith(".qweight"):
         return prod(tensor.shape) * WORD_BITS // int(quantization["bits"])

@@ -22,7 +22,14 @@ from exporter.backends.model_folder.weight_reader import (
     float_rows,
     float_weight,
 )
-from exporter.backends.weight_reader import NAMED_GROUPS, ImpossibleGroups, StoredRows, StoredWeight, Tolerance
+from exporter.backends.weight_reader import (
+    NAMED_GROUPS,
+    ImpossibleGroups,
+    StoredRows,
+    StoredWeight,
+    Tolerance,
+    WeightReader,
+)
 from exporter.errors import ArtifactError
 from exporter.families.roles import module_of
 from exporter.merge.model import MergedModel, MergedTensor
@@ -54,8 +61,8 @@ class UnpackedRows(StoredRows):
     scales: npt.NDArray[np.float16]
 
 
-class GptqReader:
-    """The weights of a folder of packed layers and floats; see `CheckingReader`.
+class GptqReader(WeightReader):
+    """The weights of a folder of packed layers and floats; see `WeightReader`.
 
     Args:
         model: the merged model.
@@ -74,7 +81,7 @@ class GptqReader:
             self._bits, self._group_size = int(config["bits"]), int(config["group_size"])
             self._format = str(config.get("checkpoint_format") or config.get("format") or "gptq")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self.faults: tuple[str, ...] = (f"config.json has no quantization_config that can be read: {error}",)
+            self.faults = (f"config.json has no quantization_config that can be read: {error}",)
             return
         faults = [*self._shards.faults, *document_faults(model, folder)]
         if (self._bits, self._group_size) != parse_quant(quant):
@@ -140,7 +147,7 @@ class GptqReader:
     def impossible_groups(
         self, weight: StoredWeight, first: int, stored: StoredRows, merged: npt.NDArray[np.float32], noise: float
     ) -> ImpossibleGroups:
-        """See `CheckingReader`. Of scales that our solver made it is known that bfloat16 holds them, too."""
+        """See `WeightReader`. Of scales that our solver made it is known that bfloat16 holds them, too."""
         del merged, noise
         if not self._own_scales or not isinstance(stored, UnpackedRows):
             return ImpossibleGroups()

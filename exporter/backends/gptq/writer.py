@@ -41,7 +41,7 @@ class GptqWriter(OffsetWriter):
         self._parts = planned_parts(plan)
 
     def solve(self, weights: Mapping[str, torch.Tensor], moments: Moments) -> Solution:
-        """See `SolvingWriter`. All matrices of one call are quantized alike.
+        """See `Writer`. All matrices of one call are quantized alike.
 
         Raises:
             FactorizationError: the Hessian cannot be factored, however much it is damped.

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.gptq.backend import GptqBackend
-from exporter.backends.gptq.names import QUANTS, quant_name
+from exporter.backends.gptq.limits import LIMITS
+from exporter.backends.gptq.names import QUANTS, bits_tags, quant_name
 from exporter.backends.gptq.options import Scheme, bits_and_group
 from exporter.backends.gptq.plan import is_quantized
 from exporter.backends.gptq.vllm_rules import check_servable, notes_of, packed_kinds, runtimes_of, vllm_refusals
@@ -22,11 +23,13 @@ from exporter.backends.model_folder.layout import DEFAULT_MAX_SHARD_BYTES, parse
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
 from exporter.backends.pieces import whole
 from exporter.backends.safetensors.backend import SafetensorsBackend
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnsupportedModelError
 from exporter.inputs.checkpoint import DTYPE_BYTES, SINGLE_NAME
 from exporter.libraries import gptqmodel
 from exporter.merge.model import MergedModel, MergedTensor
+from exporter.runtimes.artifact_facts import PackedWeights
 from exporter.tokens.end_tokens import GENERATION_CONFIG
 
 DEFAULT_DAMP = 0.05
@@ -36,7 +39,7 @@ _HEADER_BYTES = 128
 _CONFIG_BYTES = 2000
 
 
-class GptqModelBackend:
+class GptqModelBackend(Backend):
     """Writes a folder of packed weights with GPTQModel."""
 
     name: ClassVar[str] = "gptqmodel"
@@ -44,6 +47,7 @@ class GptqModelBackend:
     quants: ClassVar[tuple[str, ...]] = QUANTS
     needs: ClassVar[Needs] = "tokens"
     packages: ClassVar[tuple[str, ...]] = gptqmodel.PACKAGES
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
 
     def default_quant(self, model: MergedModel) -> str:
         """As our own GPTQ backend."""
@@ -114,10 +118,20 @@ class GptqModelBackend:
         return GptqModelWriter(plan, folder, folder.parent / "scratch" / f"gptqmodel-{plan.quant}", resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.gptq.weight_reader import GptqReader
 
         return GptqReader(model, quant, entry, own_scales=False)
+
+    def tags(self, quant: str) -> tuple[str, ...]:
+        """See `Backend`: `4-bit` is what the Hub calls it."""
+        return bits_tags(quant)
+
+    def packed_weights(self, entry: Path) -> frozenset[PackedWeights]:
+        """See `Backend`."""
+        from exporter.backends.gptq.recognize import packed_weights
+
+        return packed_weights(entry)
 
 
 def _estimate(tensor: MergedTensor, dtype: str, bits: int, group_size: int) -> TensorPlan:

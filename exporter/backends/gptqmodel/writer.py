@@ -32,7 +32,7 @@ WORKER = Path(__file__).with_name("worker.py")
 _NOT_KEPT = ("offload_to_disk", "offload_to_disk_path", "dense_vram_strategy_devices", "moe_vram_strategy_devices")
 
 
-class GptqModelWriter:
+class GptqModelWriter(Writer):
     """Writes the merged folder, then has GPTQModel quantize it.
 
     Args:
@@ -55,7 +55,7 @@ class GptqModelWriter:
         self._tensors = {tensor.name: tensor for tensor in self._plan.merged.tensors}
 
     def place(self, device: str, threads: int) -> None:
-        """See `PlacedWriter`."""
+        """See `Writer`."""
         self._device, self._threads = device, threads
 
     def write(self, tensor: TensorPlan, first_row: int, block: torch.Tensor) -> None:
@@ -74,7 +74,7 @@ class GptqModelWriter:
             self._inner.close()
 
     def finish(self, calibration: CalibrationWindows | None) -> FinishedFiles:
-        """See `FinishingWriter`. What an earlier run finished is not made again.
+        """See `Writer`. What an earlier run finished is not made again.
 
         Raises:
             BackendError: there is no calibration, GPTQModel fails, or it quantizes other matrices than planned.

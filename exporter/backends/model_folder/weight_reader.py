@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from exporter.backends.model_folder.documents_check import document_faults
 from exporter.backends.model_folder.index_check import index_faults, stray_faults
-from exporter.backends.weight_reader import StoredRows, StoredWeight, Tolerance
+from exporter.backends.weight_reader import StoredRows, StoredWeight, Tolerance, WeightReader
 from exporter.errors import ArtifactError
 from exporter.merge.model import MergedModel
 
@@ -113,7 +113,7 @@ def _cut_off(file: Path) -> list[str]:
     ]
 
 
-class FloatReader:
+class FloatReader(WeightReader):
     """The weights of a folder that stores floats under the model's own names; see `WeightReader`.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.backends.base import Writer
+from exporter.backends.base import Backend, Writer
 from exporter.backends.model_folder.layout import (
     DEFAULT_MAX_SHARD_BYTES,
     Entry,
@@ -18,6 +18,9 @@ from exporter.backends.model_folder.layout import (
     parse_size,
 )
 from exporter.backends.output_plan import Needs, OutputPlan, TensorPlan
+from exporter.backends.recognized import Recognized
+from exporter.backends.safetensors.limits import LIMITS
+from exporter.backends.type_limits import TypeLimits
 from exporter.backends.weight_reader import WeightReader
 from exporter.errors import RecipeError, UnknownQuantizationError
 from exporter.inputs.checkpoint import DTYPE_BYTES
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
-class SafetensorsBackend:
+class SafetensorsBackend(Backend):
     """Writes shards, index, configuration and tokenizer."""
 
     name: ClassVar[str] = "safetensors"
@@ -38,6 +41,7 @@ class SafetensorsBackend:
     quants: ClassVar[tuple[str, ...]] = tuple(DTYPES)
     needs: ClassVar[Needs] = "nothing"
     packages: ClassVar[tuple[str, ...]] = ("safetensors",)
+    limits: ClassVar[Mapping[str, TypeLimits]] = LIMITS
 
     def default_quant(self, model: MergedModel) -> str:
         """The dtype of most of the base's elements."""
@@ -91,10 +95,16 @@ class SafetensorsBackend:
         return OffsetWriter(plan, folder, _encode, resume=resume)
 
     def read(self, model: MergedModel, quant: str, entry: Path) -> WeightReader:
-        """See `ReadingBackend`."""
+        """See `Backend`."""
         from exporter.backends.model_folder.weight_reader import FloatReader
 
         return FloatReader(model, entry, _stored_dtypes(model, quant, self.default_quant(model)))
+
+    def recognize(self, path: Path) -> Recognized | None:
+        """See `Backend`: a model folder without a quantization."""
+        from exporter.backends.safetensors.recognize import recognize_floats
+
+        return recognize_floats(path, DTYPES)
 
 
 def _encode(tensor: TensorPlan, block: torch.Tensor) -> memoryview:

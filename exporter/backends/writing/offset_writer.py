@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from exporter.backends.base import Writer
 from exporter.backends.output_plan import OutputPlan, TensorPlan
 from exporter.backends.writing.checksums import TensorChecksums
 from exporter.backends.writing.following_hash import FollowingHash
@@ -26,7 +27,7 @@ _HASH_BYTES = 1 << 22
 Encoder = Callable[[TensorPlan, "torch.Tensor"], "bytes | bytearray | memoryview"]
 
 
-class OffsetWriter:
+class OffsetWriter(Writer):
     """A `Writer` for formats whose files are a header and tensors at fixed offsets.
 
     Args:
@@ -114,7 +115,7 @@ class OffsetWriter:
         return {name: following.finish() for name, following in self._hashes.items()}
 
     def checksum(self, tensor: str) -> str | None:
-        """See `ChecksummingWriter`: of a tensor whose rows came through `write`."""
+        """See `Writer`: of a tensor whose rows came through `write`."""
         return self._checksums.take(tensor)
 
     def close(self) -> None:

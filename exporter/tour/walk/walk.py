@@ -14,7 +14,6 @@ from contextlib import ExitStack, suppress
 import numpy as np
 import torch
 
-from exporter.backends.base import ObservingWriter
 from exporter.backends.hessian import Moments
 from exporter.errors import BackendError, MissingTensorError
 from exporter.families.roles import EMBEDDING, HEAD, is_dense_down, shared_inputs
@@ -169,11 +168,6 @@ class Walk:
 
     def _tell(self, moments: Mapping[str, SecondMoments]) -> None:
         for observer in self._passengers.observers:
-            if not isinstance(observer.writer, ObservingWriter):
-                raise BackendError(
-                    observer.label, found="a writer that does not observe", expected="one that does",
-                    remedy="This is a defect of the backend.",
-                )  # fmt: skip
             for name, one in moments.items():
                 for plan, piece in observer.tensors.get(name, ()):
                     observer.writer.observe(plan, piece, one.sums.numpy(), one.tokens)

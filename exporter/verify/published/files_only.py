@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.artifact.file_records import check_files
-from exporter.backends.registry import backend_names, load_backend
+from exporter.backends.registry import find_backend
 from exporter.plan.open_model import open_trained
 from exporter.plan.reporter import Reporter
 from exporter.recipe import Execution
@@ -64,11 +64,11 @@ def verify_files(folder: Path, base: str, adapters: tuple[str, ...], reporter: R
     manifest = read_manifest(folder)
     check_files(folder, manifest.files)
     model = open_trained(base, adapters, manifest.name)
-    here, threads = backend_names(), Execution().workers
+    threads = Execution().workers
     found: dict[str, WeightsResult | None] = {}
     for artifact in manifest.artifacts:
         reporter.doing(f"weights of {artifact.label}")
-        backend = load_backend(artifact.format) if artifact.format in here else None
+        backend = find_backend(artifact.format)
         path, known = artifact.path(folder), artifact.checksums
         found[artifact.label] = read_weights(backend, model, artifact.quant, path, threads, known)
     reporter.scored()

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, model_validator
 
 from exporter.artifact.file_records import MANIFEST_NAME, FileRecord, is_inside
-from exporter.backends.gptq.recognize import packed_weights
+from exporter.backends.registry import find_backend
 from exporter.errors import ArtifactError, RecipeError
 from exporter.inputs.tokenizer import TokenizerFiles
 from exporter.recipe import Calibration, Evaluation
@@ -45,9 +45,12 @@ class PublishedArtifact(BaseModel):
 
         Raises:
             RecipeError: none can be had here.
+            BackendError: the backend of its format does not load.
         """
         names = (wanted,) if wanted else self.runtimes
-        return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed=packed_weights(self.path(folder)))
+        backend = find_backend(self.format)
+        packed = backend.packed_weights(self.path(folder)) if backend else frozenset()
+        return choose_runtime(names, endpoint=endpoint, wanted=wanted, packed=packed)
 
 
 class _Calibration(BaseModel):

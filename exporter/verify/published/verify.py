@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.artifact.file_records import check_files
-from exporter.backends.registry import backend_names, load_backend
+from exporter.backends.registry import find_backend
 from exporter.plan.estimate import FEWER_TOKENS, PlannedWalk
 from exporter.plan.gate_limits import check_types, gate_for
 from exporter.plan.open_model import open_trained
@@ -231,7 +231,6 @@ def _candidates(
     device: str,
     endpoint: str | None,
 ) -> list[Candidate]:
-    here = backend_names()
     return [
         Candidate(
             artifact.label,
@@ -240,7 +239,7 @@ def _candidates(
             load_runtime(name, device, endpoint),
             gate_for(artifact.label, artifact.quant, limits, parameters),
             # A folder may be of a package that is not here.
-            load_backend(artifact.format) if artifact.format in here else None,
+            find_backend(artifact.format),
             served=name in artifact.runtimes,
             checksums=artifact.checksums,
         )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.artifact.file_records import MANIFEST_NAME
-from exporter.backends.gguf.file_types import FILE_TYPES
-from exporter.backends.gguf.header_reader import read_header as read_gguf_header
-from exporter.backends.gptq.recognize import gptq_type, parameters_of
-from exporter.backends.safetensors.backend import DTYPES
-from exporter.errors import ArtifactError, ReferencePackError, UnsupportedModelError
-from exporter.inputs.checkpoint import read_header, read_json
+from exporter.backends.recognized import Recognized
+from exporter.backends.registry import backend_names, load_backend
+from exporter.errors import ArtifactError, BackendError, ReferencePackError, UnsupportedModelError
 from exporter.plan.reporter import Reporter
 from exporter.verify.candidates import Candidate, read_all_weights
 from exporter.verify.published.manifest_record import MergeRecord, PublishedArtifact, PublishedManifest
@@ -37,51 +32,49 @@ def bare_manifest(artifact: Path, vocabulary: int) -> PublishedManifest:
     """What is known of it: format, type and number of parameters. Its files have no hashes to be checked by.
 
     Args:
-        artifact: a GGUF file, or a model folder.
+        artifact: a file or a model folder.
         vocabulary: rows of the head that it is to be scored with.
 
     Raises:
-        ArtifactError: it is neither, or does not say what it is.
+        ArtifactError: no backend recognizes it, or it does not say what it is.
         CheckpointError: its configuration or the header of one of its files cannot be read.
         ReferencePackError: it has fewer tokens, so the head is of another model.
     """
-    return _gguf(artifact, vocabulary) if artifact.is_file() else _folder(artifact, vocabulary)
+    form, found = _recognized(artifact)
+    _check_vocabulary(artifact, found.vocabulary, vocabulary)
+    published = PublishedArtifact(
+        format=form, quant=found.quant, entry=found.entry, runtimes=list(found.runtimes), bytes=found.nbytes
+    )
+    # Not validated: its entry is not among files with hashes, as there are none.
+    return PublishedManifest.model_construct(
+        name=artifact.stem, merge=MergeRecord(parameters=found.parameters), artifacts=[published], files={}
+    )
 
 
-def _gguf(file: Path, vocabulary: int) -> PublishedManifest:
-    header = read_gguf_header(file)
-    quant = next((name for name, one in FILE_TYPES.items() if one.number == header.file_type), None)
-    if quant is None:
-        raise ArtifactError(
-            file.name, found=f"file type {header.file_type}", expected=f"one of {', '.join(FILE_TYPES)}",
-            remedy="Limits are by type: only these have any.",
-        )  # fmt: skip
-    _check_vocabulary(file, len(header.metadata.get("tokenizer.ggml.tokens") or ()), vocabulary)
-    parameters = sum(prod(tensor.shape) for tensor in header.tensors.values())
-    return _manifest(file, "gguf", quant, file.name, ["llamacpp"], parameters)
+def _recognized(artifact: Path) -> tuple[str, Recognized]:
+    """The format of an artifact, and what its backend says of it.
 
-
-def _folder(folder: Path, vocabulary: int) -> PublishedManifest:
-    config = read_json(folder / "config.json")
-    _check_vocabulary(folder, int(config.get("vocab_size") or 0), vocabulary)
-    tensors = {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in read_header(file).items()}
-    if not tensors:
-        raise ArtifactError(
-            str(folder), found="no safetensors file", expected="the model's weights", remedy="Check the path."
-        )
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        kinds = {name: sum(t.nbytes for t in tensors.values() if t.dtype == dtype) for name, dtype in DTYPES.items()}
-        form, quant = "safetensors", max(kinds, key=lambda name: kinds[name])
-    elif isinstance(quantization, dict) and (named := gptq_type(quantization)):
-        form, quant = "gptq", named
-    else:
-        raise ArtifactError(
-            "config.json: quantization_config", found=json.dumps(quantization)[:100], expected="GPTQ, or none",
-            remedy="Only what this program writes has limits.",
-        )  # fmt: skip
-    parameters = sum(parameters_of(name, one, quantization or {}) for name, one in tensors.items())
-    return _manifest(folder, form, quant, ".", ["vllm", "transformers"], parameters)
+    Raises:
+        ArtifactError: no backend recognizes it; if one said why, with its words.
+    """
+    refusals: list[ArtifactError] = []
+    for name in backend_names():
+        try:
+            found = load_backend(name).recognize(artifact)
+        except BackendError:
+            # A broken package takes no other format down.
+            continue
+        except ArtifactError as error:
+            refusals.append(error)
+            continue
+        if found is not None:
+            return name, found
+    if refusals:
+        raise refusals[0]
+    raise ArtifactError(
+        str(artifact), found="an artifact that no format recognizes",
+        expected="one of " + ", ".join(backend_names()), remedy="Install the package that provides its format.",
+    )  # fmt: skip
 
 
 def _check_vocabulary(artifact: Path, tokens: int, vocabulary: int) -> None:
@@ -91,20 +84,6 @@ def _check_vocabulary(artifact: Path, tokens: int, vocabulary: int) -> None:
             artifact.name, found=f"{tokens:,} tokens", expected=f"{vocabulary:,}, as many as the pack's head has rows",
             remedy="Give the pack of the model that it was made from.",
         )  # fmt: skip
-
-
-def _manifest(
-    artifact: Path, form: str, quant: str, entry: str, runtimes: list[str], parameters: int
-) -> PublishedManifest:
-    files = [artifact] if artifact.is_file() else list(artifact.glob("*.safetensors"))
-    nbytes = sum(file.stat().st_size for file in files)
-    # Not validated: its entry is not among files with hashes, as there are none.
-    return PublishedManifest.model_construct(
-        name=artifact.stem,
-        merge=MergeRecord(parameters=parameters),
-        artifacts=[PublishedArtifact(format=form, quant=quant, entry=entry, runtimes=runtimes, bytes=nbytes)],
-        files={},
-    )
 
 
 def read_foreign(

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING
 
 from exporter.backends.base import Backend
 from exporter.backends.pieces import RowRun
-from exporter.backends.weight_reader import (
-    CheckingReader,
-    ImpossibleGroups,
-    ReadingBackend,
-    StoredRows,
-    StoredWeight,
-    WeightReader,
-)
+from exporter.backends.weight_reader import ImpossibleGroups, StoredRows, StoredWeight, WeightReader
 from exporter.backends.writing.checksums import TensorChecksums, row_checksums
 from exporter.errors import ArtifactError
 from exporter.merge.model import MergedModel, MergedTensor
@@ -272,14 +265,13 @@ def by_source(reader: WeightReader) -> dict[str, list[StoredWeight]]:
 def _checker(
     merger: Merger, reader: WeightReader, stored: Mapping[str, Sequence[StoredWeight]], checksums: Mapping[str, str]
 ) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], list[Part]]:
-    """Takes the sums of row blocks, and looks for impossible groups where the reader can. Used by several threads."""
+    """Takes the sums of row blocks, and has the reader look for impossible groups. Used by several threads."""
     import torch
 
     from exporter.inputs.row_blocks import Workspace
     from exporter.merge.merger import merge_noise
 
     workspace = Workspace()
-    checking = reader if isinstance(reader, CheckingReader) else None
 
     def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> list[Part]:
         shape = (block.count, tensor.source.columns)
@@ -296,9 +288,8 @@ def _checker(
     def look(weight: StoredWeight, run: RowRun, merged: torch.Tensor, base: torch.Tensor | None, noise: float) -> Part:
         wanted = weight.arrangement.apply(merged).numpy()
         before = None if base is None else weight.arrangement.apply(base[: run.count]).numpy()
-        rows, impossible_groups = reader.rows(weight, run.stored, run.count), ImpossibleGroups()
-        if checking is not None:
-            impossible_groups = checking.impossible_groups(weight, run.stored, rows, wanted, noise)
+        rows = reader.rows(weight, run.stored, run.count)
+        impossible_groups = reader.impossible_groups(weight, run.stored, rows, wanted, noise)
         sums = block_sums(rows.values, wanted, before, weight, run.source)
         return Part.of(weight, run, rows, sums, impossible_groups, checked=weight.checksum_name in checksums)
 
@@ -325,9 +316,9 @@ def read_weights(
         checksums: see `check_weights`.
         check: holds what is stored against what is known of the model.
     """
-    if backend is None or not isinstance(backend, ReadingBackend):
+    reader = None if backend is None else backend.read(model, quant, entry)
+    if reader is None:
         return None
-    reader = backend.read(model, quant, entry)
     try:
         return check(model, reader, threads, checksums)
     finally:

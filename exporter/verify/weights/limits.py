@@ -3,7 +3,7 @@
 A tensor must keep its type's limits as a whole, and in every group of columns that share a scale: damage to one scale
 or a few rows is lost in the sum over a large tensor. A wrong zero point moves the mean of a row. What the limits cannot
 see is a change that is smaller than what rounding leaves anyway, such as a low mantissa bit of a scale; readers that
-know what their quantizer makes of the merge do (`exporter.backends.weight_reader.CheckingReader`).
+know what their quantizer makes of the merge do (`exporter.backends.weight_reader.WeightReader.impossible_groups`).
 
 Survival of the adapter's change D (see `exporter.verify.weights.sums`) is judged where that says something. The error
 has to do with D where the base itself lies on a grid: each element then goes back to where it was, or over the edge

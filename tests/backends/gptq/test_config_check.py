@@ -30,7 +30,8 @@ PLACE = "config.json: quantization_config"
 
 
 def faults(model: MergedModel, folder: Path, quant: str = "gptq-int4-g32") -> list[str]:
-    reader = load_backend("gptq").read(model, quant, folder)  # type: ignore[attr-defined]
+    reader = load_backend("gptq").read(model, quant, folder)
+    assert reader is not None
     reader.close()
     return list(reader.faults)
 

@@ -31,10 +31,10 @@ def exported(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 
 def faults(model: MergedModel, folder: Path) -> tuple[str, ...]:
-    reader = load_backend("safetensors").read(model, "bf16", folder)  # type: ignore[attr-defined]
+    reader = load_backend("safetensors").read(model, "bf16", folder)
+    assert reader is not None
     reader.close()
-    found: tuple[str, ...] = reader.faults
-    return found
+    return reader.faults
 
 
 def weight_map(folder: Path) -> dict[str, Any]:

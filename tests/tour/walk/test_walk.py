@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.artifact.staging import Staging
-from exporter.backends.base import Finding, Solution
+from exporter.backends.base import Finding, Solution, Writer
 from exporter.backends.hessian import Moments
 from exporter.backends.output_plan import TensorPlan
 from exporter.backends.pieces import Piece, whole
@@ -87,7 +87,7 @@ def hidden_after_layers(model: Any, ids: npt.NDArray[np.int64]) -> torch.Tensor:
     return seen[0]
 
 
-class Observing:
+class Observing(Writer):
     """A writer that keeps what it is told, and refuses rows whose moments it has not seen."""
 
     def __init__(self) -> None:

@@ -20,11 +20,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exporter.backends.base import Backend, Writer
 from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS, library, quantize_rows
 from exporter.backends.gguf.file_types import BLOCK_SIZES
 from exporter.backends.gguf.header_reader import read_header
 from exporter.backends.gguf.imatrix.file import Importance, imatrix_bytes
 from exporter.backends.gguf.weight_reader import GAUSSIAN_ERRORS, tolerance
+from exporter.backends.output_plan import OutputPlan
 from exporter.backends.registry import load_backend
 from exporter.backends.weight_reader import StoredWeight, Tolerance
 from exporter.merge.model import MergedModel
@@ -265,7 +267,8 @@ def test_a_scalar_is_read_back(make_base: Callable[..., Path], tmp_path: Path) -
 
 
 def test_figures_do_not_depend_on_threads(model: MergedModel, files: Callable[[str], Path]) -> None:
-    reader = load_backend("gguf").read(model, "Q4_K_M", files("Q4_K_M"))  # type: ignore[attr-defined]
+    reader = load_backend("gguf").read(model, "Q4_K_M", files("Q4_K_M"))
+    assert reader is not None
     found = [json.dumps(weights_json(check_weights(model, reader, threads))) for threads in (1, 3)]
     reader.close()
     assert found[0] == found[1]
@@ -658,7 +661,8 @@ def test_a_sound_gptq_folder_reads_as_the_plain_one(tmp_path: Path, bits: int, w
     model = merged_model(tmp_path / "base")
     quant = f"gptq-int{bits}-g32"
     assert check(model, made, "gptq", quant).broken == ()
-    reader = load_backend("gptq").read(model, quant, made)  # type: ignore[attr-defined]
+    reader = load_backend("gptq").read(model, quant, made)
+    assert reader is not None
     expected = unpack_script().stored_tensors(plain)
     for name, weight in reader.weights.items():
         values = expected[name].read().reshape(-1, weight.shape[-1])
@@ -667,6 +671,8 @@ def test_a_sound_gptq_folder_reads_as_the_plain_one(tmp_path: Path, bits: int, w
         if len(values) > 48:
             part = reader.rows(weight, 33, 9)
             assert np.array_equal(part.values, values[33:42]), name
+            assert part.encoded is not None
+            assert whole.encoded is not None
             assert np.array_equal(part.encoded, whole.encoded[33:42]), name
 
 
@@ -744,10 +750,19 @@ def test_a_gptq_folder_that_contradicts_itself_is_flagged(packed: tuple[MergedMo
 
 
 def test_a_format_without_a_reader_is_not_looked_at(model: MergedModel, tmp_path: Path) -> None:
-    class Other:
+    class Other(Backend):
         name = "other"
 
-    assert read_weights(Other(), model, "Q", tmp_path, threads=1, checksums={}) is None  # type: ignore[arg-type]
+        def default_quant(self, model: MergedModel) -> str:
+            raise NotImplementedError
+
+        def plan(self, model: MergedModel, quant: str, options: Any, *, verified: bool = False) -> OutputPlan:
+            raise NotImplementedError
+
+        def open(self, plan: OutputPlan, folder: Path, *, resume: bool) -> Writer:
+            raise NotImplementedError
+
+    assert read_weights(Other(), model, "Q", tmp_path, threads=1, checksums={}) is None
 
 
 def test_a_change_that_was_left_out_is_no_negative_zero() -> None:

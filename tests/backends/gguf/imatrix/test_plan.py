@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.backends.base import FinishingWriter, ObservingWriter
+from exporter.backends.base import overrides
 from exporter.backends.gguf.backend import GgufBackend, open_file, plan_file
 from exporter.backends.gguf.blocks.ggml import TYPE_NUMBERS, library
 from exporter.backends.gguf.encoder import make_encoder
@@ -236,8 +236,7 @@ def test_a_matrix_that_fills_while_writing_makes_the_bytes_of_a_known_one(
 def test_a_matrix_that_was_measured_only_in_part_is_not_saved(model: MergedModel, tmp_path: Path) -> None:
     plan = _plan(model, "Q4_K_M", "auto")
     writer = GgufBackend().open(plan, tmp_path, resume=False)
-    assert isinstance(writer, ObservingWriter)
-    assert isinstance(writer, FinishingWriter)
+    assert overrides(writer, "observe")
     for tensor in plan.tensors:
         if plan.calibrated.intersection(tensor.sources) and tensor.name != "blk.1.ffn_up.weight":
             writer.observe(tensor, tensor.pieces[0], np.ones(tensor.columns), 5)

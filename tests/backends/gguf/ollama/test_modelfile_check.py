@@ -29,7 +29,8 @@ def exported(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 
 def faults(model: MergedModel, file: Path) -> list[str]:
-    reader = load_backend("gguf").read(model, "Q8_0", file)  # type: ignore[attr-defined]
+    reader = load_backend("gguf").read(model, "Q8_0", file)
+    assert reader is not None
     reader.close()
     return list(reader.faults)
 
