@@ -1,4 +1,4 @@
-"""Rough figures for the plan: memory and time. Measured with scripts/benchmark.py; docs/performance.md has the runs."""
+"""Rough figures for the plan: memory and time. Measured by scripts/benchmarks/export.py, see docs/performance.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exporter.tour.walk.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_
 _RESIDENT_BYTES = 250 << 20
 # Interpreter, torch, transformers and peft.
 _WALK_RESIDENT_BYTES = 480 << 20
-# Of a walk: what the allocator keeps. A 14B took 10 % more than the sum of its parts (scripts/benchmark_tour.py).
+# Of a walk: what the allocator keeps. A 14B took 10 % more than the sum of its parts (scripts/benchmarks/tour.py).
 _MARGIN = 1.15
 # Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
 _BLOCK_FACTOR = 5
