@@ -1,4 +1,4 @@
-"""The gate's limits by size of the model, format and type; docs/quality.md has what the defaults rest on."""
+"""The gate's limits by size of the model, format and type; docs/measurements has what the defaults rest on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Gate:
     size_class: SizeClass = "below_1b"
 
 
-# Defaults below 1 B; docs/quality.md has the measurements that they rest on.
+# Defaults below 1 B; docs/measurements has the measurements that they rest on.
 _MEASURED: Mapping[str, Gate] = {
     "gguf F32": Gate(0.002, 0.98, 0.001),
     "gguf F16": Gate(0.003, 0.97, 0.001),
@@ -84,8 +84,8 @@ _MEASURED: Mapping[str, Gate] = {
     for group in GROUP_SIZES
 }
 # Limits on the change and on the KL divergence from 1 B on, where published figures allow stricter ones: 2.5 times the
-# larger published figure, rounded up to two digits, and no less than 0.5 % of change; docs/quality.md has the figures,
-# and what those of GPTQ rest on.
+# larger published figure, rounded up to two digits, and no less than 0.5 % of change; docs/measurements has the
+# figures, and what those of GPTQ rest on.
 _PUBLISHED: Mapping[str, tuple[float, float]] = {
     "gguf Q8_0": (0.005, 0.0034),
     "gguf Q6_K": (0.013, 0.01),
@@ -111,7 +111,7 @@ _PUBLISHED: Mapping[str, tuple[float, float]] = {
     for bits, limits in ((4, (0.100, 0.10)), (3, (0.410, 0.31)))
 }
 # The largest share of the full KL divergence that the form over vLLM's 20 likeliest tokens was measured to be, 0.942,
-# rounded up; docs/quality.md has the others.
+# rounded up; docs/measurements has the others.
 TOP_K_SHARE = 0.95
 
 

@@ -1,4 +1,4 @@
-"""Score every type of every format on one model, and print the table that docs/quality.md shows.
+"""Score every type of every format on one model, and print the table that docs/measurements shows.
 
     python -m scripts.measurements.quality --base DIR [--adapter DIR] --work DIR [--tokens 4096] \\
         [--formats gguf] [--types …]

@@ -1,4 +1,4 @@
-"""The stored weights of published folders beside their limits: what docs/quality.md says of sound ones.
+"""The stored weights of published folders beside their limits: what docs/measurements says of sound ones.
 
     python -m scripts.measurements.weight_figures FOLDER… --base DIR [--adapter DIR] [--json FILE]
     python -m scripts.measurements.weight_figures FOLDER… --reference PACK [--json FILE]

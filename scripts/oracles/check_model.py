@@ -2,7 +2,7 @@
 
     python -m scripts.oracles.check_model --base DIR --adapter DIR --work DIR [--types Q4_K_M Q8_0] [--imatrix FILE]
 
-Prints, for docs/quality.md: the share of bit-equal elements of the safetensors output against peft's float32 merge
+Prints, for docs/measurements: the share of bit-equal elements of the safetensors output against peft's float32 merge
 rounded once; for every GGUF type the tensors, blocks and elements that differ from converter + llama-quantize of that
 merge, and the metadata keys that do; and the perplexity of one type beside llama-perplexity's on the same file and
 text. With an importance matrix both sides quantize with it, and the types that need one are in the table too; without,

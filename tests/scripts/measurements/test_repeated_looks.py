@@ -41,8 +41,8 @@ def test_a_figure_that_must_be_at_least_its_limit_is_mirrored() -> None:
 
 
 def stated(name: str) -> tuple[float, float]:
-    """What docs/quality.md has of means of that kind: shares that passed by the first look and by the last."""
-    text = (Path(__file__).resolve().parents[3] / "docs" / "quality.md").read_text(encoding="utf-8")
+    """What docs/measurements has of means of that kind: shares that passed by the first look and by the last."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "measurements" / "intervals.md").read_text(encoding="utf-8")
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | ") and line.count("%") >= 6)
     cells = [cell.strip() for cell in row[1:-1].split("|")]
     once, thrice = (float(cells[number].removesuffix(" %")) / 100 for number in (1, 3))
