@@ -31,6 +31,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_scripts_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
+    if page.name == "CHANGELOG.md":
+        # It has names that were.
+        text = text.partition("## [Unreleased]")[0]
     for module in re.findall(r"-m (scripts(?:\.\w+)+)", text):
         if module.split(".")[1].islower():
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
