@@ -61,9 +61,9 @@ class Staging:
             os.close(lock)
             raise StagingInUseError(
                 str(self._folder),
-                found="another run that writes there",
+                found="another run that writes to this output",
                 expected="one run at a time",
-                remedy="Wait for it, or choose another --out.",
+                remedy="Wait until that run ends, or choose another --out.",
             ) from None
         return lock
 
@@ -155,5 +155,8 @@ class Staging:
 def _refuse_existing(out: Path, force: bool) -> None:
     if os.path.lexists(out) and not force:
         raise OutputExistsError(
-            str(out), found="a file or folder", expected="nothing there", remedy="Choose another --out, or use --force."
+            str(out),
+            found="a file or folder",
+            expected="a path that does not exist yet",
+            remedy="Choose another --out, or use --force.",
         )

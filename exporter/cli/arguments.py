@@ -63,8 +63,8 @@ def recipe_from(
         if force_unservable or any(value is not None and value != [] for value in given):
             raise RecipeError(
                 str(recipe_file),
-                found="a recipe and options beside it",
-                expected="one of the two (only --force, --no-verify, --no-answers, --keep-reference go with it)",
+                found="a recipe file together with options",
+                expected="a recipe file alone (it takes only --force, --no-verify, --no-answers and --keep-reference)",
                 remedy="Put the options into the recipe.",
             )
         recipe = Recipe.load(recipe_file)
@@ -154,7 +154,7 @@ def check_files_only(**others: Any) -> None:
     given = _options_of(others)
     if given:
         raise RecipeError(
-            "--files-only", found=f"{given} beside it", expected="no option of scoring: nothing is scored",
+            "--files-only", found=f"{given} together with it", expected="no option of scoring, as nothing is scored",
             remedy=f"Leave out {given}, or --files-only.",
         )  # fmt: skip
 
@@ -178,14 +178,14 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
         if others["base"] is None:
             raise RecipeError(
                 "--base", found="nothing", expected="--base with --adapter, or --reference",
-                remedy="Say what to judge the artifact by.",
+                remedy="Give the base and adapter, or a reference pack, to judge the artifact by.",
             )  # fmt: skip
         return
     given = _options_of(others)
     if given:
         raise RecipeError(
-            f"--reference {reference}", found=f"{given} beside it",
-            expected="the pack alone, which holds what is scored and asked", remedy=f"Leave out {given}.",
+            f"--reference {reference}", found=f"{given} together with it",
+            expected="the pack alone, which has the tokens to score and the prompts", remedy=f"Leave out {given}.",
         )  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def _gates(texts: list[str]) -> dict[str, Any]:
         known = gates.get(kind, {})
         if isinstance(known, float) or name in known or (known and not name):
             raise RecipeError(
-                "--gate", found=f"two values for {kind}", expected="one, or limits by name, each once",
+                "--gate", found=f"two values for {kind}", expected="one limit, or several by name, each once",
                 remedy="Leave one out.",
             )  # fmt: skip
         gates[kind] = {**known, name: limit} if name else limit

@@ -63,7 +63,7 @@ def measure_folders(folders: Sequence[Path], device: str, reporter: Reporter) ->
             opening = runtime.session(artifact.path(folder).resolve(), PROMPT_TOKENS + OUTPUT_TOKENS)
             if opening is None:
                 raise RuntimeScoreError(
-                    f"runtime {name}", found="one that only scores", expected="one that answers",
+                    f"runtime {name}", found="a runtime that only scores", expected="one that answers prompts",
                     remedy="Leave --speed out.",
                 )  # fmt: skip
             with opening as session:

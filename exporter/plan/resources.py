@@ -62,15 +62,15 @@ def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...
         if not all(above.is_dir() for above in out.parents if above.exists()):
             raise OverlappingPathsError(
                 str(given),
-                found="a file on the way",
-                expected="folders down to it",
+                found="a file where a folder must be",
+                expected="only folders above the output",
                 remedy="Choose another --out.",
             )
         if os.path.lexists(out) and not recipe.force:
             raise OutputExistsError(
                 str(given),
                 found="a file or folder",
-                expected="nothing there",
+                expected="a path that does not exist yet",
                 remedy="Choose another --out, or use --force to replace it.",
             )
         # A failed gate replaces OUT.rejected, and a run works in .OUT.staging.
@@ -82,7 +82,7 @@ def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...
                     raise OverlappingPathsError(
                         str(given),
                         found=f"an output that overlaps {name}",
-                        expected="files and folders apart from each other",
+                        expected="no input or output inside another",
                         remedy="Choose another --out.",
                     )
 

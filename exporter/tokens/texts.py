@@ -110,8 +110,8 @@ def _dataset_records(dataset: str) -> Iterator[Any]:
     except ImportError:
         raise RecipeError(
             f"dataset {dataset}",
-            found="no package datasets",
-            expected="it, to read from the hub",
+            found="the package datasets is not installed",
+            expected="the package, which reads datasets of the hub",
             remedy="pip install 'exporter[datasets]', or give a .txt or .jsonl file with --calibration.",
         ) from None
     name, _, split = dataset.partition("#")[0].partition(":")
@@ -176,7 +176,7 @@ def _render(messages: list[Any], tools: Any, tokenizer: TokenizerFiles, where: s
         raise RecipeError(
             where,
             found=_printable(f"a conversation that the template refuses ({error})"),
-            expected="one that it renders",
+            expected="messages that the chat template renders",
             remedy="Correct the messages.",
         ) from None
     return str(rendered[0])
