@@ -6,7 +6,7 @@ The same file, the same tokens, in one run. llama-perplexity's first pass writes
 the merge (F16: on a CPU the fastest of those that are not quantized), its second compares with them. The exporter gets
 base and adapter, walks through them in float32, and keeps hidden states in place of log-probabilities; with a reference
 pack it takes those from the disk. `verify` also hashes the files and checks the stored weights, which llama-perplexity
-does not do; answers are left out. Making the GGUF files is not counted.
+does not do. Answers are left out. The time of making the GGUF files does not count.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""How often the 95 % intervals of real windows hold what they should: scored once, then drawn again and again.
+"""How often the 95 % intervals of real windows hold the mean: scores once, then draws again and again.
 
     python -m scripts.measurements.interval_coverage --base .cache/demo/base --adapter .cache/demo/adapter FILE.gguf \\
         [--windows 160]
 
 The windows are those of the embedded text that an export would score, but more of them. Their mean over all is taken
-for the truth. Of 8, 16 and 32 windows, drawn with replacement, so that each is a draw of its own, it is counted how
-often each of three intervals holds it: one that takes every position for an independent draw, one by windows with the
-normal quantile, and the one that `exporter.verify.scores.intervals` gives, with how often it lies wholly below and
-above.
+for the truth. The script draws 8, 16 and 32 windows with replacement, so that draws are independent. It counts how
+often each of three intervals holds the truth: one that takes every position for an independent draw, one by windows
+with the normal quantile, and that of `exporter.verify.scores.intervals`. For the last it also counts how often it lies
+wholly below and above.
 
-Runs of windows that follow each other in the text are counted too: they are of like text, and hold the mean of all of
-it less often.
+It counts runs of windows that follow each other in the text too. Their text is alike, so their intervals hold the mean
+of the whole text less often.
 """
 
 from __future__ import annotations

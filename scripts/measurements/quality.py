@@ -3,10 +3,10 @@
     python -m scripts.measurements.quality --base DIR [--adapter DIR] --work DIR [--tokens 4096] \\
         [--formats gguf] [--types …]
 
-One run of the exporter for every type, so that all are compared with the same reference on the same tokens. The text
-is the docstrings of Python's standard library, which neither the demo's nor the real model's adapter was trained on;
-what needs calibration takes it from the same text, further on. GPTQ is scored by transformers, which needs
-`make gptqmodel`. Removes what it wrote.
+One run of the exporter makes every type, so that all are compared with the same reference on the same tokens. The text
+is the docstrings of Python's standard library. Neither the demo's nor the real model's adapter was trained on it.
+Calibration tokens come from the same text, further on. transformers scores GPTQ, which needs `make gptqmodel`. The
+script removes its files.
 """
 
 from __future__ import annotations

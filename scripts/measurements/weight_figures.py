@@ -1,10 +1,10 @@
-"""The stored weights of published folders beside their limits: what docs/measurements says of sound ones.
+"""The stored weights of published folders beside their limits: the figures of sound ones in docs/measurements.
 
     python -m scripts.measurements.weight_figures FOLDER… --base DIR [--adapter DIR] [--json FILE]
     python -m scripts.measurements.weight_figures FOLDER… --reference PACK [--json FILE]
 
-Reads every artifact back and holds it against base and adapter, as `exporter verify --files-only` does, but prints
-the figures where that prints what is wrong:
+Reads every artifact back and compares it with base and adapter, as `exporter verify --files-only` does. That command
+prints faults; this script prints the figures:
 
 - by stored type the largest relative error of a tensor and of a group, and how far the scale of a group and the mean of
   a row are off at most, each with its limit in brackets and as a share of it (of the tensor that takes the most of it);

@@ -1,12 +1,12 @@
-"""Hold the exporter's files for one model against what peft and llama.cpp make of the same inputs.
+"""Compare the exporter's files of one model with those that peft and llama.cpp make from the same inputs.
 
     python -m scripts.oracles.check_model --base DIR --adapter DIR --work DIR [--types Q4_K_M Q8_0] [--imatrix FILE]
 
 Prints, for docs/measurements: the share of bit-equal elements of the safetensors output against peft's float32 merge
-rounded once; for every GGUF type the tensors, blocks and elements that differ from converter + llama-quantize of that
-merge, and the metadata keys that do; and the perplexity of one type beside llama-perplexity's on the same file and
-text. With an importance matrix both sides quantize with it, and the types that need one are in the table too; without,
-they are left out. One type at a time, so that two sets of files never lie on the disk. Removes what it wrote.
+rounded once. For every GGUF type it prints the tensors, blocks, elements and metadata keys that differ from converter +
+llama-quantize of that merge. It prints the perplexity of one type beside llama-perplexity's on the same file and text.
+With an importance matrix both sides quantize with it, and the table has the types that need one. The script makes one
+type at a time, so that two sets of files never lie on the disk, and removes its files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A copy of an artifact that is damaged on purpose: its tensors, metadata and JSON files, and a manifest that fits.
+"""Damages a copy of an artifact on purpose: its tensors, metadata and JSON files. Makes the manifest fit.
 
-Files are links to the sound artifact's until something in them is changed, so that a large model does not fill the
-disk. Hashes and sizes of what was changed go into `export.json` again: a faulty exporter is simulated, not a disk.
-Checksums that weights had as they were encoded are left out of it, as a fault of the encoder would be in them too; they
-stay if the fault is one that comes after it.
+Files are links to the sound artifact's until something in them changes, so that a large model does not fill the disk.
+Hashes and sizes of changed files go into `export.json` again: this simulates a faulty exporter and not a faulty disk.
+A fault of the encoder would be in the encoder's checksums too, so `export.json` has none. They stay if the fault comes
+after the encoder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The faults that scripts/sabotage/sabotage.py makes. One more fault is one more entry of `FAULTS`.
 
-A fault is a function that damages a copy of an artifact, or another set of inputs that the artifact is exported from
-(`made`), or both. `judged` is what it is held against.
+A fault is a function that damages a copy of an artifact, or other inputs (`made`) to export the artifact from, or both.
+Verification gets the inputs `judged`.
 """
 
 from __future__ import annotations
