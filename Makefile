@@ -115,8 +115,8 @@ verify: $(READY) $(NEEDS)  ## Check and score a published folder again.
 
 demo: $(DEMO)/demo.json  ## Make the demo model and its adapter (under 2 minutes).
 
-$(DEMO)/demo.json: $(READY) scripts/make_demo.py
-	@$(BIN)/python scripts/make_demo.py $(DEMO)
+$(DEMO)/demo.json: $(READY) $(wildcard scripts/demo/*.py)
+	@$(BIN)/python -m scripts.demo.make_demo $(DEMO)
 	@touch $@
 
 browser:  ## Install Chromium, which the tests of the report open it in (Debian and Ubuntu).
@@ -146,16 +146,16 @@ types: $(READY)  ## Strict types.
 
 bench: $(READY)  ## Measure speed and memory against the usual tools (BASE and ADAPTER: a real model).
 	@test -n "$(BASE)" -a -n "$(ADAPTER)" || { echo "make bench BASE=… ADAPTER=… (a real model and its adapter)"; exit 2; }
-	@$(BIN)/python scripts/benchmark.py merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
+	@$(BIN)/python -m scripts.benchmarks.export merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
 
 bench-gptq: $(READY)  ## Measure our GPTQ against GPTQModel's (BASE and ADAPTER; after `make gptqmodel`).
 	@test -n "$(BASE)" -a -n "$(ADAPTER)" || { echo "make bench-gptq BASE=… ADAPTER=… (a real model and its adapter)"; exit 2; }
-	@$(BIN)/python scripts/benchmark_gptq.py --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
+	@$(BIN)/python -m scripts.benchmarks.gptq --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) $(ARGS)
 
 gpu-check: $(READY) $(DEMO)/demo.json  ## On a machine with CUDA: the gpu tests; with BASE and ADAPTER the benchmarks too.
 	@$(BIN)/pytest -m gpu $(ARGS)
-	@test -z "$(BASE)" || $(BIN)/python scripts/benchmark.py merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda
-	@test -z "$(BASE)" || $(BIN)/python scripts/benchmark_gptq.py --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda --windows 64
+	@test -z "$(BASE)" || $(BIN)/python -m scripts.benchmarks.export merge --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda
+	@test -z "$(BASE)" || $(BIN)/python -m scripts.benchmarks.gptq --base $(BASE) --adapter $(ADAPTER) --work $(BENCH_WORK) --device cuda --windows 64
 
 clean:  ## Remove caches, outputs and the demo; keeps the virtual environment.
 	@rm -rf out build .cache/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info plugins/*/build plugins/*/*.egg-info

@@ -1,7 +1,7 @@
-"""One tree of errors. Each names the thing, what was found, what was expected and what to do next.
+"""The errors of this package. Each names the thing, what was found, what was expected and what to do next.
 
-The exit status of the command line is part of the class: 1 failed on the way, 2 refused (arguments or inputs, nothing
-is left written), 3 the gate failed.
+Each class has the exit status of the command line: 1 failed on the way; 2 refused, because arguments or inputs are
+wrong, and nothing is left written; 3 the gate failed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class ExporterError(Exception):
 
     Args:
         thing: the tensor, key, file or argument that the error is about.
-        found: what is there.
-        expected: what should be there.
+        found: the wrong value or state.
+        expected: the right one.
         remedy: what the reader can do about it.
     """
 
@@ -51,15 +51,15 @@ class UnknownQuantizationError(RefusalError):
 
 
 class UnservableError(RefusalError):
-    """No server would take what was asked for."""
+    """No server takes the output that was asked for."""
 
 
 class DeviceUnavailableError(RefusalError):
-    """The device that was asked for is not on this machine."""
+    """This machine does not have the device that was asked for."""
 
 
 class OutputExistsError(RefusalError, FileExistsError):
-    """The output path exists and replacing it was not asked for."""
+    """The output path exists, and the run may not replace it."""
 
 
 class OverlappingPathsError(RefusalError):
@@ -75,7 +75,7 @@ class NotEnoughMemoryError(RefusalError):
 
 
 class OutOfMemoryError(NotEnoughMemoryError):
-    """Memory ran out on the way, against the estimate; what is staged stays."""
+    """Memory ran out on the way, against the estimate. The staged files stay."""
 
     exit_status = 1
 
@@ -92,11 +92,11 @@ class HubError(RefusalError):
 
 
 class CheckpointError(RefusalError):
-    """A checkpoint cannot be read as it is."""
+    """A checkpoint cannot be read."""
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
-    """A file that the checkpoint needs is not there: a folder, a config, a shard."""
+    """A file or folder that the checkpoint needs is missing: a config, a shard."""
 
 
 class MissingShardError(MissingFileError):
@@ -116,7 +116,7 @@ class UnsafePathError(CheckpointError):
 
 
 class QuantizedBaseError(RefusalError):
-    """The base is already quantized; merging into it would lose the tune."""
+    """The base is already quantized. Merging into it would lose the adapter's change."""
 
 
 class NonFiniteTensorError(RefusalError):
@@ -140,7 +140,7 @@ class UnexpectedTensorError(RefusalError):
 
 
 class OverflowRefusedError(RefusalError, OverflowError):
-    """A merged value does not fit the type that was asked for."""
+    """A merged value is beyond the range of the output's type."""
 
 
 # --- adapter -------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class UnsupportedAdapterError(AdapterError):
 
 
 class AdapterTargetError(AdapterError):
-    """An adapter tensor has no base tensor to go to."""
+    """The base has no tensor for a tensor of the adapter."""
 
 
 class AdapterShapeError(AdapterError):
@@ -182,15 +182,15 @@ class WriteError(ExporterError, OSError):
 
 
 class BackendError(ExporterError):
-    """A backend broke the protocol, or the library behind it failed."""
+    """A backend broke its interface, or the library behind it failed."""
 
 
 class RuntimeScoreError(ExporterError):
-    """The serving runtime could not load or score the artifact: its verdict, where artifacts are verified."""
+    """The runtime could not load or score the artifact. In verification this fails the artifact."""
 
 
 class RuntimeUnavailableError(RuntimeScoreError):
-    """The runtime is not here, does not answer, or has no memory left: nothing that tells of an artifact."""
+    """The runtime is missing, does not answer, or is out of memory. This is not the artifact's fault."""
 
 
 class ArtifactError(RefusalError):

@@ -1,6 +1,6 @@
 """Take a picture of a report, as docs/ has some.
 
-    python scripts/picture.py FOLDER/report.html OUT.png [--width 1440] [--height 1000] [--dark]
+    python -m scripts.picture FOLDER/report.html OUT.png [--width 1440] [--height 1000] [--dark]
 
 Opens the page in Chromium (`make browser`) and saves what a screen of that size shows of it.
 """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 
 from exporter.runtimes.vllm.runtime import ENVIRONMENT
+from scripts.demo.make_demo import make_demo
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,13 +44,7 @@ def demo() -> Path:
     """The demo folder (base/, adapter/, demo.json), made once and kept in the cache."""
     folder = ROOT / ".cache" / "demo"
     if not (folder / "demo.json").is_file():
-        spec = importlib.util.spec_from_file_location("make_demo", ROOT / "scripts" / "make_demo.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["make_demo"] = module
-        spec.loader.exec_module(module)
-        module.make_demo(folder)
+        make_demo(folder)
     return folder
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,23 +16,15 @@ from exporter.backends.gptq.bit_packing import CheckpointFormat, pack
 from exporter.backends.gptq.solver.grid import Grid
 from exporter.backends.gptq.solver.solver import dequantize, round_to_nearest
 from exporter.libraries.gptqmodel import missing_packages
+from scripts.oracles import unpack_gptq
 from tests.models import make_base
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "unpack_gptq.py"
 
 needs_gptqmodel = pytest.mark.skipif(bool(missing_packages()), reason="no gptqmodel: run `make gptqmodel`")
 
 
 def unpack_script() -> ModuleType:
-    """scripts/unpack_gptq.py, loaded by its path."""
-    if "unpack_gptq" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("unpack_gptq", SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["unpack_gptq"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["unpack_gptq"]
+    """scripts/oracles/unpack_gptq.py, which knows nothing of this package's writer."""
+    return unpack_gptq
 
 
 def make_gptq(

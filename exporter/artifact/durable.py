@@ -1,4 +1,4 @@
-"""Write files such that they survive a crash: write, sync, rename."""
+"""Writes files so that they survive a crash: write, sync, rename."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def sync_tree(folder: Path) -> None:
 
 
 def json_document(value: Any) -> bytes:
-    """JSON as it is stored: indented, so that two versions of a file can be compared line by line."""
+    """JSON as files store it: indented, so that two versions of a file can be compared line by line."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""The files of a folder that was published: the size and hash that are on record for each, and the check of both."""
+"""The recorded size and hash of each file of a published folder, and the check of both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FileRecord(BaseModel):
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name relative to a folder is of something inside it."""
+    """Whether a name relative to a folder stays inside the folder."""
     path = PurePath(name)
     return not path.is_absolute() and ".." not in path.parts
 
@@ -27,16 +27,16 @@ def is_inside(name: str) -> bool:
 def check_files(
     folder: Path, files: Mapping[str, FileRecord], *, error: type[ArtifactError] = ArtifactError, remedy: str = "export"
 ) -> None:
-    """Every file on record must be there, with its size and hash.
+    """Check that every file on record is there, with its size and hash.
 
     Args:
         folder: where they are.
-        files: what is on record, by name.
-        error: what to raise.
+        files: the records, by name.
+        error: the error to raise.
         remedy: how the reader makes the folder again, as in "copy or export it again".
 
     Raises:
-        ArtifactError: one is not.
+        ArtifactError: a file is missing or differs.
     """
     for name, record in files.items():
         file = folder / name

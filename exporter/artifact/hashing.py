@@ -1,6 +1,6 @@
-"""Hashes of the input files, taken in the background while the tour reads the same files.
+"""Hashes the input files in the background while the tour reads the same files.
 
-A file is hashed when the tour gets to it, so its pages come from the disk once and serve both.
+A file is hashed when the tour gets to it. So its pages come from the disk once and serve both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ HASH_CHUNK_BYTES = 1 << 22
 
 
 def sha256(file: Path, *, direct: bool = False) -> str:
-    """SHA-256 of a file, hexadecimal, read in bounded chunks, the next one while this one is hashed.
+    """SHA-256 of a file, hexadecimal. Reads bounded chunks, the next one while this one is hashed.
 
     Args:
         file: the file.
-        direct: read what is on the disk, past the page cache, where the file system can (Linux, O_DIRECT).
+        direct: read from the disk, past the page cache, if the file system can (Linux, O_DIRECT).
     """
     try:
         return _sha256(file, direct)
@@ -34,7 +34,7 @@ def sha256(file: Path, *, direct: bool = False) -> str:
 
 def _sha256(file: Path, direct: bool) -> str:
     digest = hashlib.sha256()
-    # Pages of their own are aligned as direct reads want them.
+    # An anonymous mapping is aligned to pages, as direct reads require.
     buffers = [mmap.mmap(-1, HASH_CHUNK_BYTES) for _ in range(2)]
     descriptor = _open_for_hashing(file, direct)
     try:
@@ -75,19 +75,19 @@ class InputHasher:
         self._hashes: dict[Path, Future[str]] = {}
 
     def reach(self, file: Path) -> None:
-        """Queue a file if it has not been yet."""
+        """Queue a file, if it is not queued yet."""
         if file not in self._hashes:
             self._hashes[file] = self._pool.submit(sha256, file)
 
     def finish(self, files: Iterable[Path]) -> dict[Path, str]:
-        """Hash whatever is left of `files`, wait, and return the hash of each."""
+        """Hash the rest of `files`, wait, and return the hash of each."""
         wanted = list(files)
         for file in wanted:
             self.reach(file)
         return {file: self._hashes[file].result() for file in wanted}
 
     def close(self) -> None:
-        """Drop what has not begun."""
+        """Drop the files whose hashing has not begun."""
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -1,4 +1,4 @@
-"""The inputs as `export.json` and `reference.json` describe them: where they came from, and the hash of every file."""
+"""Describes the inputs for `export.json` and `reference.json`: their source, and the hash of every file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def role_of(adapter: int) -> str:
 
 
 def model_files(model: MergedModel) -> list[tuple[str, Path]]:
-    """Every file that decides what the trained model is and how it reads text: its role (`base`, `adapter`,
-    `adapter.1`, …) and its path."""
+    """Every file that decides the trained model or how it reads text.
+
+    Gives the role of each (`base`, `adapter`, `adapter.1`, …) and its path."""
     base = model.base.folder
     files = [("base", base / name) for name in ("config.json", INDEX_NAME) if (base / name).is_file()]
     files += [("base", shard) for shard in model.base.shards]
@@ -41,9 +42,9 @@ def describe_inputs(
     """The base, then the adapters in their order, as JSON.
 
     Args:
-        base: where the base came from.
-        adapters: where the adapters came from.
-        model: what was made of them.
+        base: the base's source.
+        adapters: the adapters' sources.
+        model: the merged model.
         files: the files to name, with their roles.
         hashes: SHA-256 of each of them.
     """
@@ -71,7 +72,7 @@ def _source(source: Source) -> dict[str, Any]:
 
 
 def adapter_summary(adapter: Adapter) -> dict[str, Any]:
-    """What kind of adapter it is: method, ranks, scales, number and kinds of targets."""
+    """An adapter in short: method, ranks, scales, number and kinds of targets."""
     updates = adapter.updates.values()
     return {
         "method": "rslora" if adapter.config.get("use_rslora") else "lora",

@@ -1,7 +1,7 @@
-"""The staging folder: everything is written beside the target, made durable, and renamed at the end.
+"""The staging folder: a run writes everything beside the target, makes it durable, and renames it at the end.
 
 A run that is killed leaves only the staging folder, whose name starts with a dot. It holds a key of the plan and a
-journal of the tensors that are on the disk; a later run with the same plan goes on from there, any other starts anew.
+journal of the tensors that are on the disk. A later run with the same plan goes on from there; any other starts anew.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Staging:
 
     Attributes:
         out: the folder that publishing creates.
-        key: identifies what it is for.
-        files: where the artifact's files are written.
-        scratch: for what a run needs to go on after a kill, and no artifact; it goes with the staging folder.
+        key: identifies the plan that it is for.
+        files: the folder of the artifact's files.
+        scratch: the folder of files that only a resumed run needs; it is removed with the staging folder.
         resumed: whether an earlier run's work was found and fits the plan.
     """
 
@@ -61,9 +61,9 @@ class Staging:
             os.close(lock)
             raise StagingInUseError(
                 str(self._folder),
-                found="another run that writes there",
+                found="another run that writes to this output",
                 expected="one run at a time",
-                remedy="Wait for it, or choose another --out.",
+                remedy="Wait until that run ends, or choose another --out.",
             ) from None
         return lock
 
@@ -72,7 +72,7 @@ class Staging:
         return stored.is_file() and stored.read_text(encoding="utf-8") == key and self.files.is_dir()
 
     def _reset(self, key: str) -> None:
-        # The key goes first: a journal must not outlive the files that it vouches for, whenever this run is killed.
+        # The key goes first, as no run trusts a journal without one: a kill leaves none that vouches for lost files.
         (self._folder / "key").unlink(missing_ok=True)
         (self._folder / "journal").unlink(missing_ok=True)
         sync_folder(self._folder)
@@ -94,16 +94,17 @@ class Staging:
         return done
 
     def done(self, artifact: str) -> set[str]:
-        """Names of an artifact's tensors that this run or an earlier one brought to the disk."""
+        """Names of an artifact's tensors that are on the disk, written by this run or an earlier one."""
         return {tensor for label, tensor in self._done if label == artifact}
 
     def checksums(self, artifact: str) -> dict[str, str]:
-        """Checksums of an artifact's tensors that are done, by name, as far as they were taken."""
+        """Checksums of an artifact's finished tensors that have one, by name."""
         return {tensor: found for (label, tensor), found in self._done.items() if label == artifact and found}
 
     def record(self, entries: Iterable[tuple[str, str, str | None]]) -> None:
-        """Note tensors as done, by artifact, name and checksum, if one was taken. Their data must be on the disk
-        already."""
+        """Note tensors as done, by artifact, name and checksum (if it has one).
+
+        Their data must be on the disk already."""
         noted = list(entries)
         # A leading newline closes whatever half a line a killed run left.
         self._journal.write("\n" + "\n".join(json.dumps(entry) for entry in noted) + "\n")
@@ -117,7 +118,7 @@ class Staging:
         return self.out
 
     def reject(self) -> Path:
-        """Keep the files under `OUT.rejected` and leave the output path alone; an older rejected folder is replaced."""
+        """Keep the files under `OUT.rejected`, in place of an older rejected folder. The output path stays as it is."""
         target = self.out.parent / f"{self.out.name}.rejected"
         self._move(target, replace=True)
         return target
@@ -154,5 +155,8 @@ class Staging:
 def _refuse_existing(out: Path, force: bool) -> None:
     if os.path.lexists(out) and not force:
         raise OutputExistsError(
-            str(out), found="a file or folder", expected="nothing there", remedy="Choose another --out, or use --force."
+            str(out),
+            found="a file or folder",
+            expected="a path that does not exist yet",
+            remedy="Choose another --out, or use --force.",
         )

@@ -29,7 +29,7 @@ def named_faults(faults: Sequence[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far values of a type may be from the merge; measured, docs/quality.md has the runs.
+    """How far values of a type may be from the merge; measured, docs/measurements has the runs.
 
     Attributes:
         error: largest relative error of a tensor: |stored - merged| / |merged|, Frobenius norms.

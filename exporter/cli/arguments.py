@@ -1,4 +1,4 @@
-"""What recipe, evaluation and execution the options of the command line make."""
+"""Makes a recipe, an evaluation and an execution from the options of the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that make a recipe, out of a command's locals."""
+    """Select the arguments that make a recipe from a command's locals."""
     names = (
         "recipe_file", "base", "adapter", "format_", "quant", "out", "name", "calibration", "calibration_tokens",
         "window", "seed", "eval_tokens", "max_eval_tokens", "eval_window", "gate", "no_verify", "no_answers", "force",
@@ -63,8 +63,8 @@ def recipe_from(
         if force_unservable or any(value is not None and value != [] for value in given):
             raise RecipeError(
                 str(recipe_file),
-                found="a recipe and options beside it",
-                expected="one of the two (only --force, --no-verify, --no-answers, --keep-reference go with it)",
+                found="a recipe file together with options",
+                expected="a recipe file alone (it takes only --force, --no-verify, --no-answers and --keep-reference)",
                 remedy="Put the options into the recipe.",
             )
         recipe = Recipe.load(recipe_file)
@@ -116,7 +116,7 @@ def reference_recipe_from(
     compute_dtype: str | None,
     reference_dtype: str | None,
 ) -> ReferenceRecipe:
-    """What a reference pack is made from.
+    """Make the recipe of a reference pack from options.
 
     Raises:
         RecipeError: an option that is needed is not given, or a value is wrong.
@@ -143,33 +143,33 @@ def reference_recipe_from(
 
 
 def check_files_only(**others: Any) -> None:
-    """Nothing is scored where only files are compared.
+    """Check that no option of scoring is beside `--files-only`, which scores nothing.
 
     Args:
         others: the options of scoring, by name.
 
     Raises:
-        RecipeError: one is given.
+        RecipeError: there is one.
     """
     given = _options_of(others)
     if given:
         raise RecipeError(
-            "--files-only", found=f"{given} beside it", expected="no option of scoring: nothing is scored",
+            "--files-only", found=f"{given} together with it", expected="no option of scoring, as nothing is scored",
             remedy=f"Leave out {given}, or --files-only.",
         )  # fmt: skip
 
 
 def _options_of(values: dict[str, Any]) -> str:
-    """The options that were given, as they are written."""
+    """The options that were given, as a user writes them."""
     return " ".join(f"--{name.replace('_', '-')}" for name, value in values.items() if value not in (None, [], False))
 
 
 def check_verify_options(reference: Path | None, **others: Any) -> None:
-    """Either a reference pack, or what the reference is made from.
+    """Check that there is either a reference pack or a base, and not both.
 
     Args:
         reference: the pack, or None.
-        others: the options that it stands for or that have no effect with it, by name.
+        others: by name, the options that the pack replaces or that have no effect with it.
 
     Raises:
         RecipeError: both are given, or neither.
@@ -178,22 +178,22 @@ def check_verify_options(reference: Path | None, **others: Any) -> None:
         if others["base"] is None:
             raise RecipeError(
                 "--base", found="nothing", expected="--base with --adapter, or --reference",
-                remedy="Say what to judge the artifact by.",
+                remedy="Give the base and adapter, or a reference pack, to judge the artifact by.",
             )  # fmt: skip
         return
     given = _options_of(others)
     if given:
         raise RecipeError(
-            f"--reference {reference}", found=f"{given} beside it",
-            expected="the pack alone, which holds what is scored and asked", remedy=f"Leave out {given}.",
+            f"--reference {reference}", found=f"{given} together with it",
+            expected="the pack alone, which has the tokens to score and the prompts", remedy=f"Leave out {given}.",
         )  # fmt: skip
 
 
 def check_plot_file(file: Path | None) -> None:
-    """A plot is drawn as a file of a kind that is known.
+    """Check that a plot's file ends in .svg or .html.
 
     Raises:
-        RecipeError: it is of another.
+        RecipeError: it does not.
     """
     if file is not None and file.suffix not in (".svg", ".html"):
         raise RecipeError(
@@ -202,7 +202,7 @@ def check_plot_file(file: Path | None) -> None:
 
 
 def _given(**values: Any) -> dict[str, Any]:
-    """The values that were given; the recipe knows the defaults of the others."""
+    """The values that were given. The recipe has defaults for the others."""
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -229,7 +229,7 @@ def evaluation_from(
     gate: list[str] | None,
     no_answers: bool = False,
 ) -> Evaluation:
-    """What is scored.
+    """Make the evaluation from options.
 
     Raises:
         RecipeError: a value is out of range.
@@ -261,7 +261,7 @@ def _gates(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, value = _pair(text, "--gate") if "=" in text else ("*", text)
         kind, _, name = key.partition(":")
-        # In any case, as in --quant.
+        # Upper and lower case are the same, as in --quant.
         kind = spelled.setdefault(kind.lower(), kind)
         try:
             limit = float(value)
@@ -276,7 +276,7 @@ def _gates(texts: list[str]) -> dict[str, Any]:
         known = gates.get(kind, {})
         if isinstance(known, float) or name in known or (known and not name):
             raise RecipeError(
-                "--gate", found=f"two values for {kind}", expected="one, or limits by name, each once",
+                "--gate", found=f"two values for {kind}", expected="one limit, or several by name, each once",
                 remedy="Leave one out.",
             )  # fmt: skip
         gates[kind] = {**known, name: limit} if name else limit
@@ -284,7 +284,7 @@ def _gates(texts: list[str]) -> dict[str, Any]:
 
 
 def execution_from(device: str, threads: int | None, runtime: str | None, endpoint: str | None) -> Execution:
-    """How to run.
+    """Make the execution from options.
 
     Raises:
         RecipeError: a value is out of range.

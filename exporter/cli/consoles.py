@@ -1,4 +1,4 @@
-"""The consoles on stderr and stdout, and how errors look on them."""
+"""The consoles on stderr and stdout, and the look of errors on them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from exporter.errors import ExporterError
 
-# Columns of a terminal that is none: wide enough that no table is cut.
+# Columns where the output is no terminal: wide enough that no table is cut.
 PLAIN_WIDTH = 140
 
 
@@ -24,7 +24,7 @@ def stdout_console() -> Console:
 
 
 def show_error(console: Console, error: ExporterError) -> None:
-    """An error as four lines: what, found, expected, what to do."""
+    """Print an error as four lines: the thing, found, expected, what to do."""
     word = {2: "refused", 3: "failed the gate"}.get(error.exit_status, "failed")
     console.print(f"[bold red]{word}[/]  {escape(error.thing)}", highlight=False, soft_wrap=True)
     for label, text in (("found", error.found), ("expected", error.expected), ("do", error.remedy)):

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and in place of a traceback a message."""
+"""Ends a command with an exit status, and with a message in place of a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exporter.errors import ExporterError
 
 
 def guarded(console: Console, run: Callable[[], int], stop: Callable[[], None] = lambda: None) -> None:
-    """Run a command; turn what a user can cause into a message and an exit status, never a traceback."""
+    """Run a command. An error that a user can cause becomes a message and an exit status, never a traceback."""
     try:
         status = run()
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(console: Console, plan: ExportPlan) -> None:
-    """The plan: what goes in, a table of files with their types, what it takes, and what will judge it."""
+    """Print the plan: inputs, a table of files with their types, memory, disk and time, and the runtimes that judge."""
     model = plan.model
     architecture = (model.config.get("architectures") or ["unknown"])[0]
     console.print(
@@ -52,7 +52,7 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
 
 
 def _tokens(plan: ExportPlan) -> str:
-    """What is scored and what is calibrated on."""
+    """The line on evaluation and calibration tokens."""
     parts = []
     if evaluation := plan.tokens.evaluation:
         parts.append(f"evaluation {len(evaluation.ids)} windows of {evaluation.n_ctx} tokens")

@@ -1,4 +1,4 @@
-"""The screen: plan, progress and verdict with rich on a terminal, plain lines elsewhere. Everything goes to stderr."""
+"""Shows plan, progress and verdict on stderr: with rich on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Screen(Reporter):
-    """Draws on a terminal; prints a line a step elsewhere.
+    """Draws progress bars on a terminal, and prints one line a step elsewhere.
 
     Args:
         console: where to; stderr.
@@ -62,7 +62,7 @@ class Screen(Reporter):
             self._begin(how, plan.input_bytes, DownloadColumn(), TransferSpeedColumn())
 
     def read(self, nbytes: int) -> None:
-        """See `Reporter`. Where layers are counted, bytes are not."""
+        """See `Reporter`. Counts bytes only where layers are not counted."""
         if not self._by_layer:
             self._advance(nbytes)
 
@@ -105,7 +105,7 @@ class Screen(Reporter):
         return seconds
 
     def _begin(self, what: str, total: int, *figures: ProgressColumn) -> None:
-        """End what came before, and start a bar; `figures` stand between it and the time left."""
+        """End the bar before, and start a new one. `figures` stand between the bar and the time left."""
         if self._what:
             self._end(self._outcome())
         self._started, self._total, self._what, self._layers = time.monotonic(), total, what, 0

@@ -1,4 +1,4 @@
-"""What the terminal ends with: verdicts, figures and their limits as a table."""
+"""The table at the end of a run: verdicts, figures and their limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VERDICTS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "undecide
 
 
 def show_verdicts(console: Console, result: ExportResult) -> None:
-    """The verdict table, and where everything is."""
+    """Print the verdict table, and where each output is."""
     for folder, outcome in zip(result.plan.folders, result.folders, strict=True):
         if outcome.verdicts:
             show_table(console, outcome.verdicts, {artifact.label: artifact.nbytes for artifact in folder.artifacts})
@@ -42,7 +42,7 @@ def show_verdicts(console: Console, result: ExportResult) -> None:
 
 
 def _solved_notes(manifest: Mapping[str, Any]) -> list[str]:
-    """Of each artifact, how many of the matrices that were to be solved for were not, or only with more damping."""
+    """A line for each artifact with matrices that were only rounded, or solved with more damping."""
     notes = []
     for artifact in manifest["artifacts"]:
         if solved := artifact["quantization"]:
@@ -55,19 +55,19 @@ def _solved_notes(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(figures: Comparison) -> str:
-    """Of the change; one window gives none."""
+    """The interval of the change. One window gives none."""
     return _NOTHING if figures.delta_interval is None else " … ".join(f"{end:+.2%}" for end in figures.delta_interval)
 
 
 def _divergence(figures: Comparison) -> str:
-    """The mean in nats. The top-k form says what it is: a lower bound, not to be compared with the full one."""
+    """The mean in nats. The top-k form is marked: it is a lower bound and must not be compared with the full one."""
     if coarse := figures.top_k_divergence:
         return f"top {coarse.k}: ≥ {coarse.mean:.5f}"
     return f"{figures.divergence.mean:.5f}" if figures.divergence else _NOTHING
 
 
 def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
-    """The limit on the first of these figures that there is."""
+    """The limit on the first of these figures that the artifact has."""
     for check in verdict.checks:
         if check.name in names:
             if not math.isfinite(check.limit):
@@ -81,13 +81,13 @@ def _limit(verdict: Verification, names: tuple[str, ...]) -> str:
 def show_table(
     console: Console, verdicts: Mapping[str, Verification], sizes: Mapping[str, int], *, by_reference: bool = False
 ) -> None:
-    """A row an artifact: its figures and their limits; then what it answered, and why it did not pass.
+    """Print a row for each artifact with its figures and limits, then its answers and the reasons why it did not pass.
 
     Args:
         console: where to.
         verdicts: by artifact label.
         sizes: bytes of each artifact, likewise.
-        by_reference: a reference pack stood in for the trained model, which the verdict says.
+        by_reference: whether a reference pack took the place of the trained model; the verdict then says so.
     """
     scored = [verdict.comparison for verdict in verdicts.values() if verdict.comparison]
     trained = ", ".join(
@@ -151,7 +151,7 @@ def show_notes(console: Console, notes: Sequence[str]) -> None:
 def show_weights(
     console: Console, weights: Mapping[str, WeightsResult | None], broken: Mapping[str, Sequence[str]]
 ) -> None:
-    """A line an artifact whose files were compared and not scored, and what is wrong with it."""
+    """Print a line for each artifact that was compared and not scored, with its faults."""
     for label, found in weights.items():
         verdict = _VERDICTS["failed" if broken[label] else "passed"]
         line = "" if found is None else f", {_weights_line(found)}"
@@ -162,7 +162,7 @@ def show_weights(
 
 
 def _weights_line(weights: WeightsResult) -> str:
-    """What is in the stored weights."""
+    """The line on the stored weights."""
     line, updated = f"weights {weights.total.relative_error:.3%} from the merge", weights.updated
     if updated.survival is not None:
         line += f", {updated.survival:.2%} of the adapter's change (± {updated.survival_stderr:.2%})"

@@ -16,7 +16,7 @@ BY_REFERENCE = (
 
 
 def show_verification(console: Console, result: PublishedResult | FilesResult) -> None:
-    """Print the verdict table; of files that were only compared, a line an artifact and what is wrong with it."""
+    """Print the verdict table. For files that were only compared, print a line for each artifact with its faults."""
     if isinstance(result, FilesResult):
         show_weights(console, result.weights, result.broken)
         return

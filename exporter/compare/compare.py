@@ -1,4 +1,4 @@
-"""Artifact folders side by side, from their manifests, and what of them must not be compared."""
+"""Compares artifact folders by their manifests, and warns of figures that must not be compared."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Compared:
         model: the model's name.
         format: its backend.
         quant: its quantization type.
-        bytes: what a runtime loads.
+        bytes: bytes that a runtime loads.
         scores: its `verification` as the manifest has it.
         survival: share of the adapter's change that is stored, in words.
         verdict: `passed`, `failed`, `undecided` or `skipped`.
         tokens: hash of the evaluation tokens; None if nothing was scored.
-        drawn: hash of what was drawn beside in its run, if some of that was scored for it; else None.
+        drawn: hash of the further tokens of its run, if some of them were scored for it; else None.
         tokens_scored: number of predictions that were scored for it; None if nothing was.
-        speed: how fast it was just now; None if that was not measured.
+        speed: its speed, measured now; None if it was not measured.
     """
 
     folder: str
@@ -70,7 +70,7 @@ class Compared:
 
     @property
     def scored_on(self) -> str | None:
-        """Which tokens were scored for it, in words; None if none were."""
+        """The tokens that were scored for it, in words; None if there were none."""
         if self.tokens is None:
             return None
         beside = f" and {self.drawn[:8]}…" if self.drawn else ""
@@ -85,14 +85,14 @@ class Compared:
 
     @property
     def change(self) -> float | None:
-        """Relative change of perplexity, whichever way."""
+        """Relative change of perplexity, up or down."""
         delta = self.scores.get("delta")
         return None if delta is None else abs(float(delta))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """The compared artifacts.
 
     Attributes:
         artifacts: by size, the smallest first.
@@ -107,7 +107,7 @@ class Comparison:
         return {"artifacts": [asdict(artifact) for artifact in self.artifacts], "warnings": list(self.warnings)}
 
     def show(self, console: Console) -> None:
-        """A row an artifact; then the warnings."""
+        """Print a row for each artifact, then the warnings."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -153,8 +153,7 @@ def compare_folders(folders: Sequence[Path], speeds: Mapping[tuple[Path, str, st
 
     Args:
         folders: output folders.
-        speeds: as `exporter.compare.speed.measure_folders` found them; no manifest has any, since they are the
-            machine's.
+        speeds: from `exporter.compare.speed.measure_folders`. Speeds are this machine's, so no manifest has them.
 
     Raises:
         ArtifactError: a folder has no manifest, or one that cannot be read as one.
@@ -247,12 +246,12 @@ def _compared(folder: str, manifest: Mapping[str, Any], artifact: Mapping[str, A
 
 
 def _warnings(artifacts: Sequence[Compared]) -> list[str]:
-    """What makes figures of one artifact no measure of another."""
+    """Reasons why figures of two artifacts do not compare."""
     warnings = []
     by_tokens: dict[tuple[str, str | None, int | None], list[Compared]] = {}
     for artifact in artifacts:
         if artifact.tokens is not None:
-            # Of what a run drew, an artifact got the first windows: the number of predictions says how many.
+            # An artifact got the first windows that its run drew: the number of predictions says how many.
             key = artifact.tokens, artifact.drawn, artifact.tokens_scored
             by_tokens.setdefault(key, []).append(artifact)
     if len(by_tokens) > 1:

@@ -1,4 +1,4 @@
-"""Size against quality as an SVG, which light and dark pages show as it is."""
+"""Draws size against quality as an SVG that fits light and dark pages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from exporter.publish.report.svg import ticks
 from exporter.units import size
 
 _LABEL_HEIGHT, _LETTER = 14, 6.6
-# A change of perplexity in percent above which a model is ruined, whatever its figure, and is drawn here.
+# The largest change of perplexity, in percent, on the y axis. A model above it is ruined, and is drawn here.
 _RUINED = 1000.0
-# Verdicts by form too, for those who do not tell the colours apart.
+# Verdicts have forms too, for people who do not tell the colours apart.
 _STYLE = """
   svg { --ink: #1b1f24; --faint: #d0d7de; --paper: #ffffff; --passed: #1a7f37; --failed: #cf222e; --undecided: #9a6700;
     background: var(--paper); font: 12px system-ui, sans-serif; }
@@ -25,7 +25,7 @@ _STYLE = """
   .undecided, .skipped { fill: none; stroke: var(--undecided); stroke-width: 2.5; }
 """.strip()
 
-# A page for a phone or a wide screen shows one of two drawings: none is scaled, so that its letters keep their size.
+# The page has one drawing for a phone and one for a wide screen. Neither is scaled, so letters keep their size.
 _PAGE_STYLE = """
   body { margin: 2rem auto; max-width: 760px; padding: 0 16px; font: 15px/1.5 system-ui, sans-serif;
     overflow-wrap: anywhere; background: #ffffff; color: #1b1f24; }
@@ -37,7 +37,7 @@ _PAGE_STYLE = """
 
 @dataclass(frozen=True)
 class _Frame:
-    """How large a drawing is, in pixels, and where in it the axes end.
+    """The size of a drawing in pixels, and the ends of its axes.
 
     Attributes:
         width: of all.
@@ -59,17 +59,17 @@ class _Frame:
 
     @property
     def letters(self) -> int:
-        """As many as a label may have, so as not to cover the numbers of the y axis."""
+        """The most letters of a label that does not cover the numbers of the y axis."""
         return int((self.width - self.left - 4) / _LETTER)
 
 
 _WIDE = _Frame(760, 460, 78, 8)
-# As wide as a phone's screen, where letters keep their size.
+# As wide as a phone's screen.
 _NARROW = _Frame(358, 420, 58, 4)
 
 
 def plot_svg(comparison: Comparison) -> str:
-    """Bytes on the x axis; on the y axis mean KL, or the change of perplexity if not all artifacts have a full KL.
+    """Draw bytes on the x axis, and on the y axis mean KL, or the change of perplexity if an artifact has no full KL.
 
     Artifacts without a figure are left out.
     """
@@ -77,7 +77,7 @@ def plot_svg(comparison: Comparison) -> str:
 
 
 def plot_html(comparison: Comparison) -> str:
-    """The plot as a page, as wide as the screen has room for, with the warnings below it."""
+    """The plot as a page that fits the screen's width, with the warnings below it."""
     warnings = "".join(f"<p>{escape(warning)}</p>" for warning in comparison.warnings)
     drawings = (
         f'<div class="{name}">{_drawn(comparison, frame)}</div>'
@@ -130,7 +130,7 @@ def _svg(name: str, points: Sequence[tuple[Compared, float]], frame: _Frame) -> 
 
 
 def _points(points: Sequence[tuple[Compared, float, float]], frame: _Frame) -> list[str]:
-    """Marks and their labels; a label moves up or down until it covers no other, and no mark."""
+    """Marks and their labels. A label moves up or down until it covers no other label and no mark."""
     lines: list[str] = []
     taken = [(x - 6, x + 6, y) for _, x, y in points]
     for artifact, x, y in sorted(points, key=lambda point: (point[2], point[1])):
@@ -149,7 +149,7 @@ def _points(points: Sequence[tuple[Compared, float, float]], frame: _Frame) -> l
                 break
         taken.append((left, left + wide, label))
         if abs(label - y) > 1:
-            # Of a label above or below its mark, the middle of the side that faces it.
+            # A line leads to the middle of the side that faces the mark, for a label above or below it.
             edge = min(max(x, left - 2), left + wide + 2)
             side = label if not left <= x <= left + wide else label + math.copysign(_LABEL_HEIGHT / 2, y - label)
             lines.append(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{edge:.1f}" y2="{side:.1f}"/>')
@@ -161,7 +161,7 @@ def _points(points: Sequence[tuple[Compared, float, float]], frame: _Frame) -> l
 
 
 def _cut(label: str, most: int) -> str:
-    """A label with room: the end, which says the type, stays, and the middle goes."""
+    """Shorten a label to its room: drop the middle, and keep the end, which says the type."""
     if len(label) <= most:
         return label
     first = most // 3

@@ -1,4 +1,4 @@
-"""How fast artifacts are in the runtimes that serve them, measured here and now, one after another."""
+"""Measures the speed of artifacts in the runtimes that serve them, one after another."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 512
 OUTPUT_TOKENS = 64
-# Prompts of the answers: short, so that the time goes into the tokens that follow.
+# Prompts of the answers are short, so that the time goes into the tokens that follow.
 _START_TOKENS = 16
-# The fastest of several is the least disturbed.
+# The fastest of several runs was disturbed the least.
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What an artifact was seen to do, one request at a time.
+    """The measured speed of an artifact, one request at a time.
 
     Attributes:
-        runtime: what served it, with its version.
+        runtime: the runtime that served it, with its version.
         prompt: tokens of a prompt a second.
-        output: tokens of an answer a second; None if it gave none to go by.
+        output: tokens of an answer a second; None if no answer was long enough.
     """
 
     runtime: str
@@ -42,17 +42,17 @@ class Speed:
 
 
 def measure_folders(folders: Sequence[Path], device: str, reporter: Reporter) -> dict[tuple[Path, str, str], Speed]:
-    """The speeds of all artifacts, by folder, format and type. Each is loaded alone, one after another.
+    """Measure all artifacts, by folder, format and type. Each is loaded alone, one after another.
 
     Args:
         folders: output folders, published or rejected.
-        device: where transformers computes.
+        device: the device on which transformers computes.
         reporter: told about every artifact.
 
     Raises:
         ArtifactError: a folder has no manifest.
-        RecipeError: no runtime of an artifact is here.
-        RuntimeScoreError: a runtime cannot load or run one.
+        RecipeError: no runtime of an artifact is available.
+        RuntimeScoreError: a runtime cannot load or run an artifact.
     """
     found = {}
     for folder in folders:
@@ -63,7 +63,7 @@ def measure_folders(folders: Sequence[Path], device: str, reporter: Reporter) ->
             opening = runtime.session(artifact.path(folder).resolve(), PROMPT_TOKENS + OUTPUT_TOKENS)
             if opening is None:
                 raise RuntimeScoreError(
-                    f"runtime {name}", found="one that only scores", expected="one that answers",
+                    f"runtime {name}", found="a runtime that only scores", expected="one that answers prompts",
                     remedy="Leave --speed out.",
                 )  # fmt: skip
             with opening as session:
@@ -74,13 +74,13 @@ def measure_folders(folders: Sequence[Path], device: str, reporter: Reporter) ->
 
 
 def measure(session: Session, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float | None]:
-    """Tokens a second: of a prompt of 512, and of answers of 64 each to short prompts.
+    """Measure tokens a second of a prompt of 512, and of answers of 64 each to short prompts.
 
-    An answer's time is that of 64 tokens less that of one, so that reading its prompt does not count.
+    An answer's time is the time of 64 tokens less the time of one. So reading its prompt does not count.
 
     Args:
         session: a loaded artifact.
-        clock: seconds.
+        clock: gives seconds.
     """
     ids = (session.tokenize(embedded_beginning()[: 8 * PROMPT_TOKENS], special=True) or [])[:PROMPT_TOKENS]
 

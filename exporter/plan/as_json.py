@@ -1,4 +1,4 @@
-"""The plan as JSON, and what of it the plan's table and the manifest show."""
+"""The plan as JSON, and the parts of it that the plan's table and the manifest show."""
 
 from __future__ import annotations
 

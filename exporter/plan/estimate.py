@@ -1,4 +1,4 @@
-"""Rough figures for the plan: memory and time. Measured with scripts/benchmark.py; docs/performance.md has the runs."""
+"""Rough figures for the plan: memory and time. Measured by scripts/benchmarks/export.py, see docs/performance.md."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from exporter.tour.walk.sizes import BATCH_TOKENS, HEAD_ROWS, KEEP_BYTES, LOGIT_
 _RESIDENT_BYTES = 250 << 20
 # Interpreter, torch, transformers and peft.
 _WALK_RESIDENT_BYTES = 480 << 20
-# Of a walk: what the allocator keeps. A 14B took 10 % more than the sum of its parts (scripts/benchmark_tour.py).
+# The allocator keeps some memory during a walk. A 14B took 10 % more than the sum of its parts
+# (scripts/benchmarks/tour.py).
 _MARGIN = 1.15
-# Raw rows, float32 rows, product and stored rows of one block, and what the allocator keeps of them.
+# Raw rows, float32 rows, product and stored rows of one block, and the memory that the allocator keeps of them.
 _BLOCK_FACTOR = 5
 
 FEWER_TOKENS = "fewer tokens"
@@ -29,7 +30,7 @@ _STARTUP_SECONDS = 4.0
 _MERGE_RATE = 150e6
 # Multiply-adds a second and thread in a forward pass.
 _FORWARD_RATE = 50e9
-# Of asking for answers: all prompts and their continuations, which artifact and trained model each pass once.
+# Tokens of answers: all prompts and their continuations. The artifact and the trained model each pass them once.
 _ANSWER_TOKENS = 2400
 # The same in solving for a matrix, and in taking its Hessian.
 _SOLVE_RATE = 10e9
@@ -37,14 +38,14 @@ _MOMENT_RATE = 100e9
 
 
 def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
-    """Estimated peak memory of merging and writing: it does not depend on the size of the model or of its tensors."""
+    """Estimated peak memory of merging and writing. It does not depend on the size of the model or of its tensors."""
     factors = max((4 * u.rank * max(u.shape) for tensor in model.tensors for u in tensor.updates), default=0)
     return _RESIDENT_BYTES + (threads + 1) * _BLOCK_FACTOR * block_bytes + 2 * factors
 
 
 @dataclass(frozen=True)
 class PlannedWalk:
-    """What a walk will take.
+    """The memory, disk and time that a walk will take.
 
     Attributes:
         model: the merged model.
@@ -73,12 +74,12 @@ class PlannedWalk:
         keep_bytes: int,
         prompts: tuple[int, ...] = (),
     ) -> PlannedWalk:
-        """A walk that nothing rides on but the reference; see the attributes."""
+        """A walk for the reference alone; see the attributes."""
         return cls(model, (), TokenSets(windows, None), compute_dtype, keep_bytes, prompts=prompts)
 
     @property
     def walks(self) -> bool:
-        """Whether anything needs it."""
+        """Whether anything needs the walk."""
         needing = any(artifact.needs in ("moments", "hessians") for artifact in self.artifacts)
         return self.tokens.evaluation is not None or needing
 
@@ -92,13 +93,14 @@ class PlannedWalk:
 
     @property
     def device_memory(self) -> int:
-        """Estimated peak on a CUDA device: what is computed with, and the next layer, which is loaded meanwhile."""
+        """Estimated peak on a CUDA device: the layer that computes, and the next one, which is loaded meanwhile."""
         return round(_MARGIN * (self._layer + self._computing("cuda"))) if self.walks else 0
 
     @property
     def scratch_bytes(self) -> int:
-        """Disk that it takes for a while: hidden states after the last layer and the one before, from which a killed
-        run goes on; and those that do not stay in memory."""
+        """Temporary disk: hidden states that do not stay in memory, and those after the last layer and the one before.
+
+        A killed run goes on from the latter."""
         if not self.walks:
             return 0
         return 3 * sum(self._states) - self._kept
@@ -109,7 +111,7 @@ class PlannedWalk:
         return self._kept < sum(self._states)
 
     def lighter(self) -> dict[str, int]:
-        """What would take less memory, in words that follow "with", and the estimate of each."""
+        """Settings that take less memory, in words that follow "with", and the estimate of each."""
         evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
         few = TokenSets(
             replace(evaluation, ids=evaluation.ids[:1]) if evaluation else None,
@@ -137,7 +139,7 @@ class PlannedWalk:
         return max(layer_bytes(self.model), default=0) * (1 if solved else self._item / 4)
 
     def _computing(self, kind: str) -> float:
-        """On a kind of device: adapters, and a layer with the most that is done with it; or the head."""
+        """Bytes on a kind of device: adapters, and a layer at its peak; or the head, if that is more."""
         hidden = int(self.model.config.get("hidden_size") or 0)
         inner = max(int(self.model.config.get("intermediate_size") or 0), 4 * hidden)
         evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
@@ -150,7 +152,7 @@ class PlannedWalk:
         passing = self._item * max(BATCH_TOKENS[kind], longest) * (4 * hidden + 3 * inner)
         solved = [artifact.calibrated for artifact in self.artifacts if artifact.needs == "hessians"]
         solving = max((solving_memory(self.model, names) for names in solved), default=0)
-        # What the layers compute in, beside buffers of float32.
+        # The layers compute in this dtype, beside buffers of float32.
         cast = max(layer_bytes(self.model), default=0) / 2 if solved and self._item == 2 else 0
         scoring = 0
         if evaluation and (head := self.model.head):
@@ -167,8 +169,8 @@ class PlannedWalk:
 
     @property
     def _states(self) -> list[int]:
-        """Bytes of the hidden states of each group of windows that travels: the trained model's, and one for each
-        artifact that is solved for."""
+        """Bytes of the hidden states of each group of windows: the trained model's, and one for each artifact that is
+        solved for."""
         item = int(self.model.config.get("hidden_size") or 0) * self._item
         evaluated = self.tokens.evaluation.tokens if self.tokens.evaluation else 0
         calibrated = self.tokens.calibration.tokens if self.tokens.calibration else 0
@@ -232,7 +234,7 @@ def seconds(
     passed = 0
     if tokens.evaluation:
         passed += (1 + len(artifacts)) * (tokens.evaluation.tokens + answers * _ANSWER_TOKENS)
-        # Reading the weights back takes as long as merging them, which is also done again.
+        # Reading the weights back takes as long as merging them, and they are merged again for that.
         duration += _STARTUP_SECONDS + 2 * len(artifacts) * model.parameters / (_MERGE_RATE * threads)
     if tokens.calibration:
         solved = [artifact for artifact in artifacts if artifact.needs == "hessians"]

@@ -26,7 +26,7 @@ class FolderPlan:
         backend: the backend that writes it.
         artifacts: one for each quantization type.
         options: the backend's options, as they were asked for.
-        runtimes: what will score each artifact, by its label, which is its own in this folder only; empty without
+        runtimes: the runtime that will score each artifact, by label (unique within this folder only). Empty without
             verification.
     """
 
@@ -101,7 +101,7 @@ class ExportPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all files that will be written, those that are removed again too."""
+        """Bytes of all files that will be written, including those that are removed again."""
         kept = self.pack.nbytes if self.pack else 0
         return sum(folder.nbytes + folder.temporary_bytes for folder in self.folders) + self.scratch_bytes + kept
 

@@ -1,4 +1,4 @@
-"""The gate's limits by size of the model, format and type; docs/quality.md has what the defaults rest on."""
+"""The gate's limits by size of the model, format and type; docs/measurements has what the defaults rest on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Gate:
 
 
 # The largest share of the full KL divergence that the form over vLLM's 20 likeliest tokens was measured to be, 0.942,
-# rounded up; docs/quality.md has the others.
+# rounded up; docs/measurements has the others.
 TOP_K_SHARE = 0.95
 
 

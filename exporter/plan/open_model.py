@@ -32,12 +32,12 @@ def open_model(recipe: Inputs, outs: Sequence[Path]) -> tuple[Source, tuple[Sour
 
 
 def open_trained(base: str, adapters: tuple[str, ...], name: str) -> MergedModel:
-    """The trained model that base and adapters make; its tensors are not read yet.
+    """Open the trained model that base and adapters make. Its tensors are not read yet.
 
     Args:
         base: a folder or a hub id.
         adapters: likewise.
-        name: what it is called.
+        name: the model's name.
 
     Raises:
         RefusalError: they cannot be read, or do not fit.

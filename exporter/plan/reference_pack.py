@@ -1,17 +1,17 @@
-"""The reference pack: a folder that holds what the trained model said, so that artifacts can be judged without it.
+"""The reference pack: a folder with the trained model's predictions, so that artifacts can be judged without it.
 
-    reference.json         what it was made from, what was scored, and the size and hash of the other files
+    reference.json         the inputs, the windows, and the size and hash of the other files
     tokens.safetensors     ids int32 (windows, n_ctx)
                            log_probabilities float64, top_tokens int32 (windows, scored)
     hidden.safetensors     hidden (windows, scored, hidden): final hidden states of the scored positions, after the norm
     prompts.safetensors    prompt_ids int32 (tokens,): the prompts that artifacts go on with, one after the other
                            prompt_states float32 (prompts, hidden): final hidden states of the last token of each
     head.safetensors       head (vocabulary, hidden) in the base's own dtype, float32 where an adapter changes it
-    sketches.safetensors   what is known of the weights; see `exporter.plan.reference_pack`
+    sketches.safetensors   sketches of the weights; see `exporter.plan.reference_pack`
     model/                 the model without its weights; see `exporter.reference.pack.model_files`
 
 No file of logits exists: one product of states and head brings them back, a few positions at a time. Log-probabilities
-and top tokens are those of the float32 states, whatever the states are kept in. No time, path or host is in it.
+and top tokens are those of the float32 states, whatever dtype the states are kept in. No time, path or host is in it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DESCRIPTION_NAME = "reference.json"
 SCHEMA_VERSION = 2
 TOKENS_FILE, HIDDEN_FILE, HEAD_FILE = "tokens.safetensors", "hidden.safetensors", "head.safetensors"
 PROMPTS_FILE = "prompts.safetensors"
-# What hidden states are kept in, as safetensors calls it.
+# The dtypes of stored hidden states, in safetensors' spelling.
 STATE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 REMEDY = "Make it again with `exporter reference`."
 
@@ -54,12 +54,12 @@ class PackPlan:
         base: the base's source.
         adapters: the adapters' sources.
         model: the merged model.
-        windows: what is walked through; of an export, it may be joined by what is drawn.
-        first: how many of them an artifact is scored on first; the others are drawn while it is undecided.
-        prompts: what artifacts go on with; none where answers are left out.
-        most: how many windows it may hold: what is drawn while a verdict is undecided is kept as well.
-        dtype: what hidden states are to be kept in: float32 or bfloat16.
-        compute_dtype: what the walk computes in.
+        windows: the windows that the walk scores. An export may add windows that it draws later.
+        first: how many of them an artifact is scored on first. The others are drawn while it is undecided.
+        prompts: the prompts that artifacts continue; none where answers are left out.
+        most: the largest number of windows that the pack may hold, with those drawn while a verdict is undecided.
+        dtype: the dtype of stored hidden states: float32 or bfloat16.
+        compute_dtype: the dtype that the walk computes in.
     """
 
     out: Path
@@ -85,7 +85,7 @@ class PackPlan:
         most: int,
         first: int,
     ) -> PackPlan:
-        """What a recipe asks for, in `out`; see the attributes.
+        """Plan the pack that a recipe asks for, in `out`; see the attributes.
 
         Raises:
             TokenizerError: the tokenizer cannot be loaded.
@@ -128,8 +128,9 @@ class PackPlan:
 
     @cached_property
     def files(self) -> dict[str, int]:
-        """Bytes of each file at most, by name: with all windows that may be drawn, and hidden states in float32, which
-        they may turn out to be kept in. The description is not among them."""
+        """The most bytes that each file can have, by name: all windows are drawn, and hidden states stay in float32.
+
+        The description is not among them."""
         laid_out = lay_out(self.tensors("float32", self.most))
         tensors = {name: len(header) + nbytes for name, (header, nbytes) in laid_out.items()}
         return tensors | {name: len(content) for name, content in model_documents(self.model).items()}
@@ -141,13 +142,13 @@ class PackPlan:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of memory for hidden states of windows that are drawn, until they are written: at most."""
+        """The most bytes of memory for hidden states of drawn windows, until they are written."""
         return 4 * (self.most - len(self.windows.ids)) * self.windows.scored * self.hidden
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """What decides the shapes of a pack's tensors.
+    """The numbers that decide the shapes of a pack's tensors.
 
     Attributes:
         windows: number of windows.
@@ -176,7 +177,7 @@ def pack_tensors(shape: PackShape, dtype: str, head_dtype: str) -> dict[str, Pac
     """
     predictions = (shape.windows, shape.scored)
     return {
-        # The widest first, so that each is aligned to its elements.
+        # The widest elements first, so that each tensor is aligned to its own.
         "log_probabilities": PackTensor(TOKENS_FILE, "F64", predictions),
         "ids": PackTensor(TOKENS_FILE, "I32", (shape.windows, shape.n_ctx)),
         "top_tokens": PackTensor(TOKENS_FILE, "I32", predictions),
@@ -190,15 +191,15 @@ def pack_tensors(shape: PackShape, dtype: str, head_dtype: str) -> dict[str, Pac
 MODEL_FOLDER = "model"
 CONFIG, TENSORS = "config.json", "tensors.json"
 NAMES = (CONFIG, GENERATION_CONFIG, TENSORS, *TOKENIZER_NAMES)
-# Without these nothing can be judged.
+# Nothing can be judged without these.
 NEEDED = (CONFIG, TENSORS, "tokenizer.json")
 
 
 def model_documents(model: MergedModel) -> dict[str, bytes]:
-    """What a pack holds of a merged model: content by name, relative to the pack."""
+    """The small files of a merged model that a pack holds: content by name, relative to the pack."""
     tensors = {one.name: {"dtype": one.source.dtype, "shape": list(one.shape)} for one in model.tensors}
     described = {"untied": model.untied, "tokenizer": model.tokenizer.origin, "tensors": tensors}
-    # Where the base lay is no part of it.
+    # The pack does not say where the base was.
     config = {key: value for key, value in model.config.items() if not key.startswith(UNREAD)}
     found = {CONFIG: json_document(config), TENSORS: (json.dumps(described) + "\n").encode()}
     generation = model.base.folder / GENERATION_CONFIG

@@ -1,4 +1,4 @@
-"""What the pipeline tells whoever watches. The base class says nothing; the command line has one that draws."""
+"""The calls by which the pipeline reports progress. The base class is silent; the command line's draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Silent reporter; override what you want to hear about."""
+    """Does nothing. Override the methods that you want to hear."""
 
     def planned(self, plan: ExportPlan) -> None:
         """The plan stands; nothing has been written yet."""
@@ -19,7 +19,7 @@ class Reporter:
         """Merging and writing begins on `device`, anew or from an earlier run's work."""
 
     def read(self, nbytes: int) -> None:
-        """That many more bytes of the base are merged and written."""
+        """So many more bytes of the base are merged and written."""
 
     def toured(self) -> None:
         """Every tensor is written."""
@@ -28,16 +28,16 @@ class Reporter:
         """The walk of the reference's layers begins."""
 
     def layer(self, done: int, layers: int) -> None:
-        """That many of the layers are done."""
+        """So many of the layers are done."""
 
     def scoring(self, what: str, windows: Windows) -> None:
         """Scoring of the reference or of an artifact begins."""
 
     def doing(self, what: str) -> None:
-        """Something begins that is not counted: reading weights back, or asking for answers."""
+        """A step without a count begins: reading weights back, or asking for answers."""
 
     def window(self, count: int) -> None:
-        """That many more windows are scored."""
+        """So many more windows are scored."""
 
     def scored(self) -> None:
         """Everything is scored."""

@@ -1,4 +1,4 @@
-"""Where a run may write and whether there is room: output folders, disk and memory, checked before anything is done."""
+"""Checks output folders, disk and memory before a run does anything."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from exporter.inputs.sources import Source
 from exporter.recipe import Inputs
 from exporter.tour.walk.sizes import KEEP_BYTES
 
-# export.json and the like, beside the planned files.
+# Room for export.json and other small files, beside the planned ones.
 _SLACK_BYTES = 8 << 20
-# What torch says where a CUDA device has no memory left.
+# torch's words for a CUDA device without memory.
 _DEVICE_OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _LESS_MEMORY = "End what else takes memory, or use fewer --threads or tokens, or a machine with more memory."
 _LESS_DEVICE_MEMORY = "End what else takes memory there, or use --device cpu, or a device with more memory."
 
 
 def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...]) -> None:
-    """Outputs must not exist, must have a parent that can be made, and must be apart from the inputs and each other.
+    """Check that outputs do not exist, that their parents can be made, and that no output or input is inside another.
 
     Args:
-        recipe: says whether existing folders are replaced, and which text is read.
+        recipe: whether existing folders are replaced, and which text is read.
         outs: every folder that publishing creates.
         sources: base and adapters.
 
@@ -62,15 +62,15 @@ def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...
         if not all(above.is_dir() for above in out.parents if above.exists()):
             raise OverlappingPathsError(
                 str(given),
-                found="a file on the way",
-                expected="folders down to it",
+                found="a file where a folder must be",
+                expected="only folders above the output",
                 remedy="Choose another --out.",
             )
         if os.path.lexists(out) and not recipe.force:
             raise OutputExistsError(
                 str(given),
                 found="a file or folder",
-                expected="nothing there",
+                expected="a path that does not exist yet",
                 remedy="Choose another --out, or use --force to replace it.",
             )
         # A failed gate replaces OUT.rejected, and a run works in .OUT.staging.
@@ -82,13 +82,13 @@ def check_paths(recipe: Inputs, outs: Sequence[Path], sources: tuple[Source, ...
                     raise OverlappingPathsError(
                         str(given),
                         found=f"an output that overlaps {name}",
-                        expected="files and folders apart from each other",
+                        expected="no input or output inside another",
                         remedy="Choose another --out.",
                     )
 
 
 def check_disk(written: Sequence[tuple[Path, int]]) -> None:
-    """Each file system must have room for what is written to it.
+    """Check that each file system has room for the files that are written to it.
 
     Args:
         written: output folders with the bytes that go there.
@@ -115,16 +115,17 @@ def check_disk(written: Sequence[tuple[Path, int]]) -> None:
 
 
 def states_budget() -> int:
-    """Bytes of hidden states that a walk keeps in memory: a quarter of what is available, and not without bound."""
+    """Bytes of hidden states that a walk keeps in memory: a quarter of what is available, up to a bound."""
     return min(KEEP_BYTES, psutil.virtual_memory().available // 4)
 
 
 def check_memory(walk_bytes: int, lighter: Callable[[], Mapping[str, int]]) -> None:
-    """There must be memory for the walk.
+    """Check that there is memory for the walk.
 
     Args:
         walk_bytes: estimated peak.
-        lighter: gives estimates of what would take less, by words that follow "with"; called where there is too little.
+        lighter: gives the estimates of settings that take less, by words that follow "with". Called only where memory
+            is too small.
 
     Raises:
         NotEnoughMemoryError: there is less.
@@ -140,7 +141,7 @@ def check_memory(walk_bytes: int, lighter: Callable[[], Mapping[str, int]]) -> N
 
 
 def check_device_memory(device: str, walk_bytes: int) -> None:
-    """There must be memory for the walk on the device that computes, if that has its own.
+    """Check that the device that computes has memory for the walk, if the memory is its own.
 
     Args:
         device: as `exporter.merge.device.resolve_device` gives it.
@@ -151,7 +152,7 @@ def check_device_memory(device: str, walk_bytes: int) -> None:
     """
     if not device.startswith("cuda"):
         return
-    # Not at the top: what plans must not wait for it.
+    # Not at the top: plans on a CPU must not wait for torch.
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
@@ -165,10 +166,10 @@ def check_device_memory(device: str, walk_bytes: int) -> None:
 
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
-    """What an error means if an allocation that failed is behind it, on the CPU or on a device; None if none is.
+    """The error to raise if a failed allocation is behind this one, on the CPU or on a device; None if not.
 
-    torch raises a RuntimeError that only its text tells apart: c10/core/impl/alloc_cpu.cpp, c10/cuda/CUDAException.h,
-    and the status names of cuBLAS.
+    torch raises a RuntimeError that only its text tells from others: c10/core/impl/alloc_cpu.cpp,
+    c10/cuda/CUDAException.h, and the status names of cuBLAS.
     """
     behind: BaseException | None = error
     while behind is not None:
@@ -191,10 +192,10 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise an allocation that failed as what it means; see `out_of_memory`. Also for functions, as a decorator.
+    """Turn failed allocations into `OutOfMemoryError`; see `out_of_memory`. Also a decorator of functions.
 
     Raises:
-        OutOfMemoryError: one failed.
+        OutOfMemoryError: an allocation failed.
     """
     try:
         yield
@@ -205,7 +206,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def _with_less(lighter: Mapping[str, int], memory: int) -> str:
-    """The remedy: of all that takes less memory, what fits."""
+    """The remedy: the settings with which the walk fits into memory."""
     fitting = [f"with {name} ({nbytes / 1e9:.1f} GB at least)" for name, nbytes in lighter.items() if nbytes <= memory]
     return f"Run on a machine with more memory{''.join(f', or {one}' for one in fitting)}."
 

@@ -1,4 +1,4 @@
-"""`export.json`: what went in, what was asked for, what came out, and how it scored. No time, path or host in it."""
+"""Makes `export.json`: inputs, recipe, outputs and verdicts. It has no time, path or host."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def build_manifest(
         folder: the folder that the manifest describes.
         inputs: hash of every input file.
         outputs: size and hash of every file of the folder, by name.
-        written: what the tour did for each artifact, by its label.
+        written: the tour's result for each artifact, by its label.
         verdicts: by artifact label.
-        device: where the merge was computed (`cpu` or `cuda`).
+        device: the kind of device that computed the merge (`cpu` or `cuda`).
         drawn: evaluation windows that were drawn because a verdict was undecided.
     """
     return {
@@ -83,7 +83,7 @@ def build_manifest(
 
 
 def _recipe(plan: ExportPlan, folder: FolderPlan) -> dict[str, Any]:
-    """The recipe with every default resolved; folders by name only."""
+    """The recipe with every default resolved. Folders have only their names."""
     recipe = plan.recipe
     return {
         "base": plan.base.hub_id or plan.base.name,
@@ -123,7 +123,7 @@ def _calibration(windows: CalibrationWindows | None) -> dict[str, Any] | None:
 
 
 def _without_folder(value: Any) -> Any:
-    """A value of an option; of a path the name alone."""
+    """A value of an option. A path becomes its name."""
     return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
 
 
@@ -164,7 +164,7 @@ def _artifact(
 
 
 def _quantization(findings: Sequence[Finding]) -> dict[str, Any] | None:
-    """What became of the matrices that were solved for, those that were only rounded first of all; None if none was."""
+    """Findings on the matrices that were solved for, those that were only rounded first; None if there were none."""
     if not findings:
         return None
     return {

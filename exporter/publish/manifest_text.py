@@ -1,4 +1,4 @@
-"""What an `export.json` says, for those who show it: tolerant of figures that a manifest has not, or not yet."""
+"""Figures of an `export.json` as text. A figure that the manifest lacks is no error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def verdict_of(artifact: Mapping[str, Any]) -> str:
 
 
 def reasons_of(artifact: Mapping[str, Any]) -> list[str]:
-    """Why an artifact did not pass, in words, as far as the manifest says."""
+    """The reasons why an artifact did not pass, as far as the manifest says them."""
     verification = artifact["verification"]
     checks = [check for check in verification.get("checks") or () if isinstance(check, Mapping)]
     said = [str(check["reason"]) for check in checks if check.get("reason") and check.get("verdict") != "passed"]
@@ -23,7 +23,7 @@ def reasons_of(artifact: Mapping[str, Any]) -> list[str]:
 
 
 def change_text(verification: Mapping[str, Any]) -> str:
-    """The change of perplexity with its 95 % interval; `not scored` where that failed, `-` where it was not tried."""
+    """The change of perplexity with its 95 % interval; `not scored` if scoring failed, `-` if it was not tried."""
     if verification.get("not_scored"):
         return "not scored"
     if (delta := verification.get("delta")) is None:
@@ -34,7 +34,7 @@ def change_text(verification: Mapping[str, Any]) -> str:
 
 
 def divergence_text(verification: Mapping[str, Any]) -> str:
-    """The mean KL divergence in nats with its standard error. The top-k form says what it is: a lower bound."""
+    """The mean KL divergence in nats with its standard error. The top-k form is marked as a lower bound."""
     if spread := verification.get("kl_divergence"):
         return f"{spread['mean']:.3g}{_error(spread.get('stderr'))}"
     if spread := verification.get("top_k_divergence"):
@@ -48,13 +48,13 @@ def share_text(share: float | None) -> str:
 
 
 def survival_text(artifact: Mapping[str, Any]) -> str:
-    """How much of the adapter's change is in the stored weights."""
+    """The share of the adapter's change that is in the stored weights."""
     survival = (artifact.get("weights") or {}).get("survival")
     return "-" if survival is None else f"{survival:.2%}"
 
 
 def loaded_bytes(manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> int:
-    """Bytes of what a runtime loads: the file, or all files of the folder."""
+    """Bytes that a runtime loads: the file, or all files of the folder."""
     entry = manifest["files"].get(artifact["entry"])
     return int(entry["bytes"] if entry else artifact["bytes"])
 

@@ -1,8 +1,8 @@
 """The model card: `README.md` of a folder, from its manifest and the base's card.
 
-Its front matter is the Hub's (huggingface.co/docs/hub/model-cards). Of `base_model_relation` the Hub knows `finetune`,
-`adapter`, `merge` and `quantized`: a merge is of several models, so base + adapter in float is a `finetune`, whose
-weights are no longer the base's; a base as it is, only stored again, has no relation.
+Its front matter is the Hub's (huggingface.co/docs/hub/model-cards). `base_model_relation` can be `finetune`, `adapter`,
+`merge` or `quantized`. A merge is of several models, so base + adapter in float is a `finetune`: its weights are no
+longer the base's. A base that is only stored again has no relation.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Two names with a slash are a relative folder as well; nobody who publishes models is called so.
+# Two names with a slash can be a relative folder too. No publisher of models has one of these names.
 _FOLDERS = frozenset(
     ("base", "checkpoint", "checkpoints", "data", "experiments", "exports", "home", "llms", "mnt", "model", "models",
      "opt", "out", "output", "outputs", "results", "runs", "saved", "saves", "tmp", "work", "workspace")
 )  # fmt: skip
-# Types that round and do not quantize, in the words of the formats.
+# Types that round and do not quantize, as the formats spell them.
 _FLOAT_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
 class BaseCard:
-    """What is known of the base beside the manifest.
+    """Facts on the base that are not in the manifest.
 
     Attributes:
         metadata: the front matter of its own card; empty if it has none.
@@ -56,8 +56,10 @@ class BaseCard:
 
     @classmethod
     def of(cls, plan: ExportPlan) -> BaseCard:
-        """The base of a plan. Its id is the one that it was fetched by, else the one that an adapter names, else that
-        of the model that its own card says it comes from."""
+        """The base of a plan.
+
+        Its id is the one that it was fetched by, else the one that an adapter names, else the one that its own card
+        names as its base."""
         file = plan.base.folder / CARD_NAME
         metadata = front_matter(file.read_bytes()) if file.is_file() else {}
         named = [adapter.config.get("base_model_name_or_path") for adapter in plan.model.adapters]
@@ -72,7 +74,7 @@ def front_matter(card: bytes) -> dict[str, Any]:
     try:
         found = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
-        # The card is prose for people; a damaged one says nothing about the model.
+        # The card is prose for people. A damaged card is no fault of the model.
         found = None
     return found if isinstance(found, dict) else {}
 
@@ -82,7 +84,7 @@ def model_card(manifest: Mapping[str, Any], base: BaseCard) -> bytes:
 
     Args:
         manifest: the folder's `export.json`.
-        base: what is known of the base.
+        base: facts on the base.
     """
     metadata = yaml.safe_dump(_metadata(manifest, base), sort_keys=False, allow_unicode=True)
     sections = (
@@ -125,7 +127,7 @@ def _metadata(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
 
 
 def _license(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
-    """The base's license. A link to a file of the base's repository is one only where that file is."""
+    """The base's license. A link to a file that this folder lacks leads to the base's repository."""
     found = {key: _words(base.metadata.get(key)) for key in ("license", "license_name", "license_link")}
     link = found["license_link"]
     if isinstance(link, str) and "://" not in link and link not in manifest["files"]:
@@ -134,7 +136,7 @@ def _license(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str | list[str] | None:
-    """A value of the base's card, but for what YAML takes for something else: `no`, which is a language, is false."""
+    """The words of a value of the base's card. YAML reads some words as other values: the language `no` is false."""
     if isinstance(value, list):
         return [word for word in value if isinstance(word, str)] or None
     return value if isinstance(value, str) else None
@@ -175,7 +177,7 @@ def _files(manifest: Mapping[str, Any]) -> str:
 
 
 def _reservations(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader must know before anything else: limits that were broken, then choices and degradations."""
+    """Warnings at the top of the card: broken limits, then choices and degradations."""
     for artifact in manifest["artifacts"]:
         if verdict_of(artifact) == "skipped":
             yield f"- **{artifact['quant']} was not verified.**"
@@ -207,7 +209,7 @@ def _made(manifest: Mapping[str, Any]) -> str:
 
 
 def _recipe(manifest: Mapping[str, Any]) -> str:
-    """The recipe as `exporter export` takes it; inputs that came from no hub are folders of that name."""
+    """The recipe as `exporter export` takes it. Inputs that are not from a hub appear as folders of that name."""
     recipe, inputs = manifest["recipe"], manifest["inputs"]
     sources = [each.get("hub_id") or each["name"] for each in inputs]
     sources = [
@@ -257,7 +259,7 @@ def _verified(manifest: Mapping[str, Any]) -> str:
 
 
 def _not_scored(artifact: Mapping[str, Any]) -> str:
-    """That a runtime failed on it; the reservations say why."""
+    """The verdict on an artifact that its runtime could not score; the warnings at the top say why."""
     scores = artifact["verification"]
     return f"- {artifact['quant']} in {scores['runtime']}: not scored, for it could not be loaded or run."
 
@@ -284,7 +286,7 @@ def _figures(artifact: Mapping[str, Any], *, with_reference: bool) -> str:
 
 
 def _serve(manifest: Mapping[str, Any]) -> str:
-    """The commands of the first artifact; the others differ in the file's name."""
+    """The commands for the first artifact. Those for the others differ in the file's name."""
     found: Sequence[tuple[str, str]] = serving_commands(manifest, manifest["artifacts"][0])
     blocks = [f"```{'python' if 'import ' in command else 'sh'}\n{command}\n```" for _, command in found]
     return "\n\n".join(["In this folder:", *blocks]) if blocks else "See the documentation of the format."

@@ -1,4 +1,4 @@
-"""Commands that serve what is in an artifact folder, from inside it."""
+"""Commands that serve an artifact from inside its folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from exporter.runtimes.registry import usable_runtimes
 
 
 def serving_commands(manifest: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What serves an artifact, the preferred runtime first: its name, and the command or Python code.
+    """The runtimes that serve an artifact, the preferred one first: name, and the command or Python code.
 
     A runtime that is not installed here is left out: only its own package knows its commands.
 

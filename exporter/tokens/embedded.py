@@ -1,4 +1,4 @@
-"""The embedded text: prose, reference and code of many subjects, made from what a Python installation carries."""
+"""The embedded text: prose, reference and code of many subjects, made from a Python installation's own files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-# The help topics fill the beginning, which verification scores: figures taken on it stay comparable.
+# The help topics fill the beginning, which verification scores. So figures stay comparable.
 BEGINNING_CHARACTERS = 64_000
 # About as much as a window of 1,024 tokens, so that most of a window is of one subject.
 _PIECE_CHARACTERS = 4_000
-# One piece of code in six is kept, or there would be four times as much code as docstrings.
+# One piece of code in six is kept. Otherwise there would be four times as much code as docstrings.
 _CODE_STEP = 6
 # Unlike subjects, and no module that a distribution splits off (tkinter, idlelib, ensurepip, test).
-# Read as text and never imported; one that this Python lacks is left out.
+# They are read as text and never imported. A module that this Python lacks is left out.
 _MODULES = (
     "_pydecimal", "argparse", "ast", "asyncio/base_events", "asyncio/streams", "asyncio/tasks", "base64", "calendar",
     "cmd", "collections/__init__", "colorsys", "concurrent/futures/_base", "configparser", "contextlib", "csv",
@@ -37,13 +37,13 @@ _LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 @cache
 def embedded_beginning() -> str:
-    """The first 64,000 characters of the embedded text and the rest of their paragraph: quickly made."""
+    """The first 64,000 characters of the embedded text, up to the end of a paragraph. Making it is quick."""
     return "\n\n".join(_split(_topics())[0])
 
 
 @cache
 def embedded_text() -> str:
-    """The same text on every call, over 1.5 million characters; another Python's may differ.
+    """The whole embedded text, over 1.5 million characters. Every call gives the same; another Python's may differ.
 
     It begins with topics of Python's built-in help. Pieces of the other topics, of the standard library's docstrings
     and code, and of its licence follow, in a fixed mixed order. No paragraph occurs twice.
@@ -57,17 +57,17 @@ def embedded_text() -> str:
     for module, docstrings, code in _modules():
         pieces |= _pieces(f"{module} docstrings", _new(_paragraphs(docstrings), seen))
         pieces |= list(_pieces(f"{module} code", _new(_paragraphs(code), seen)))[::_CODE_STEP]
-    # By hash of the name rather than alphabetically, so that a few windows already cover unlike subjects.
+    # In the order of the names' hashes, so that a few windows already cover unlike subjects.
     order = sorted(pieces, key=lambda name: hashlib.sha256(name.encode()).digest())
     return "\n\n".join([*beginning, *(pieces[name] for name in order)])
 
 
 def _topics() -> list[str]:
-    """The paragraphs of the built-in help, its topics in a mixed order too."""
+    """The paragraphs of the built-in help. Its topics are in a mixed order too."""
     from pydoc_data.topics import topics
 
     order = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    # Topics repeat each other's paragraphs; a paragraph that was seen before is too easily predicted.
+    # Topics repeat each other's paragraphs, and a model predicts a repeated paragraph too easily.
     return list(dict.fromkeys(part for name in order for part in topics[name].strip().split("\n\n")))
 
 
@@ -82,14 +82,14 @@ def _split(paragraphs: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _new(paragraphs: Iterable[str], seen: set[str]) -> list[str]:
-    """The paragraphs that are not in `seen`, which takes them in."""
+    """The paragraphs that are not in `seen`; adds them to it."""
     found = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
     seen.update(found)
     return found
 
 
 def _pieces(name: str, paragraphs: list[str]) -> Iterator[tuple[str, str]]:
-    """Whole paragraphs that follow each other, put together until they fill a piece; each piece with a name."""
+    """Join paragraphs that follow each other until they fill a piece. Gives each piece with a name."""
     piece: list[str] = []
     length = number = 0
     for paragraph in paragraphs:
@@ -103,7 +103,7 @@ def _pieces(name: str, paragraphs: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    """Texts that are neither help nor code: (name, text)."""
+    """Texts other than help and code: (name, text)."""
     if (licence := _LIBRARY / "LICENSE.txt").is_file():
         yield "licence", licence.read_text(encoding="utf-8")
     if (zen := _LIBRARY / "this.py").is_file():
@@ -138,6 +138,6 @@ def _parts(source: str) -> tuple[str, str]:
 
 
 def _decoded(source: str) -> str:
-    """The Zen of Python out of this.py, where it is the one long string, in ROT13."""
+    """The Zen of Python from this.py, where it is the one long string, in ROT13."""
     texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     return codecs.decode(max((text for text in texts if isinstance(text, str)), key=len, default=""), "rot13")

@@ -1,9 +1,8 @@
-"""Which tokens end an answer: four sources say so, and they must not disagree in silence.
+"""Which tokens end an answer. Four sources name them; the plan shows where they disagree.
 
-A model that ends its turn with a token on which its server does not stop goes on for ever. transformers and vLLM stop
+A model goes on for ever if its server does not stop on the token that ends its turn. transformers and vLLM stop
 on `eos_token_id` of generation_config.json (of config.json where there is no such file), llama.cpp on the tokenizer's
-eos and on tokens that it knows by their text; what the model was trained to say is what its chat template puts after an
-answer.
+eos and on tokens that it knows by their text. The model was trained to say what its chat template puts after an answer.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from exporter.inputs.tokenizer import TokenizerFiles, token_content
 from exporter.merge.model import MergedModel
 
 GENERATION_CONFIG = "generation_config.json"
-# Stands for an answer when the template is asked what follows one.
+# Takes the place of an answer to find what the template puts after one.
 _ANSWER = "An answer, complete."
 
 
 @dataclass(frozen=True)
 class StopTokens:
-    """Ids of the tokens that end an answer, by source; a source that names none is empty.
+    """Ids of the tokens that end an answer, by source. A source that names none is empty.
 
     Attributes:
         config: `eos_token_id` of config.json.
@@ -41,7 +40,7 @@ class StopTokens:
 
     @property
     def all(self) -> tuple[int, ...]:
-        """The union, each id once: those that the base's folder stops on first."""
+        """All ids, each once. Those that the base's folder stops on come first."""
         named = (*(self.generation_config or ()), *self.config, *self.tokenizer, *self.template)
         return tuple(dict.fromkeys(named))
 
@@ -53,12 +52,12 @@ class StopTokens:
 
     @property
     def end_of_turn(self) -> int | None:
-        """The token that the model was trained to end its turn with, as far as it can be known."""
+        """The token with which the model was trained to end its turn, as far as the files say."""
         return next(iter((*self.template, *self.tokenizer, *self.all)), None)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the plan: what each source says, if they disagree, and what is done about it."""
+        """Notes for the plan, if the sources disagree: what each says, and what the export does about it."""
         if self.agree:
             return ()
         named = {
@@ -99,7 +98,7 @@ def stop_tokens(model: MergedModel) -> StopTokens:
 
 
 def generation_document(model: MergedModel) -> dict[str, Any] | None:
-    """generation_config.json with every stop token, or None where the base's own, or none, will do."""
+    """generation_config.json with every stop token; None if the base's own file, or no file, is enough."""
     stops = stop_tokens(model)
     if stops.agree:
         return None
@@ -123,7 +122,7 @@ def _ids(config: Mapping[str, Any], file: str, size: Any) -> tuple[int, ...]:
 
 
 def _end_of_turn(tokenizer: TokenizerFiles) -> int | None:
-    """The special token right after an assistant's words, as the chat template renders them; None if there is none."""
+    """The special token that the chat template puts right after an assistant's words; None if there is none."""
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
     text = chat_renderer(tokenizer)(messages=messages, add_generation_prompt=False)
     if text is None:

@@ -1,4 +1,4 @@
-"""How many positions a model has, and whether windows fit."""
+"""The number of positions of a model, and the check that windows fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from exporter.errors import RecipeError
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
-    """Tokens that a model takes at once: `max_position_embeddings`, or as many as its rope is scaled to.
+    """The most tokens that a model takes at once: `max_position_embeddings`, or the number its rope is scaled to.
 
-    Some configurations with YaRN give the scaled number, and Qwen2.5's gives the one before: the larger is taken.
+    Some configurations with YaRN give the scaled number, Qwen2.5's gives the unscaled one. The larger is right.
 
     Args:
         config: the model's configuration.
 
     Returns:
-        None if it does not say.
+        None if the configuration does not say.
     """
     stated = config.get("max_position_embeddings")
     if type(stated) is not int or stated <= 0:
@@ -36,15 +36,15 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def check_windows(config: Mapping[str, Any], *, evaluation: int | None, calibration: int | None) -> None:
-    """Windows must not be longer than what the model takes.
+    """Check that windows are not longer than the model takes.
 
     Args:
         config: the model's configuration.
         evaluation: tokens in an evaluation window; None if there are none.
-        calibration: likewise.
+        calibration: tokens in a calibration window; None if there are none.
 
     Raises:
-        RecipeError: one is.
+        RecipeError: a window is longer.
     """
     positions = positions_of(config)
     for option, window in (("--eval-window", evaluation), ("--window", calibration)):

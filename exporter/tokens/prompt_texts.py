@@ -1,6 +1,6 @@
-"""Texts that an artifact tokenizes, conversations that it renders, beginnings that it continues. All are our own."""
+"""Texts to tokenize, conversations to render, and beginnings to continue. We wrote all of them."""
 
-# Characters that look alike are what some of the texts are about.
+# Some of the texts are about characters that look alike.
 # ruff: noqa: RUF001
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# By name, so that a report can say which text it was. Escapes where an editor might change or hide a character.
+# Texts have names for the report. Characters that an editor might change or hide are escaped.
 TEXTS: Mapping[str, str] = {
     "empty": "",
     "space": " ",
@@ -57,8 +57,8 @@ TEXTS: Mapping[str, str] = {
     "other ends": "a </s> <s> <eos> <|eot_id|> <end_of_turn> [/INST] <s>struck</s> out",
 }
 
-# Each is skipped where the source's template refuses it. Contents carry what a second rendering is likely to change:
-# quotes, angle brackets, ampersands and other scripts, through tojson and through plain output.
+# A conversation is skipped if the source's template refuses it. Contents have characters that a second rendering is
+# likely to change: quotes, angle brackets, ampersands and other scripts, through tojson and through plain output.
 _TOOLS: tuple[Mapping[str, Any], ...] = (
     {
         "type": "function",
@@ -106,5 +106,5 @@ CONVERSATIONS: Mapping[str, Mapping[str, Any]] = {
 
 SHORT = "The capital of France is"
 QUESTION = "Name three colours."
-# An answer that is complete, so that a model which learned to end its turn ends it here.
+# The answer is complete, so a model that learned to end its turn ends it here.
 ANSWER = "Red, green and blue."

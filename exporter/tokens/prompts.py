@@ -1,4 +1,4 @@
-"""Prompts that artifact and trained model are asked."""
+"""Prompts for the artifacts and the trained model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from exporter.tokens.prompt_texts import ANSWER, QUESTION, SHORT
 
 # Tokens of a greedy continuation.
 MAX_NEW = 32
-# Tokens of the long prompt: what GPTQ is known to fail on is a prompt that is not short.
+# Tokens of the long prompt. GPTQ models are known to fail on prompts that are not short.
 LONG = 2000
-# Enough for so many tokens of any Qwen's tokenizer.
+# Characters that are enough for so many tokens of any Qwen's tokenizer.
 _LONG_CHARACTERS = 16_000
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A beginning that artifacts go on with.
+    """A beginning that artifacts continue.
 
     Attributes:
         name: `short`, `chat`, `long`, or `answered`: a conversation up to the last word of an answer.
@@ -33,7 +33,7 @@ class Prompt:
 
 
 def prompts_of(model: MergedModel) -> tuple[Prompt, ...]:
-    """What artifacts of a model go on with.
+    """The prompts for the artifacts of a model.
 
     Raises:
         TokenizerError: its tokenizer cannot be loaded.
@@ -62,7 +62,7 @@ def prompts_from(model: MergedModel, tokenizers: Tokenizers) -> Iterator[Prompt]
 def render(
     tokenizer: TokenizerFiles, conversation: Mapping[str, Any], *, add_generation_prompt: bool = True
 ) -> str | None:
-    """A conversation by the source's chat template, as transformers renders it.
+    """Render a conversation with the source's chat template, as transformers does.
 
     Returns:
         None if there is no template, or it refuses the conversation.
@@ -88,7 +88,7 @@ def render(
 
 
 class Tokenizers:
-    """The source's tokenizer, and others that it might be taken for, which tell the cause of a difference.
+    """The source's tokenizer, and variants of it that tell the cause of a difference.
 
     Args:
         files: the tokenizer's files.
@@ -101,13 +101,13 @@ class Tokenizers:
     def ids(
         self, text: str, *, special: bool, normalized: bool = True, more: frozenset[int] = frozenset()
     ) -> list[int]:
-        """Token ids, none added.
+        """Token ids of a text, with no token added.
 
         Args:
             text: any text.
             special: whether a special token's text stands for the token.
             normalized: whether the tokenizer's normalizer (NFC in a Qwen) is applied.
-            more: ids of ordinary tokens that are taken for special ones.
+            more: ids of ordinary tokens to parse as special ones.
         """
         loaded = self._loaded.get((normalized, more))
         if loaded is None:

@@ -1,4 +1,4 @@
-"""Where token windows come from: a file, a dataset of the hub, or the embedded text, as one string."""
+"""Reads the text for token windows as one string: from a file, a dataset of the hub, or the embedded text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from exporter.inputs.tokenizer import TokenizerFiles
 from exporter.recipe import Calibration
 from exporter.tokens.embedded import BEGINNING_CHARACTERS, embedded_beginning, embedded_text
 
-# Twice what a token of a Qwen is in English: a text of so many characters a token most likely has the tokens.
+# Twice the length of a Qwen's token in English. A text with so many characters a token most likely has the tokens.
 _CHARACTERS_A_TOKEN = 8
 
 
 def read_beginnings(calibration: Calibration, tokenizer: TokenizerFiles, tokens: int) -> Iterator[str]:
-    """Beginnings of the text that `calibration` names, each longer than the one before; the last is the whole text.
+    """Beginnings of the text that `calibration` names, each longer than the one before. The last is the whole text.
 
-    The first one most likely has `tokens` tokens. Whoever counts fewer takes the next. A file is read whole.
+    The first one most likely has `tokens` tokens. A caller that counts fewer takes the next. A file is read whole.
 
     Args:
         calibration: names a text file, or one of JSON lines of `{"text": …}` or `{"messages": […]}`, the latter
@@ -48,7 +48,7 @@ def _read_file(file: Path, tokenizer: TokenizerFiles) -> str:
             str(file), found="no such file", expected="a .txt or .jsonl file", remedy="Check --calibration."
         )
     try:
-        # Not in text mode, which would turn \r\n into \n: every runtime and llama-perplexity gets the text as it is.
+        # Text mode would turn \r\n into \n, but every runtime and llama-perplexity gets the text as it is.
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(str(file), found=str(error), expected="UTF-8 text", remedy="Convert the file.") from None
@@ -62,7 +62,7 @@ _Record = tuple[str, bool]
 
 
 def _joined(records: Iterable[_Record]) -> str:
-    """All as one text: a line end after each but conversations, whose template says how they end, and the last."""
+    """Join records to one text. A line end follows all but the last, and conversations, which their template ends."""
     texts: list[str] = []
     for text, is_conversation in records:
         texts += [text, "" if is_conversation else "\n"]
@@ -84,7 +84,7 @@ def _lines(file: Path, text: str, tokenizer: TokenizerFiles) -> Iterator[_Record
 
 
 def _read_dataset(dataset: str, tokenizer: TokenizerFiles, characters: int) -> Iterator[str]:
-    """The first records that have so many characters together, then twice as many, and so on; at last all."""
+    """The first records that have so many characters together, then twice as many, and so on until all."""
     records: list[_Record] = []
     length = 0
     column = dataset.partition("#")[2] or None
@@ -100,7 +100,7 @@ def _read_dataset(dataset: str, tokenizer: TokenizerFiles, characters: int) -> I
 def _dataset_records(dataset: str) -> Iterator[Any]:
     """The records of `OWNER/NAME[@REVISION][:[CONFIGURATION/]SPLIT][#COLUMN]`, fetched as they are needed.
 
-    Of split `train` by default, and of the configuration that the dataset has by default, if it has one.
+    The default is split `train`, and the dataset's own default configuration, if it has one.
 
     Raises:
         RecipeError: `datasets` is not installed, or it cannot load the dataset.
@@ -110,8 +110,8 @@ def _dataset_records(dataset: str) -> Iterator[Any]:
     except ImportError:
         raise RecipeError(
             f"dataset {dataset}",
-            found="no package datasets",
-            expected="it, to read from the hub",
+            found="the package datasets is not installed",
+            expected="the package, which reads datasets of the hub",
             remedy="pip install 'exporter[datasets]', or give a .txt or .jsonl file with --calibration.",
         ) from None
     name, _, split = dataset.partition("#")[0].partition(":")
@@ -155,7 +155,7 @@ def _record_text(record: Any, tokenizer: TokenizerFiles, where: str, column: str
 
 
 def _printable(text: str) -> str:
-    """For messages: JSON can hold what no terminal can be sent."""
+    """A value for a message. JSON can hold characters that cannot be sent to a terminal."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -176,7 +176,7 @@ def _render(messages: list[Any], tools: Any, tokenizer: TokenizerFiles, where: s
         raise RecipeError(
             where,
             found=_printable(f"a conversation that the template refuses ({error})"),
-            expected="one that it renders",
+            expected="messages that the chat template renders",
             remedy="Correct the messages.",
         ) from None
     return str(rendered[0])

@@ -1,4 +1,4 @@
-"""Text → evaluation and calibration windows, apart from each other. The same ids go to every runtime."""
+"""Cuts a text into evaluation and calibration windows that share no token. Every runtime gets the same ids."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class CalibrationWindows:
-    """Token windows that activation statistics are taken from; none of their tokens is scored.
+    """Token windows for activation statistics. None of their tokens is scored.
 
     Attributes:
         ids: the windows, each a tuple of `window` token ids, in the order of the text.
         window: tokens in a window.
-        source: as of `Windows`.
-        seed: what decided which windows were taken.
+        source: as in `Windows`.
+        seed: decided which windows were taken.
         sha256: hash of the ids as little-endian 32-bit integers.
     """
 
@@ -82,7 +82,7 @@ class CalibrationWindows:
 
 @dataclass(frozen=True)
 class TokenSets:
-    """Both token sets of a run, each None where nothing needs it."""
+    """Both token sets of a run. Each is None if nothing needs it."""
 
     evaluation: Windows | None
     calibration: CalibrationWindows | None
@@ -116,16 +116,16 @@ def more_windows(
     *,
     cut: Evaluation | None,
 ) -> list[tuple[int, ...]]:
-    """What may be drawn after the evaluation windows that are known, in the order of the text.
+    """The windows that may be drawn after the known evaluation windows, in the order of the text.
 
     None of them has a token of the calibration windows, if there were any.
 
     Args:
-        recipe_calibration: the text, and what was calibrated on.
-        evaluation: up to how many tokens.
-        tokenizer: of the trained model.
+        recipe_calibration: the text, and the tokens that were calibrated on.
+        evaluation: the largest number of tokens.
+        tokenizer: the trained model's.
         known: the windows that were scored so far, from the text's beginning on.
-        cut: the evaluation that the calibration windows were cut beside; None if there were none.
+        cut: the evaluation in whose run the calibration windows were cut; None if there were none.
 
     Raises:
         MissingFileError, RecipeError, TokenizerError: the text cannot be read.
@@ -139,22 +139,23 @@ def more_windows(
 
 
 def most_windows(evaluation: Evaluation, known: Windows) -> int:
-    """How many windows there may be at most once more were drawn, counting those that are known from the text's
-    beginning on: these alone where the text ended before they were as many as asked for."""
+    """The largest number of windows after drawing more, with those that are known from the text's beginning on.
+
+    It is the number of these alone if the text ended before there were as many as asked for."""
     if known.tokens < evaluation_tokens(evaluation):
         return len(known.ids)
     return max(len(known.ids), evaluation.max_tokens // evaluation.n_ctx)
 
 
 def check_decidable(known: Windows, further: int = 0) -> None:
-    """Two windows at least: one has no interval, so nothing passes on it.
+    """Check that there can be two windows. One window has no interval, so nothing passes on it.
 
     Args:
         known: the evaluation windows.
         further: how many more may be drawn.
 
     Raises:
-        RecipeError: there are fewer.
+        RecipeError: there cannot.
     """
     if len(known.ids) + further < 2:
         raise RecipeError(
@@ -173,7 +174,7 @@ def check_drawable(
     *,
     cut: Evaluation | None,
 ) -> None:
-    """`check_decidable` with what may be drawn; arguments as of `more_windows`. Reads the text for one window only."""
+    """`check_decidable` with the windows that may be drawn; arguments as in `more_windows`. Reads text for one only."""
     if len(known.ids) == 1:
         check_decidable(known, len(more_windows(recipe_calibration, evaluation, tokenizer, known, cut=cut)))
 
@@ -181,17 +182,17 @@ def check_drawable(
 def _uncalibrated(
     recipe_calibration: Calibration, tokenizer: TokenizerFiles, cut: Evaluation | None, size: int, limit: int
 ) -> list[tuple[int, ...]]:
-    """The first windows of so many tokens that have none of the calibration windows', in the order of the text."""
+    """The first windows of so many tokens that share none with the calibration windows, in the order of the text."""
     ids: list[int] = []
     taken: list[int] = []
     if cut is not None:
-        # As much text as then: its length decides which windows were taken.
+        # Read as much text as that run did: its length decides which windows were taken.
         ids = _read(recipe_calibration, cut, tokenizer, calibrate=True)
         _check_length(ids, recipe_calibration, cut)
         taken = _calibration_places(len(ids), recipe_calibration, cut)
     places = _free_places(len(ids), size, taken, recipe_calibration.window)
     if len(places) < limit:
-        # Beside a taken window, less than a window may be left over.
+        # Less than a window may be left over beside a taken one.
         needed = limit * size + len(taken) * (recipe_calibration.window + size)
         ids = _enough(recipe_calibration, tokenizer, needed)
         places = _free_places(len(ids), size, taken, recipe_calibration.window)
@@ -199,7 +200,7 @@ def _uncalibrated(
 
 
 def _free_places(length: int, size: int, taken: Sequence[int], taken_size: int) -> list[int]:
-    """Where windows begin that follow each other and leave out the taken ones, which are in order."""
+    """The first token of each window between the taken ones, which are in order."""
     places: list[int] = []
     start = 0
     for end in [*taken, length]:
@@ -209,7 +210,7 @@ def _free_places(length: int, size: int, taken: Sequence[int], taken_size: int) 
 
 
 def windows_of(ids: Sequence[tuple[int, ...]], like: Windows) -> Windows:
-    """Windows of the same text and size as others."""
+    """More windows of the same text and size as others."""
     return Windows(tuple(ids), like.n_ctx, like.source, _sha256(ids))
 
 
@@ -234,17 +235,17 @@ def _enough(recipe_calibration: Calibration, tokenizer: TokenizerFiles, needed: 
 def make_windows(
     recipe_calibration: Calibration, evaluation: Evaluation, tokenizer: TokenizerFiles, *, cut: Evaluation | None = None
 ) -> Windows:
-    """The evaluation windows alone: those that `make_token_sets` gives.
+    """The evaluation windows alone, the same ones that `make_token_sets` gives.
 
     Args:
         recipe_calibration: the text, and what was calibrated on.
-        evaluation: what is scored.
-        tokenizer: of the trained model.
-        cut: the evaluation that calibration windows were cut beside, none of whose tokens is to be scored; None if
-            there were none.
+        evaluation: the tokens to score.
+        tokenizer: the trained model's.
+        cut: the evaluation in whose run calibration windows were cut; none of their tokens is scored. None if there
+            were none.
 
     Raises:
-        MissingFileError, RecipeError, TokenizerError: likewise.
+        MissingFileError, RecipeError, TokenizerError: as in `make_token_sets`.
     """
     source = recipe_calibration.name or EMBEDDED
     if cut is None:
@@ -260,8 +261,8 @@ def cut_token_sets(
 ) -> TokenSets:
     """Cut a text's tokens: evaluation windows from its beginning, calibration windows from what follows.
 
-    Calibration windows begin where the evaluation windows end even if those are not wanted, so that an artifact is the
-    same with and without verification. Evaluation windows alone may be fewer than asked for, where the text is short.
+    Calibration windows begin where the evaluation windows end, even if there is no evaluation. So an artifact is the
+    same with and without verification. Evaluation windows alone may be fewer than asked for, if the text is short.
 
     Raises:
         RecipeError: there are too few tokens.
@@ -304,10 +305,10 @@ def _calibration_windows(
 
 
 def _check_length(ids: Sequence[int], recipe_calibration: Calibration, evaluation: Evaluation) -> None:
-    """Both sets must be in the text.
+    """Check that the text has enough tokens for both sets.
 
     Raises:
-        RecipeError: they are not.
+        RecipeError: it has fewer.
     """
     scored, wanted = evaluation_tokens(evaluation), calibration_tokens(recipe_calibration)
     if len(ids) < scored + wanted:
@@ -328,7 +329,7 @@ def _calibration_places(length: int, recipe_calibration: Calibration, evaluation
 
 
 def _cut(ids: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Windows that follow each other; the remainder is dropped."""
+    """Cut windows that follow each other. The remainder is dropped."""
     return tuple(tuple(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size))
 
 

@@ -3,7 +3,7 @@
 While the verdict on an artifact is undecided, as many windows again as it was scored on are drawn, until there are as
 many as may be. Three looks, which the default numbers of tokens make, about double the chance that a figure exactly at
 its limit gets past it: by simulation from 2.5 % to 5.8 % where the means of windows are normal, and from 4.8 % to 9.7 %
-where they are log-normal and as unlike as a real model's KL divergences (`scripts/repeated_looks.py`).
+where they are log-normal and as unlike as a real model's KL divergences (`scripts/measurements/repeated_looks.py`).
 """
 
 from __future__ import annotations

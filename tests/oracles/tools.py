@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oracle import Oracle
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-if str(SCRIPTS) not in sys.path:
-    # The scripts import each other by plain names, as they do when they are run.
-    sys.path.insert(0, str(SCRIPTS))
+    from scripts.oracles.llamacpp import Oracle
 
 # What this package says differently from llama.cpp's converter on purpose: patterns of keys, and why.
 DIFFERENT_METADATA = {
@@ -35,14 +29,14 @@ STATISTIC = re.compile(r"^([^:\n]*\S)\s*:\s+(-?[0-9.]+)", re.MULTILINE)
 @cache
 def prepared() -> Oracle:
     """The oracle; the first time on a machine it is downloaded and built, which takes minutes."""
-    from oracle import prepare
+    from scripts.oracles.llamacpp import prepare
 
     return prepare()
 
 
 def oracle_error() -> type[Exception]:
     """What the oracle raises where one of llama.cpp's tools fails; its text is the end of what the tool printed."""
-    from oracle import OracleError
+    from scripts.oracles.llamacpp import OracleError
 
     return OracleError
 
@@ -54,7 +48,7 @@ def convert(model: Path, out: Path, outtype: str = "f32", name: str | None = "mo
 
 def merge_with_peft(base: Path, adapter: Path | None, out: Path) -> Path:
     """The merged model in float32 as peft computes it, with the base's own configuration and tokenizer files."""
-    from peft_merge import copy_base_files, merge
+    from scripts.oracles.peft_merge import copy_base_files, merge
 
     merge(base, adapter, out, "fp32", "fp32")
     copy_base_files(base, out, "fp32")
@@ -77,7 +71,7 @@ def perplexity(file: Path, text: Path, n_ctx: int, windows: int, batch: int | No
     By default the tool decodes several windows in one batch, which changes the last digits; a batch of `n_ctx` tokens
     makes it decode one at a time. It is asked again where its last line is lost, which its logger does now and then.
     """
-    from oracle import FINAL_ESTIMATE
+    from scripts.oracles.llamacpp import FINAL_ESTIMATE
 
     command = [str(prepared().perplexity_tool), "-m", str(file), "-f", str(text), "-c", str(n_ctx), "-t", "2"]
     command += ["--chunks", str(windows)] + ([] if batch is None else ["-b", str(batch)])

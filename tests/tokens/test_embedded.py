@@ -28,7 +28,7 @@ def test_another_process_makes_the_same() -> None:
 
 
 def test_it_begins_with_the_help_in_its_fixed_order() -> None:
-    """Verification scores the beginning: the figures in docs/quality.md and the demo's are of this text."""
+    """Verification scores the beginning: the figures in docs/measurements and the demo's are of this text."""
     from pydoc_data.topics import topics
 
     order = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())

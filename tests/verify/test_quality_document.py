@@ -1,4 +1,4 @@
-"""The limits in docs/quality.md are those of the gate, and those from 1 B on follow the rule that stands there."""
+"""The limits in docs/ are those of the gate, and those from 1 B on follow the rule that docs/measurements states."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import pytest
 from exporter.plan.gate_limits import FALLBACK_GATE, TOP_K_SHARE, Gate
 from tests.default_gates import DEFAULT_GATES, LARGE_GATES
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "measurements").glob("*.md")))
 Rows = list[list[str]]
 GROUPS = {"groups of 32 to 128": ("g32", "g64", "g128"), "one group a row": ("gall",)}
 
 
-def tables() -> list[Rows]:
-    """Every table: its header, and its rows without the rule below the header."""
-    found = re.findall(r"(?:^\|.*\|$\n)+", TEXT, re.MULTILINE)
+def tables(text: str = TEXT) -> list[Rows]:
+    """Every table of a text: its header, and its rows without the rule below the header."""
+    found = re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)
     parsed = [[[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()] for table in found]
     return [[table[0], *table[2:]] for table in parsed]
+
+
+def words(text: str) -> str:
+    """A text without its line ends."""
+    return " ".join(text.split())
 
 
 def column(header: list[str], beginning: str) -> int:
@@ -91,6 +97,16 @@ def test_the_table_of_classes_is_that_of_the_gate(title: str, gates: Mapping[str
     assert set(seen) == {*gates, "formats of other packages"}
 
 
+def test_the_page_for_users_shows_limits_from_1_b_on() -> None:
+    shown = (DOCS / "quality.md").read_text(encoding="utf-8")
+    assert f"{TOP_K_SHARE:g} times that on the whole form" in words(shown)
+    header, *rows = next(table for table in tables(shown) if table[0][1:] == ["change", "mean KL", "same top"])
+    assert len(rows) > 3, header
+    for row in rows:
+        for label in labels(row[0].replace(" in groups", ", groups of 32 to 128")):
+            assert limits(row[1:]) == pytest.approx(of(LARGE_GATES[label])), label
+
+
 def test_limits_from_1_b_on_follow_the_rule() -> None:
     """2.5 times the larger published figure, rounded up to two digits; never wider, and ±0.5 % at least."""
     header, *rows = classes()
@@ -115,7 +131,7 @@ def test_limits_from_1_b_on_follow_the_rule() -> None:
 
 
 def test_the_limit_on_the_top_k_form_is_the_share_that_stands_there() -> None:
-    assert f"the limit on the top-k form is {TOP_K_SHARE:g} times that on the whole one" in TEXT
+    assert f"the limit on the top-k form is {TOP_K_SHARE:g} times that on the whole one" in words(TEXT)
     for gates in (DEFAULT_GATES, LARGE_GATES):
         for label, gate in gates.items():
             if not label.startswith("gguf "):

@@ -1,4 +1,4 @@
-"""The figures of an artifact: value, 95 % interval, limit and verdict of each, as far as the manifest has them."""
+"""The figures of an artifact that the manifest has: value, 95 % interval, limit and verdict of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from exporter.publish.report.nodes import CHANGE, NATS, PERCENT, Format, Node, Unit
 from exporter.verify.scores.intervals import interval
 
-# 95 % of a normal distribution: of an error that does not come from a few windows.
+# 95 % of a normal distribution, for an error that does not come from a few windows.
 NORMAL_REACH = 1.96
 
 
@@ -18,17 +18,17 @@ class Figure:
     """A figure against its limit.
 
     Attributes:
-        name: what it is called.
-        about: what it is of, in a few words.
+        name: its name.
+        about: its meaning, in a few words.
         value: the figure.
         unit: how it is written.
-        ends: its 95 % interval; None where one window says nothing of others.
-        interval: where the interval is; None where it follows from `error`.
-        error: where the standard error is that it follows from.
-        limit: its limit; None where it has none.
+        ends: its 95 % interval; None if there is one window.
+        interval: the interval's place in the manifest; None if it follows from `error`.
+        error: the place of the standard error that the interval follows from.
+        limit: its limit; None if it has none.
         kind: `within`, `at_most` or `at_least`.
-        ideal: its value where nothing was lost; the middle of `within`.
-        verdict: passed, failed or undecided; None where nothing was to decide.
+        ideal: its value if nothing was lost; the middle of `within`.
+        verdict: passed, failed or undecided; None if it has no limit.
     """
 
     name: str
@@ -45,19 +45,19 @@ class Figure:
 
     @property
     def text(self) -> Format:
-        """Writes the value and the ends: with the digits that the interval leaves."""
+        """Writes the value and the ends, with the digits that the interval leaves."""
         if self.ends is None:
             return self.unit.text
         return self.unit.fixed((self.ends[1] - self.ends[0]) / 2 or self.value.value)
 
     @property
     def sign(self) -> str:
-        """What stands before the limit."""
+        """The sign before the limit."""
         return {"within": "±", "at_most": "≤ ", "at_least": "≥ "}[self.kind]
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """The values that the limit allows; all of them where there is none."""
+        """The values that the limit allows; all values if there is no limit."""
         if self.limit is None:
             return -math.inf, math.inf
         limit = float(self.limit.value)
@@ -66,11 +66,11 @@ class Figure:
 
 
 def figures(artifact: Node, evaluation: Node) -> list[Figure]:
-    """Scores, then weights; none of an artifact that was not looked at.
+    """The figures on scores, then those on weights. An artifact that was not verified has none.
 
     Args:
         artifact: one of `artifacts`.
-        evaluation: what was scored.
+        evaluation: the manifest's `evaluation`.
     """
     verification = artifact["verification"]
     scores = [] if verification["delta"].value is None else _scores(verification, evaluation)
@@ -78,7 +78,7 @@ def figures(artifact: Node, evaluation: Node) -> list[Figure]:
 
 
 def windows_of(verification: Node, evaluation: Node) -> int:
-    """Windows that were scored: more than those of `evaluation` where more were drawn until there was a verdict."""
+    """The number of scored windows. It is larger than that of `evaluation` if more were drawn for a verdict."""
     per_window = evaluation["tokens_scored"].value / evaluation["windows"].value
     return round(float(verification["tokens_scored"].value / per_window))
 
@@ -119,9 +119,9 @@ def _ends(figure: Figure, windows: int) -> tuple[float, float] | None:
 
 
 def _by_check(figure: Figure, check: Node) -> Figure:
-    """What the gate looked at, in place of what the figure says by itself."""
+    """The figure with the gate's value and verdict in place of its own."""
     figure = replace(figure, value=check["value"], kind=check["kind"].value)
-    # A limit that was lifted judges nothing.
+    # A lifted limit decides nothing.
     if check["limit"].value is not None:
         figure = replace(figure, limit=check["limit"], verdict=check["verdict"].value)
     if not check["interval"]:
@@ -138,7 +138,7 @@ def _by_limit(figure: Figure) -> Figure:
 
 
 def _weights(weights: Node) -> Iterator[Figure]:
-    """Limits of the error are by tensor and type: what breaks one is said in words."""
+    """The figures on weights. Limits on errors go by tensor and type, so the reasons name what breaks one."""
     if weights["relative_error"].value is not None:
         about = "of what is stored, against the merge"
         yield Figure("Weights, relative error", about, weights["relative_error"], PERCENT)

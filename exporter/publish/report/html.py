@@ -1,4 +1,4 @@
-"""`report_html`: the manifest as one page that needs nothing else, and that says nothing else."""
+"""`report_html`: the manifest as one page. The page needs nothing else and says nothing else."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from exporter.publish.serving_commands import serving_commands
 from exporter.units import size
 
 REPORT_NAME = "report.html"
-# From the worst on: what was broken decides, and a folder is as good as its worst artifact.
+# From worst to best. A folder is as good as its worst artifact.
 _VERDICTS = ("failed", "undecided", "skipped", "passed")
-# Losses of matrices that are named.
+# The number of matrices that the page names with their losses.
 _NAMED = 8
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an artifact is not passed.
+    """A reason why an artifact did not pass.
 
     Attributes:
-        area: what it is about: scores, weights or answers.
-        text: in words.
+        area: scores, weights or answers.
+        text: the reason in words.
     """
 
     area: str
@@ -41,10 +41,10 @@ class Reason:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with what it shows.
+    """A drawing with its title.
 
     Attributes:
-        title: what is drawn.
+        title: the title.
         about: how to read it.
         drawing: SVG.
     """
@@ -56,20 +56,20 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one artifact.
+    """The page's section on one artifact.
 
     Attributes:
         node: its place in the manifest.
         label: format and type.
         verdict: passed, failed, undecided or skipped.
         diagnosis: what is wrong with it as a whole, in a sentence; empty if nothing is.
-        reasons: why it is not passed.
+        reasons: why it did not pass.
         figures: its figures.
-        spreads: its divergences over the predictions, with what each is called and in what unit.
+        spreads: its divergences over the predictions, each with name and unit.
         plots: its plots.
-        fallbacks: tensors by the type that was wanted and the one that they are stored in.
+        fallbacks: tensors by the wanted type and the stored type.
         losses: the largest losses of matrices that were solved for, with their inputs.
-        commands: what serves it, and how.
+        commands: the runtimes that serve it, with their commands.
     """
 
     node: Node
@@ -86,13 +86,13 @@ class Section:
 
 
 def report_html(manifest: Mapping[str, Any], *, again: Sequence[str] | None = None) -> bytes:
-    """The report of an output folder: a function of its `export.json`, and of nothing else.
+    """Make the report of an output folder from its `export.json`, and from nothing else.
 
     Args:
-        manifest: as `build_manifest` makes it, or as it is read from the file.
-        again: of a folder that was verified again, what the reader should know of that; None for an export's report.
+        manifest: from `build_manifest`, or read from the file.
+        again: notes for the reader if the folder was verified again; None for an export's report.
     """
-    # As it is in the file: whichever of the two is given, the page is the same.
+    # In the file's form, so that both give the same page.
     root = Node(json.loads(json.dumps(manifest)))
     sections = [_section(root, artifact) for artifact in root["artifacts"]]
     verdict = min((section.verdict for section in sections), key=_VERDICTS.index)
@@ -102,7 +102,7 @@ def report_html(manifest: Mapping[str, Any], *, again: Sequence[str] | None = No
     return page.encode()
 
 
-# Of `nearest` in the manifest: what a stored weight is held to.
+# Names of the limits on a stored weight, by the keys of `nearest` in the manifest.
 _MEASURES = {
     "relative_error": "Whole weight",
     "group": "Columns of a scale",
@@ -112,7 +112,7 @@ _MEASURES = {
 }
 
 
-# Of a divergence in the manifest: what is shown of how it is spread over the predictions.
+# The entries of a divergence in the manifest that show its spread over the predictions.
 _QUANTILES = {"median": "Median", "p90": "90%", "p95": "95%", "p99": "99%", "largest": "Maximum"}
 
 
@@ -191,7 +191,7 @@ def _section(root: Node, artifact: Node) -> Section:
 
 
 def _diagnosis(artifact: Node, areas: set[str]) -> str:
-    """What the reasons come to: the first of them may be one of many that a single fault has."""
+    """One sentence for all reasons, since a single fault may have many reasons."""
     weights = artifact["weights"]
     survival, limit = weights["survival"].value, weights["survival_limit"].value
     if survival is not None and limit is not None and abs(survival - 1) > limit:
@@ -211,7 +211,7 @@ def _diagnosis(artifact: Node, areas: set[str]) -> str:
 
 
 def _reasons(artifact: Node, verdict: str) -> Iterator[Reason]:
-    """What is broken or not decided, by what it is about; then what could decide it."""
+    """Everything broken or undecided, by area, then what could decide it."""
     verification = artifact["verification"]
     areas = {area: artifact[area]["broken"].value or [] for area in ("weights", "answers")}
     areas["answers"] = [*areas["answers"], verification["not_answered"].value]
@@ -228,7 +228,7 @@ def _reasons(artifact: Node, verdict: str) -> Iterator[Reason]:
 
 
 def _ends(figure: Figure) -> Markup:
-    """The interval of a figure; where it follows from an error, it says from which."""
+    """The interval of a figure. If it follows from a standard error, it names that."""
     if figure.ends is None:
         return NOTHING
     if figure.interval:
@@ -312,7 +312,7 @@ def _survival_plots(weights: Node) -> Iterator[Plot]:
 
 
 def _delta_error_plots(weights: Node) -> Iterator[Plot]:
-    """Beside survival: an error that has nothing to do with the change leaves that at 100% however large it is."""
+    """Plots of the change's error. Survival stays at 100% however large an error is that is unrelated to the change."""
     about = "Of what is stored of the adapter's change, over that change; 100% is an error as large as it."
     layers, kinds = (_known_points(weights[part], "delta_error") for part in ("layers", "kinds"))
     if layers:
@@ -324,7 +324,7 @@ def _delta_error_plots(weights: Node) -> Iterator[Plot]:
 
 
 def _known_points(part: Node, figure: str) -> list[Point]:
-    """Those that have the figure: where the adapter changes nothing there is none of its change."""
+    """The points that have the figure. A layer that the adapter does not change has none."""
     return [point for point in _points(part, figure) if point.number is not None]
 
 

@@ -1,4 +1,4 @@
-"""Places in a manifest, and numbers as text. On the page, a number says where it is from."""
+"""Places in a manifest, and numbers as text. On the page, each number names its place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 Format = Callable[[float], str]
-# As wide as a plus.
+# As wide as a plus sign.
 MINUS = "\N{MINUS SIGN}"
 NOTHING = Markup('<span class="none">\N{EN DASH}</span>')
 _MOST_DECIMALS = 8
-# Of ticks: an exponent is shorter.
+# The most decimals of a tick. With more, an exponent is shorter.
 _MOST_TICK_DECIMALS = 4
 
 
@@ -24,8 +24,8 @@ class Node:
     """A place in the manifest.
 
     Attributes:
-        value: what is there; None where there is nothing.
-        pointer: where it is, as a JSON pointer (RFC 6901).
+        value: the value there; None if there is nothing.
+        pointer: the place as a JSON pointer (RFC 6901).
     """
 
     value: Any
@@ -46,18 +46,18 @@ class Node:
         return bool(self.value)
 
     def entries(self) -> Iterator[tuple[str, Node]]:
-        """Of an object: its keys, and what is there."""
+        """The keys of an object and the places there."""
         return ((key, self[key]) for key in self.value or {})
 
 
 @dataclass(frozen=True)
 class Unit:
-    """How numbers of one kind are written.
+    """The form of numbers of one kind.
 
     Attributes:
-        factor: what they are multiplied with.
-        suffix: what follows them.
-        signed: whether a plus is written.
+        factor: they are multiplied by this.
+        suffix: the text after them.
+        signed: whether they have a plus sign.
     """
 
     factor: float = 1.0
@@ -65,26 +65,26 @@ class Unit:
     signed: bool = False
 
     def text(self, value: float, decimals: int | None = None) -> str:
-        """A number; with three digits unless decimals are given."""
+        """Write a number, with three digits unless decimals are given."""
         scaled = self.factor * value
         if decimals is None:
             decimals = _decimals(scaled, 3)
-        # Of what overflowed, the exponent says more than 300 digits.
+        # An exponent says more than 300 digits do.
         form = ".2e" if abs(scaled) >= 1e9 else f".{decimals}f"
-        # No zero is negative: what rounds to it lies on either side.
+        # Write no negative zero: the number only rounds to zero.
         return f"{scaled:{'+' if self.signed else ''}z{form}}".replace("-", MINUS) + self.suffix
 
     def fixed(self, spread: float, digits: int = 2) -> Format:
-        """Writes numbers with as many decimals as show so many digits of `spread`: of an error, two are enough."""
+        """Writes numbers with the decimals that show so many digits of `spread`. Two digits of an error are enough."""
         decimals = _decimals(self.factor * spread, digits)
         return lambda value: self.text(value, decimals)
 
     def short(self, value: float, digits: int = 6) -> str:
-        """A round number, such as a tick or a limit, with no more digits than it has."""
+        """Write a round number, such as a tick or a limit, with no more digits than it has."""
         return f"{self.factor * value:.{digits}g}".replace("-", MINUS) + self.suffix
 
     def apart(self, values: Sequence[float]) -> list[str]:
-        """Numbers in even steps, such as ticks, all with the decimals of a step: no two are written alike."""
+        """Write numbers in even steps, such as ticks, with the decimals of a step. So no two look alike."""
         step = values[1] - values[0] if len(values) > 1 else values[0]
         decimals = _decimals(self.factor * step, 1)
         short = [self.short(value) for value in values]
@@ -93,7 +93,7 @@ class Unit:
         return [self.text(value, decimals) for value in values]
 
     def limit(self, value: float) -> str:
-        """A limit; four digits are enough of one that was computed."""
+        """Write a limit. Four digits are enough for a computed one."""
         return self.short(value, 4)
 
 
@@ -109,12 +109,12 @@ def _decimals(value: float, digits: int) -> int:
 
 
 def count(value: float) -> str:
-    """A number of things."""
+    """Write a number of things."""
     return f"{value:,.0f}"
 
 
 def shown(node: Node, as_text: Format) -> Markup:
-    """A number and where it is from; a dash where there is none."""
+    """A number and its place; a dash if there is none."""
     if node.value is None:
         return NOTHING
     text = '<data value="{}" data-at="{}">{}</data>'
@@ -122,13 +122,13 @@ def shown(node: Node, as_text: Format) -> Markup:
 
 
 def counted(node: Node) -> Markup:
-    """How many things there are at a place."""
+    """The number of things at a place."""
     length = len(node.value or ())
     return Markup('<data value="{}" data-length-of="{}">{}</data>').format(length, node.pointer, count(length))
 
 
 def share(part: Node, whole: Node) -> Markup:
-    """A number as a share of another, and where both are from; a dash where there is none."""
+    """A number as a share of another, with the places of both; a dash if there is none."""
     if part.value is None or not whole.value:
         return NOTHING
     taken = part.value / whole.value

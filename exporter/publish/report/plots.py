@@ -1,4 +1,4 @@
-"""The plots, each from places in the manifest. All are 360 wide, so that a phone shows their text at its own size."""
+"""The plots, each from places in the manifest. All are 360 wide, so that a phone shows their text unscaled."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from exporter.publish.report.nodes import NATS, Format, Node, Unit, count
 from exporter.publish.report.svg import drawing, linear, logarithmic, mark, tag, text, ticks
 
 WIDTH = 360
-# Of plots with axes: the frame, which begins where the labels of its ticks end, and how wide a letter of those is.
+# Plots with axes: the frame, which begins where the labels of its ticks end, and the width of a letter of a label.
 _LEFT, _RIGHT, _TOP, _BASE, _HEIGHT = 46.0, 352.0, 10.0, 160.0, 196
 _LETTER = 6.4
-# Of rows: where their bars begin and end, and the height of each.
+# Rows: the left and right end of their bars, and the height of each.
 _BARS, _BARS_END, _ROW = 98.0, 282.0, 22
 _LONGEST_LABEL = 14
-# How far from its ideal a scale goes at least: what is closer is as good as on it.
+# The least distance from the ideal to the end of a scale. A value closer than that is as good as ideal.
 _LEAST_REACH = 1e-6
-# How many times its limit a figure may be before its bar ends in an arrow.
+# A figure that is more times its limit than this has a bar that ends in an arrow.
 _BEYOND = 3.0
 
 
@@ -32,7 +32,7 @@ class Point:
     Attributes:
         name: its layer, kind, type or position.
         value: the number; null if it is not finite.
-        more: written after it.
+        more: text after the number.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Point:
 
 
 def interval_bar(figure: Figure) -> Markup:
-    """A figure and its interval, over what its limit allows; 168 wide and 20 high."""
+    """A figure and its interval over the range that its limit allows; 168 wide and 20 high."""
     value = float(figure.value.value)
     low, high = figure.ends or (value, value)
     first, last = _bar_range(figure, min(low, value), max(high, value))
@@ -81,7 +81,7 @@ def interval_bar(figure: Figure) -> Markup:
 
 
 def _bar_range(figure: Figure, low: float, high: float) -> tuple[float, float]:
-    """The values at the ends of a bar: so far around the ideal that limit and interval are seen."""
+    """The values at the ends of a bar, far enough from the ideal to show limit and interval."""
     reach = max(abs(low - figure.ideal), abs(high - figure.ideal)) * 1.15 or 1e-9
     if figure.limit is not None:
         limit = max(abs(end - figure.ideal) for end in figure.allowed if math.isfinite(end))
@@ -95,7 +95,7 @@ def _bar_range(figure: Figure, low: float, high: float) -> tuple[float, float]:
 
 
 def bars(label: str, points: Sequence[Point], as_text: Format) -> Markup:
-    """A horizontal bar a point, from zero, with its number at the end."""
+    """One horizontal bar for each point, from zero, with its number at the end."""
     largest = max((point.number or 0.0 for point in points), default=0.0)
     x = linear(0, largest, _BARS, _BARS_END - (40 if any(point.more for point in points) else 0))
 
@@ -107,7 +107,7 @@ def bars(label: str, points: Sequence[Point], as_text: Format) -> Markup:
 
 
 def deviations(label: str, points: Sequence[Point], as_text: Format, ideal: float) -> Markup:
-    """A dot a point on a scale around `ideal`, with its number at the end."""
+    """One dot for each point on a scale around `ideal`, with its number at the end."""
     numbers = [point.number for point in points if point.number is not None]
     reach = max((abs(number - ideal) for number in numbers), default=0.0) * 1.1 or 1e-9
     x = linear(ideal - reach, ideal + reach, _BARS, _BARS_END)
@@ -152,7 +152,7 @@ def _title(point: Point, as_text: Format) -> str:
 
 
 def columns(label: str, points: Sequence[Point], unit: Unit, axis: str) -> Markup:
-    """A column a point, from zero, side by side; `axis` says what they are in the order of."""
+    """One column for each point, from zero, side by side. `axis` names their order."""
     largest = max((point.number or 0.0 for point in points), default=0.0) or 1.0
     y = linear(0, largest * 1.08, _BASE, _TOP)
     left, parts = _grid(ticks(0, largest * 1.08, 4), y, unit.apart)
@@ -171,7 +171,7 @@ def columns(label: str, points: Sequence[Point], unit: Unit, axis: str) -> Marku
 
 
 def dots(label: str, points: Sequence[Point], unit: Unit, axis: str, ideal: float) -> Markup:
-    """A dot a point, side by side, on a scale around `ideal`."""
+    """One dot for each point, side by side, on a scale around `ideal`."""
     numbers = [point.number for point in points if point.number is not None]
     reach = max((abs(number - ideal) * 1.15 for number in numbers), default=0.0)
     reach = max(reach, _LEAST_REACH)
@@ -193,10 +193,10 @@ def dots(label: str, points: Sequence[Point], unit: Unit, axis: str, ideal: floa
 
 
 def quantiles(label: str, pairs: Node) -> Markup:
-    """KL divergence, on a logarithmic scale, at each quantile; the quantiles are evenly spaced, for the tails' sake."""
+    """KL divergence at each quantile, on a logarithmic scale. Quantiles are evenly spaced, to show the tails."""
     positive = [pair[1].value for pair in pairs if pair[1].value > 0] or [1.0]
     low, high = 10.0 ** math.floor(math.log10(min(positive))), 10.0 ** math.ceil(math.log10(max(positive)) + 1e-9)
-    # Decades below what is seen: a position or two may be next to the same.
+    # The decades to show. One or two positions may be nearly the same in both models, and would stretch the scale.
     low = max(low, high * 1e-8)
     y = logarithmic(low, high, _BASE, _TOP)
     left, parts = _grid(_decade_ticks(low, high), y, lambda values: [f"{value:g}" for value in values])
@@ -237,7 +237,7 @@ def heat(label: str, counts: Node) -> Markup:
 
 
 def _decade_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from one to the other; of a single decade, 2 and 5 times its power too."""
+    """Powers of ten from one value to the other; in a single decade, also 2 and 5 times its power."""
     first, last = round(math.log10(low)), round(math.log10(high))
     decades = [10.0**power for power in range(first, last + 1)]
     return [low, 2 * low, 5 * low, high] if last == first + 1 else decades[:: 1 + len(decades) // 6]
@@ -246,7 +246,7 @@ def _decade_ticks(low: float, high: float) -> list[float]:
 def _grid(
     values: Sequence[float], y: Callable[[float], float], as_texts: Callable[[Sequence[float]], list[str]]
 ) -> tuple[float, list[Markup]]:
-    """Where the frame begins, so that the labels of the ticks have room; lines and labels."""
+    """The left end of the frame, which leaves room for the labels of the ticks; lines and labels."""
     texts = as_texts(values)
     left = max(_LEFT, 8 + _LETTER * max(map(len, texts)))
     lines = [tag("line", x1=left, x2=_RIGHT, y1=y(value), y2=y(value), class_="grid") for value in values]
@@ -256,7 +256,7 @@ def _grid(
 
 
 def _below(points: Sequence[Point], axis: str, left: float) -> list[Markup]:
-    """Names under the base line, as many as there is room for, and what they are."""
+    """Names under the base line, as many as there is room for, and the axis' title."""
     step, every = (_RIGHT - left) / max(len(points), 1), max(1, math.ceil(len(points) / 10))
     names = [
         text(point.name, left + step * (index + 0.5), _BASE + 14, None, "middle")

@@ -1,4 +1,4 @@
-"""SVG elements, scales and ticks. Colours are classes of the page's style sheet, so that both colour schemes fit."""
+"""SVG elements, scales and ticks. Colours are classes of the page's style sheet, which has two colour schemes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup, escape
 from exporter.publish.report.nodes import Node
 
 Scale = Callable[[float], float]
-# Two say how far apart values are, and not where between the two a third is.
+# Two ticks do not show where a third value is between them.
 _LEAST_TICKS = 3
 
 
 def tag(name: str, /, *children: str, **attributes: str | float | None) -> Markup:
-    """An element; text and attributes are escaped. `class_` and `font_size` are written `class` and `font-size`.
+    """Make an element. Text and attributes are escaped; `class_` and `font_size` become `class` and `font-size`.
 
     Args:
         name: the element's.
@@ -32,7 +32,7 @@ def tag(name: str, /, *children: str, **attributes: str | float | None) -> Marku
 
 
 def join(parts: Iterable[str]) -> Markup:
-    """One after the other."""
+    """Join elements in order."""
     return Markup("").join(parts)
 
 
@@ -41,18 +41,18 @@ def _attribute(value: str | float) -> str:
 
 
 def text(content: str, x: float, y: float, class_: str | None = None, anchor: str | None = None) -> Markup:
-    """Text whose base line starts, or ends or has its middle (`anchor`), at a point."""
+    """Text at a point: its base line starts, ends or has its middle there (`anchor`)."""
     return tag("text", content, x=x, y=y, class_=class_, text_anchor=anchor)
 
 
 def mark(name: str, node: Node, title: str, /, **attributes: str | float | None) -> Markup:
-    """An element that stands for a number: it says which, and where that is from."""
+    """An element that stands for a number. It carries the number and its place in the manifest."""
     places: Mapping[str, str] = {"data_at": node.pointer, "data_value": json.dumps(node.value)}
     return tag(name, tag("title", title), **attributes, **places)
 
 
 def drawing(width: float, height: float, label: str, parts: Iterable[str]) -> Markup:
-    """A whole drawing, as wide as its place; `label` is read out in its stead."""
+    """A whole drawing, as wide as its place. Screen readers read `label` in its place."""
     box = f"0 0 {width:g} {height:g}"
     return tag("svg", join(parts), viewBox=box, width=width, height=height, role="img", aria_label=label)
 
@@ -64,7 +64,7 @@ def linear(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
-    """The same for the logarithms of values, which must be positive; what is below `low` is drawn there."""
+    """A scale from the logarithms of positive values to pixels. A value below `low` is drawn at `low`."""
     inner = linear(math.log(low), math.log(high), start, end)
     return lambda value: inner(math.log(max(value, low)))
 
@@ -75,12 +75,12 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     Args:
         low: the lower end.
         high: the upper end.
-        most: steps between them; more only where these leave less than three numbers.
+        most: the most steps between them; there are more only if that leaves fewer than three numbers.
     """
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    # From the widest step to one that has three multiples wherever the range lies.
+    # Try steps from the widest on, down to one that has three multiples in any range.
     found = [_multiples(factor * power, low, high) for factor in (20, 10, 5, 2, 1, 0.5)]
     enough = [numbers for numbers in found if len(numbers) >= _LEAST_TICKS]
     fitting = [numbers for numbers in enough if len(numbers) <= most + 1]

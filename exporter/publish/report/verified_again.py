@@ -1,4 +1,4 @@
-"""The page of a verification that was made again: the folder's manifest with what was found now in place of then."""
+"""The page of a new verification: the folder's manifest with the new findings in place of the old."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from exporter.verify.weights.check import WeightsResult
 
 
 def check_report(file: Path, folder: Path, *, force: bool) -> None:
-    """A report must not take the place of what it is about, nor of anything else unasked.
+    """Check that a report replaces none of the folder's files, and no other file without `force`.
 
     Args:
-        file: where the page will be written.
+        file: the page's path.
         folder: the folder that is verified.
         force: whether a file that exists may be replaced.
 
     Raises:
         ArtifactError: the folder has no manifest.
-        RecipeError: it is an artifact by itself.
-        OutputExistsError: the file exists, is one of the folder's own, or is in no folder.
+        RecipeError: `folder` is an artifact by itself.
+        OutputExistsError: the file exists, is one of the folder's own, or its folder is missing.
     """
     if is_bare(folder):
         raise RecipeError(
@@ -62,8 +62,8 @@ def scored_page(
     Args:
         folder: the folder that was verified.
         verdicts: by artifact label.
-        evaluation: what was scored, as in a manifest.
-        notes: what the reader should know of that.
+        evaluation: the scored tokens, as in a manifest.
+        notes: notes for the reader.
     """
     found = {
         label: _artifact(verification_json(one), one.weights, one.answers.as_json() if one.answers else None)
@@ -73,23 +73,23 @@ def scored_page(
 
 
 def files_page(folder: Path, weights: Mapping[str, WeightsResult | None], broken: Mapping[str, Sequence[str]]) -> bytes:
-    """The page of artifacts whose files were compared, and nothing scored.
+    """The page of artifacts whose files were compared and not scored.
 
     Args:
         folder: the folder that was verified.
-        weights: what is in the stored weights, by artifact label; None where nothing can read them back.
-        broken: what is wrong, in words, likewise.
+        weights: findings on the stored weights, by artifact label; None if nothing can read them back.
+        broken: faults in words, by artifact label.
     """
     found = {label: _artifact(_unscored(broken[label]), one, None) for label, one in weights.items()}
     return _page(folder, found, None, ["Files were held against base and adapter; nothing was scored."])
 
 
 def refused_page(folder: Path, error: ArtifactError) -> bytes:
-    """The page of a folder that is not what was published: every artifact with the file at fault has failed.
+    """The page of a folder that was changed after publishing: every artifact with the changed file has failed.
 
     Args:
         folder: the folder that was verified.
-        error: what is wrong with which file.
+        error: names the file and its fault.
     """
     reason = f"{error.thing}: {error.found}, published were {error.expected}"
     artifacts = json.loads((folder / MANIFEST_NAME).read_bytes())["artifacts"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from exporter.verify.answers.follow import Followed
 
 
-# Nats a token by which a continuation may fall short of what the reference would have chosen; docs/quality.md has the
+# Nats a token by which a continuation may fall short of what the reference would have chosen; docs/measurements has the
 # measurements that it rests on.
 MAX_SHORTFALL = 1.5
 # A continuation that ends after a token or two is no mean: so many tokens are counted at least.

@@ -38,7 +38,7 @@ BLOCK_SHARE = 1 / 16
 VARIED = 0.94
 # The least cosine between error and merge of a group whose scale is off, and not its largest values cut: of a scale
 # that lost a third, 0.96 at 4 bits. Of the sound groups of a real 0.5B that lost more than a fifth, 234 at 4 bits had
-# at most 0.83, and 9,007 at 3 bits at most 0.862 (scripts/weight_figures.py).
+# at most 0.83, and 9,007 at 3 bits at most 0.862 (scripts/measurements/weight_figures.py).
 PARALLEL = 0.88
 # Added to squared norms, so that a group of zeros is infinitely far off or not at all.
 _TINY = 1e-60

@@ -1,0 +1,1 @@
+"""Figures of quality that the documentation states and that limits rest on."""

@@ -1,0 +1,1 @@
+"""Artifacts that are broken on purpose, to see that verification says so."""
