@@ -108,7 +108,7 @@ def _metadata(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
     quantized = "llamacpp" in served or not types <= _FLOAT_TYPES
     relation = "quantized" if quantized else "finetune" if adapters else None
     library = "transformers" if "transformers" in served else "llama-cpp-python" if "llamacpp" in served else None
-    tags = [format_, *(["lora"] if adapters else []), *(["llama.cpp"] if "llamacpp" in served else [])]
+    tags = [format_, *(["lora"] if _are_lora(adapters) else []), *(["llama.cpp"] if "llamacpp" in served else [])]
     quants = [artifact["quant"] for artifact in manifest["artifacts"]]
     # `4-bit` is what the Hub calls it, `Q4_K_M` what people search for.
     bits = [f"{packed[0]}-bit" for packed in map(parse_quant, quants) if packed]
@@ -155,9 +155,15 @@ def _what(manifest: Mapping[str, Any], base: BaseCard) -> str:
     if adapters:
         plural = "s" if len(adapters) > 1 else ""
         merged = (
-            f" with the LoRA adapter{plural} {' and '.join(_code(each['name']) for each in adapters)} merged into it"
+            f" with the {'LoRA ' if _are_lora(adapters) else ''}adapter{plural} "
+            f"{' and '.join(_code(each['name']) for each in adapters)} merged into it"
         )
     return f"{name}{link}{merged}, as {manifest['recipe']['format']} {kinds}."
+
+
+def _are_lora(adapters: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are adapters, all of them LoRA or rsLoRA; `adapters` are inputs of a manifest."""
+    return bool(adapters) and all("lora" in each["adapter"]["method"] for each in adapters)
 
 
 def _files(manifest: Mapping[str, Any]) -> str:
@@ -196,8 +202,10 @@ def _made(manifest: Mapping[str, Any]) -> str:
         )
         for each in manifest["inputs"][1:]:
             kind = each["adapter"]
-            ranks = ", ".join(map(str, kind["ranks"]))
-            lines.append(f"Adapter {_code(each['name'])}: {kind['method']}, rank {ranks} on {kind['targets']} tensors.")
+            method = kind["method"]
+            if "ranks" in kind:
+                method += f", rank {', '.join(map(str, kind['ranks']))}"
+            lines.append(f"Adapter {_code(each['name'])}: {method} on {kind['targets']} tensors.")
     if (calibration := manifest["calibration"]) is not None:
         lines.append(f"Calibrated on {calibration['tokens']} tokens of {_code(calibration['source'])}.")
     package = "llama-cpp-python" if "llamacpp" in manifest["artifacts"][0]["runtimes"] else "torch"

@@ -16,6 +16,7 @@ from exporter.backends.pieces import Arrangement, stack, whole
 from exporter.inputs.row_blocks import RowBlock
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.cpu import CpuMerger
+from exporter.merge.merger import Factors
 from exporter.merge.model import MergedModel, MergedTensor
 from exporter.tour.riders import Rider
 from exporter.tour.stream import Progress, Stream, Target
@@ -33,7 +34,7 @@ class Leaving(CpuMerger):
         self,
         tensor: MergedTensor,
         block: RowBlock,
-        factors: tuple[torch.Tensor, ...],
+        factors: Factors,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self._own.inside
