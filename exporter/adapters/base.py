@@ -87,8 +87,8 @@ class Update(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that it fits."""
+    def shape(self) -> tuple[int | None, ...]:
+        """Shape of the weight that it fits; None where any size does."""
 
     @property
     @abstractmethod

@@ -32,18 +32,27 @@ def bind(adapter: Adapter, base: Checkpoint) -> dict[str, Update]:
     missing = [name for name in targets if name not in shapes]
     if missing:
         raise _no_target(adapter, missing, len(targets), shapes)
-    wrong = [name for name, update in targets.items() if update.shape != shapes[name]]
+    wrong = [name for name, update in targets.items() if not _fits(update, shapes[name])]
     if wrong:
         name, update = wrong[0], targets[wrong[0]]
         hint = f" ({len(wrong)} of {len(targets)} targets do not fit)" if len(wrong) > 1 else ""
         raise AdapterShapeError(
             update.tensors[0].name,
-            found=f"an update of shape {list(update.shape)}{hint}",
+            found=f"an update of shape {_named(update.shape)}{hint}",
             expected=f"{list(shapes[name])}, the shape of {name}",
             remedy="The adapter was trained on a base of another size: give the base it was trained on.",
         )
     _check_completeness(adapter, targets, base)
     return targets
+
+
+def _named(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
+
+def _fits(update: Update, shape: tuple[int, ...]) -> bool:
+    own = update.shape
+    return len(own) == len(shape) and all(size in (None, base) for size, base in zip(own, shape, strict=True))
 
 
 def _check_architecture(adapter: Adapter, base: Checkpoint) -> None:
