@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.adapters.base import CONFIG_NAME, WEIGHTS_NAME
-from exporter.adapters.lora import LowRankUpdate, check_settings, lora_update, sort_tensors
+from exporter.adapters.base import CONFIG_NAME, WEIGHTS_NAME, AdapterMethod, Update
+from exporter.adapters.registry import find_method
 from exporter.errors import AdapterError, MissingFileError
 from exporter.inputs.checkpoint import StoredTensor, read_header, read_json
 
@@ -19,14 +19,16 @@ class Adapter:
 
     Attributes:
         folder: the folder.
+        method: the method that reads it.
         config: `adapter_config.json` as read.
         updates: the updates by module name.
         copies: whole weights that peft saved beside the updates (embedding layers), by module name.
     """
 
     folder: Path
+    method: AdapterMethod
     config: Mapping[str, Any]
-    updates: Mapping[str, LowRankUpdate]
+    updates: Mapping[str, Update]
     copies: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
@@ -34,27 +36,37 @@ class Adapter:
         """The files that were read."""
         return (self.folder / CONFIG_NAME, self.folder / WEIGHTS_NAME)
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What kind of adapter it is: the method with its own figures, number and kinds of targets."""
+        return {
+            **self.method.summary(self.config, self.updates),
+            "targets": len(self.updates),
+            "modules": sorted({module.rsplit(".", 1)[-1] for module in self.updates}),
+        }
+
     @classmethod
     def open(cls, folder: Path) -> Adapter:
         """Open an adapter folder. Reads the configuration and the header, and no weights.
 
         Raises:
             MissingFileError, UnsupportedAdapterError, AdapterRankError, AdapterTargetError: see each.
+            AdapterError: the file holds nothing of the adapter's method.
         """
         config = read_json(folder / CONFIG_NAME)
-        check_settings(folder, config)
+        method = find_method(config)
+        method.check_settings(folder, config)
         if not (folder / WEIGHTS_NAME).is_file():
             other = "adapter_model.bin" if (folder / "adapter_model.bin").is_file() else "no weights"
             raise MissingFileError(
                 str(folder), found=other, expected=WEIGHTS_NAME, remedy="Save the adapter with safe serialization."
             )
-        pairs, copies = sort_tensors(read_header(folder / WEIGHTS_NAME))
-        updates = {module: lora_update(module, parts, config) for module, parts in pairs.items()}
+        updates, copies = method.read(read_header(folder / WEIGHTS_NAME), config)
         if not updates:
             raise AdapterError(
                 WEIGHTS_NAME,
-                found="no LoRA tensor",
-                expected="lora_A and lora_B of each target",
+                found=f"no {method.title} tensor",
+                expected=f"{method.parts} of each target",
                 remedy="Save it again.",
             )
-        return cls(folder, config, updates, copies)
+        return cls(folder, method, config, updates, copies)

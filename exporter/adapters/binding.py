@@ -8,13 +8,12 @@ from difflib import get_close_matches
 from typing import Any
 
 from exporter.adapters.adapter import Adapter
-from exporter.adapters.base import CONFIG_NAME, malformed
-from exporter.adapters.lora import LowRankUpdate
+from exporter.adapters.base import CONFIG_NAME, Update, malformed
 from exporter.errors import AdapterError, AdapterShapeError, AdapterTargetError, ArchitectureMismatchError
 from exporter.inputs.checkpoint import Checkpoint
 
 
-def bind(adapter: Adapter, base: Checkpoint) -> dict[str, LowRankUpdate]:
+def bind(adapter: Adapter, base: Checkpoint) -> dict[str, Update]:
     """Check an adapter against a base and return its updates by base tensor name.
 
     `fan_in_fan_out` needs no branch of its own: peft resets it on `torch.nn.Linear` (lora/layer.py, dispatch_default),
@@ -33,18 +32,27 @@ def bind(adapter: Adapter, base: Checkpoint) -> dict[str, LowRankUpdate]:
     missing = [name for name in targets if name not in shapes]
     if missing:
         raise _no_target(adapter, missing, len(targets), shapes)
-    wrong = [name for name, update in targets.items() if update.shape != shapes[name]]
+    wrong = [name for name, update in targets.items() if not _fits(update, shapes[name])]
     if wrong:
         name, update = wrong[0], targets[wrong[0]]
         hint = f" ({len(wrong)} of {len(targets)} targets do not fit)" if len(wrong) > 1 else ""
         raise AdapterShapeError(
-            update.a.name,
-            found=f"an update of shape {list(update.shape)}{hint}",
+            update.tensors[0].name,
+            found=f"an update of shape {_named(update.shape)}{hint}",
             expected=f"{list(shapes[name])}, the shape of {name}",
             remedy="The adapter was trained on a base of another size: give the base it was trained on.",
         )
     _check_completeness(adapter, targets, base)
     return targets
+
+
+def _named(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
+
+def _fits(update: Update, shape: tuple[int, ...]) -> bool:
+    own = update.shape
+    return len(own) == len(shape) and all(size in (None, base) for size, base in zip(own, shape, strict=True))
 
 
 def _check_architecture(adapter: Adapter, base: Checkpoint) -> None:
@@ -63,7 +71,7 @@ def _check_architecture(adapter: Adapter, base: Checkpoint) -> None:
 
 def _no_target(adapter: Adapter, missing: list[str], targets: int, shapes: Mapping[str, Any]) -> AdapterError:
     name = missing[0]
-    tensor = adapter.updates[name.removesuffix(".weight")].a.name
+    tensor = adapter.updates[name.removesuffix(".weight")].tensors[0].name
     if len(missing) == targets:
         return ArchitectureMismatchError(
             tensor,
@@ -80,7 +88,7 @@ def _no_target(adapter: Adapter, missing: list[str], targets: int, shapes: Mappi
     )
 
 
-def _check_completeness(adapter: Adapter, targets: Mapping[str, LowRankUpdate], base: Checkpoint) -> None:
+def _check_completeness(adapter: Adapter, targets: Mapping[str, Update], base: Checkpoint) -> None:
     """Every base matrix that the configuration's targets call for must have its update in the file."""
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")

@@ -12,12 +12,20 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from exporter.adapters.base import CONFIG_NAME, malformed, unsupported
+from exporter.adapters.base import CONFIG_NAME, AdapterMethod, RowInputs, Update, malformed, unsupported
 from exporter.errors import AdapterError, AdapterRankError, AdapterTargetError, UnsupportedAdapterError
 from exporter.inputs.checkpoint import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from exporter.inputs.row_blocks import RowBlock
+    from exporter.inputs.tensor_reader import TensorReader
 
 # Settings of peft's LoraConfig (0.21) that change what the adapter computes and are handled here.
 HANDLED_SETTINGS = frozenset({
@@ -40,7 +48,7 @@ _COPY_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(\.base_layer)?\.wei
 
 
 @dataclass(frozen=True)
-class LowRankUpdate:
+class LowRankUpdate(Update):
     """One low-rank update: `W += scale * B @ A`, or `W += scale * (B @ A).T` for an embedding.
 
     Attributes:
@@ -64,60 +72,159 @@ class LowRankUpdate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the weight that this update fits."""
+        """See `Update`."""
         out_features, in_features = self.b.shape[0], self.a.shape[1]
         return (in_features, out_features) if self.transposed else (out_features, in_features)
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """See `Update`: A, then B."""
+        return (self.a, self.b)
 
-def check_settings(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse by name every setting that would change what the adapter computes and is not handled."""
-    if config.get("peft_type") != "LORA":
-        raise unsupported(f"{CONFIG_NAME}: peft_type", repr(config.get("peft_type")), "'LORA'")
-    if config.get("bias", "none") != "none":
-        raise unsupported(f"{CONFIG_NAME}: bias", repr(config["bias"]), "'none'")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise unsupported(f"{CONFIG_NAME}: task_type", repr(config["task_type"]), "'CAUSAL_LM'")
-    initialization = config.get("init_lora_weights", True)
-    if isinstance(initialization, str) and initialization.lower().startswith(BASE_CHANGING_INITIALIZATIONS):
-        raise UnsupportedAdapterError(
-            f"{CONFIG_NAME}: init_lora_weights",
-            found=repr(initialization),
-            expected="an initialization that leaves the base as it is",
-            remedy="Convert it to plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=…).",
-        )
-    for name, value in config.items():
-        if value and name not in HANDLED_SETTINGS and name not in NEUTRAL_SETTINGS:
-            raise unsupported(f"{folder.name}/{CONFIG_NAME}: {name}", str(value)[:80], "it unset: not supported yet")
+    def read_whole(self, reader: TensorReader, source: StoredTensor) -> tuple[torch.Tensor, ...]:
+        """See `Update`: A, shape (rank, in_features); or for an embedding B, shape (hidden, rank)."""
+        from exporter.inputs.row_blocks import read_tensor
+
+        return (read_tensor(reader, self.b if self.transposed else self.a),)
+
+    def read_rows(self, reader: TensorReader, block: RowBlock) -> tuple[torch.Tensor, ...]:
+        """See `Update`: the rows of the product's left factor, shape (block.count, rank)."""
+        from exporter.adapters.lora_rows import read_left_rows
+
+        left = self.a if self.transposed else self.b
+        return (read_left_rows(reader, left, block, transposed=self.transposed),)
+
+    def apply(self, rows: torch.Tensor, inputs: RowInputs) -> None:
+        """See `Update`: adds the product, tile by tile."""
+        from exporter.adapters.lora_rows import add_product
+
+        right, left = inputs.whole[0], inputs.of_rows[0]
+        add_product(rows, left, right.T if self.transposed else right, self.scale, inputs.tile_rows, inputs.workspace)
+
+    def without_effect(self, peaks: Mapping[str, float]) -> str | None:
+        """See `Update`: A, B or the scale is zero."""
+        for tensor in self.tensors:
+            if peaks[tensor.name] == 0.0:
+                return tensor.name
+        return f"{self.module}: the scale" if self.scale == 0.0 else None
+
+    @property
+    def whole_bytes(self) -> int:
+        """See `Update`."""
+        return 4 * self.rank * max(self.shape)
+
+    @property
+    def noise_terms(self) -> int:
+        """See `Update`: an element of the product sums as many terms as its rank."""
+        return self.rank
 
 
-def sort_tensors(
-    header: Mapping[str, StoredTensor],
-) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """Sort the file's tensors into A/B pairs by module and whole copies; refuse the rest by name."""
-    pairs: dict[str, dict[str, StoredTensor]] = {}
-    copies: dict[str, StoredTensor] = {}
-    for name, tensor in header.items():
-        if match := _LORA_KEY.match(name):
-            key = ("embedding_" if match["embedding"] else "") + match["part"]
-            if key in pairs.get(match["module"], {}):
-                raise AdapterError(
-                    name, found="the same part of an update twice", expected="it once", remedy="Save the adapter again."
-                )
-            pairs.setdefault(match["module"], {})[key] = tensor
-        elif "lora_magnitude_vector" in name:
-            raise unsupported(name, "a DoRA magnitude", "plain LoRA tensors")
-        elif "modules_to_save" in name:
-            raise unsupported(name, "a wholly trained module", "plain LoRA tensors")
-        elif match := _COPY_KEY.match(name):
-            copies[match["module"]] = tensor
-        else:
-            raise AdapterTargetError(
-                name,
-                found="an adapter tensor of unknown kind",
-                expected="base_model.model.<module>.lora_A.weight and the like",
-                remedy="Save the adapter with peft.",
+class LoraMethod(AdapterMethod):
+    """LoRA and rsLoRA on linear layers and embeddings."""
+
+    name = "lora"
+    title = "LoRA"
+    parts = "lora_A and lora_B"
+    peft_type = "LORA"
+    settings: ClassVar[frozenset[str]] = HANDLED_SETTINGS | NEUTRAL_SETTINGS
+
+    def check_settings(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """See `AdapterMethod`."""
+        if config.get("bias", "none") != "none":
+            raise unsupported(f"{CONFIG_NAME}: bias", repr(config["bias"]), "'none'")
+        initialization = config.get("init_lora_weights", True)
+        if isinstance(initialization, str) and initialization.lower().startswith(BASE_CHANGING_INITIALIZATIONS):
+            raise UnsupportedAdapterError(
+                f"{CONFIG_NAME}: init_lora_weights",
+                found=repr(initialization),
+                expected="an initialization that leaves the base as it is",
+                remedy="Convert it to plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=…).",
             )
-    return pairs, copies
+        super().check_settings(folder, config)
+
+    def read(
+        self, header: Mapping[str, StoredTensor], config: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Update], Mapping[str, StoredTensor]]:
+        """See `AdapterMethod`: sorts the tensors into the parts of each module and whole copies."""
+        parts: dict[str, dict[str, StoredTensor]] = {}
+        copies: dict[str, StoredTensor] = {}
+        for name, tensor in header.items():
+            if part := self.part_of(name):
+                module, key = part
+                if key in parts.get(module, {}):
+                    raise AdapterError(
+                        name,
+                        found="the same part of an update twice",
+                        expected="it once",
+                        remedy="Save the adapter again.",
+                    )
+                parts.setdefault(module, {})[key] = tensor
+            else:
+                copies[_copied_module(name)] = tensor
+        return {module: self.update(module, found, config) for module, found in parts.items()}, copies
+
+    def part_of(self, name: str) -> tuple[str, str] | None:
+        """The module that a tensor of the file belongs to, and which part of its update it is; None if it is none."""
+        if match := _LORA_KEY.match(name):
+            return match["module"], ("embedding_" if match["embedding"] else "") + match["part"]
+        return None
+
+    def update(self, module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Update:
+        """Build the update of one module from the parts that `part_of` names.
+
+        Raises:
+            AdapterError: a part is missing, or one is there that does not belong to the others.
+            AdapterRankError: the parts are not of the rank that the configuration gives.
+        """
+        return lora_update(module, parts, config)
+
+    def summary(self, config: Mapping[str, Any], updates: Mapping[str, Update]) -> dict[str, Any]:
+        """See `AdapterMethod`: with the ranks and the scales."""
+        found = [update for update in updates.values() if isinstance(update, LowRankUpdate)]
+        return {
+            "method": "rslora" if config.get("use_rslora") else self.name,
+            "ranks": sorted({update.rank for update in found}),
+            "scales": sorted({update.scale for update in found}),
+        }
+
+    def quicken(self, whole: nn.Module) -> None:
+        """See `AdapterMethod`: lets the adapters' last products add to the base's outputs in place.
+
+        peft's own forward makes the product, a scaled copy and the sum, each as wide as the output: a seventh of a
+        walk. What is not its plain linear layer keeps its own.
+        """
+        from peft.tuners.lora import Linear
+
+        for layer in whole.modules():
+            if isinstance(layer, Linear) and not layer.lora_variant and not any(layer.lora_bias.values()):
+                layer.forward = partial(_linear_beside, layer)
+
+
+def _linear_beside(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """W x + bias + scaling · B (A x), summed over the active adapters."""
+    output: torch.Tensor = layer.base_layer(hidden)
+    inputs, outputs = hidden.flatten(0, -2), output.view(-1, output.shape[-1])
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            outputs.addmm_(inputs @ a.T, b.T, alpha=layer.scaling[name])
+    return output
+
+
+def _copied_module(name: str) -> str:
+    """The module whose whole weight a tensor of the file is; what is no such weight is refused by name."""
+    if "lora_magnitude_vector" in name:
+        raise unsupported(name, "a DoRA magnitude", "plain LoRA tensors")
+    if "modules_to_save" in name:
+        raise unsupported(name, "a wholly trained module", "plain LoRA tensors")
+    if match := _COPY_KEY.match(name):
+        return match["module"]
+    raise AdapterTargetError(
+        name,
+        found="an adapter tensor of unknown kind",
+        expected="base_model.model.<module>.lora_A.weight and the like",
+        remedy="Save the adapter with peft.",
+    )
 
 
 def lora_update(module: str, parts: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> LowRankUpdate:

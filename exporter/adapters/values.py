@@ -13,19 +13,16 @@ from exporter.inputs.tensor_reader import TensorReader
 
 
 def check_values(adapter: Adapter) -> None:
-    """Read every A and B once and refuse NaN, infinity, and updates that are zero everywhere.
+    """Read every tensor of the updates once and refuse NaN, infinity, and updates that change nothing.
 
     Raises:
         NonFiniteTensorError: a tensor holds NaN or infinity.
-        ZeroDeltaError: A, B or the scale is zero, so the merge would leave the target as it was.
+        ZeroDeltaError: the merge would leave a target as it was: of LoRA, A, B or the scale is zero.
     """
     with TensorReader() as reader:
-        for module, update in adapter.updates.items():
-            peaks = [_peak(reader, tensor) for tensor in (update.a, update.b)]
-            if 0.0 in peaks or update.scale == 0.0:
-                what = (
-                    update.a.name if peaks[0] == 0.0 else update.b.name if peaks[1] == 0.0 else f"{module}: the scale"
-                )
+        for update in adapter.updates.values():
+            peaks = {tensor.name: _peak(reader, tensor) for tensor in update.tensors}
+            if (what := update.without_effect(peaks)) is not None:
                 raise ZeroDeltaError(
                     what,
                     found="zeros only, so the merge would leave this target as it was",

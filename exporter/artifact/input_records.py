@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.adapters.adapter import Adapter
 from exporter.inputs.checkpoint import INDEX_NAME
 from exporter.inputs.sources import Source
 from exporter.merge.model import MergedModel
@@ -57,7 +56,7 @@ def describe_inputs(
             {
                 "role": "adapter",
                 **_source(source),
-                "adapter": adapter_summary(adapter),
+                "adapter": adapter.summary,
                 "files": by_role[role_of(index)],
             }
         )
@@ -69,15 +68,3 @@ def _source(source: Source) -> dict[str, Any]:
     if source.hub_id:
         found |= {"hub_id": source.hub_id, "revision": source.revision}
     return found
-
-
-def adapter_summary(adapter: Adapter) -> dict[str, Any]:
-    """An adapter in short: method, ranks, scales, number and kinds of targets."""
-    updates = adapter.updates.values()
-    return {
-        "method": "rslora" if adapter.config.get("use_rslora") else "lora",
-        "ranks": sorted({update.rank for update in updates}),
-        "scales": sorted({update.scale for update in updates}),
-        "targets": len(adapter.updates),
-        "modules": sorted({update.module.rsplit(".", 1)[-1] for update in updates}),
-    }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TypeLimits:
-    """The default limits of one type; docs/quality.md has the measurements that they rest on.
+    """The default limits of one type; docs/measurements has the measurements that they rest on.
 
     Attributes:
         change: largest relative change of perplexity, up or down, of a model below 1 B parameters.

@@ -24,9 +24,10 @@ def show_plan(console: Console, plan: ExportPlan) -> None:
         highlight=False,
     )
     for source, adapter in zip(plan.adapters, model.adapters, strict=True):
-        ranks = sorted({update.rank for update in adapter.updates.values()})
+        summary = adapter.summary
+        kind = f"rank {', '.join(map(str, summary['ranks']))}" if "ranks" in summary else summary["method"]
         console.print(
-            f"  adapter {escape(source.name)}: rank {', '.join(map(str, ranks))} on {len(adapter.updates)} tensors",
+            f"  adapter {escape(source.name)}: {escape(kind)} on {summary['targets']} tensors",
             highlight=False,
         )
     console.print(_files_table(plan))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from exporter.inputs.checkpoint import StoredTensor
+from exporter.inputs.tensor_reader import TensorReader
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -36,6 +37,22 @@ def row_blocks(tensor: StoredTensor, block_bytes: int, device: str) -> Iterator[
     rows = max(1, block_bytes // (4 * max(1, tensor.columns)) // tile) * tile
     for first in range(0, tensor.rows, rows):
         yield RowBlock(first, min(rows, tensor.rows - first))
+
+
+def read_block(reader: TensorReader, tensor: StoredTensor, block: RowBlock) -> torch.Tensor:
+    """Some rows of a stored tensor: float32 on the CPU, shape (block.count, columns).
+
+    Copied even where it is float32 already: torch's own memory is aligned, and the last bits of products may depend on
+    that.
+    """
+    raw = reader.rows(tensor, block.first, block.count)
+    rows = torch.frombuffer(raw, dtype=DTYPES[tensor.dtype]).view(block.count, tensor.columns)
+    return rows.to(torch.float32, copy=True)
+
+
+def read_tensor(reader: TensorReader, tensor: StoredTensor) -> torch.Tensor:
+    """A whole stored tensor: float32 on the CPU."""
+    return read_block(reader, tensor, RowBlock(0, tensor.rows)).view(tensor.shape)
 
 
 class Workspace(threading.local):

@@ -6,11 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from exporter.adapters.lora import LowRankUpdate
-from exporter.adapters.lora_rows import add_update, read_left_rows
-from exporter.inputs.checkpoint import StoredTensor
+from exporter.adapters.base import RowInputs
 from exporter.inputs.row_blocks import DTYPES, TILE_ROWS, RowBlock, Workspace
 from exporter.inputs.tensor_reader import TensorReader
+from exporter.merge.merger import Factors
 from exporter.merge.model import MergedTensor
 
 
@@ -23,15 +22,15 @@ class CpuMerger:
         self._reader = reader
         self._workspace = Workspace()
 
-    def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
-        """See `Merger`. For an embedding (transposed) the factor is B, shape (hidden, rank)."""
-        return tuple(self._whole(update.b if update.transposed else update.a) for update in tensor.updates)
+    def factors(self, tensor: MergedTensor) -> Factors:
+        """See `Merger`."""
+        return tuple(update.read_whole(self._reader, tensor.source) for update in tensor.updates)
 
     def block(
         self,
         tensor: MergedTensor,
         block: RowBlock,
-        factors: tuple[torch.Tensor, ...],
+        factors: Factors,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Merger`."""
@@ -42,20 +41,14 @@ class CpuMerger:
         merged = self._workspace.take("merged", torch.float32, shape).copy_(stored)
         if base is not None:
             base.copy_(merged)
-        for update, factor in zip(tensor.updates, factors, strict=True):
-            add_update(merged, self.left_rows(update, block), factor, update, TILE_ROWS["cpu"], self._workspace)
+        kept = None
+        if tensor.needs_base:
+            kept = self._workspace.take("kept", torch.float32, shape).copy_(merged)
+        for update, whole in zip(tensor.updates, factors, strict=True):
+            rows = update.read_rows(self._reader, block)
+            update.apply(merged, RowInputs(block.first, kept, whole, rows, TILE_ROWS["cpu"], self._workspace))
         return merged
 
     def on_device(self) -> AbstractContextManager[None]:
         """See `Merger`. Nothing is queued on the CPU."""
         return nullcontext()
-
-    def left_rows(self, update: LowRankUpdate, block: RowBlock) -> torch.Tensor:
-        """The rows of the left factor that a block needs: float32, shape (block.count, rank)."""
-        return read_left_rows(self._reader, update, block)
-
-    def _whole(self, tensor: StoredTensor) -> torch.Tensor:
-        raw = self._reader.rows(tensor, 0, tensor.rows)
-        # Copied even where it is float32 already: torch's own memory is aligned, and the products' last bits may
-        # depend on that.
-        return torch.frombuffer(raw, dtype=DTYPES[tensor.dtype]).view(tensor.shape).to(torch.float32, copy=True)

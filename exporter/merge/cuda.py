@@ -7,15 +7,16 @@ third's result copies out; the order of blocks is the caller's business.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from exporter.adapters.lora_rows import add_update
+from exporter.adapters.base import RowInputs
 from exporter.inputs.row_blocks import DTYPES, TILE_ROWS, RowBlock
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.cpu import CpuMerger
+from exporter.merge.merger import Factors
 from exporter.merge.model import MergedTensor
 
 
@@ -30,15 +31,15 @@ class CudaMerger:
         # Products in true float32: TF32 keeps ten bits of the mantissa and would break the promise of the merge.
         torch.backends.cuda.matmul.allow_tf32 = False
 
-    def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
+    def factors(self, tensor: MergedTensor) -> Factors:
         """See `exporter.merge.Merger`. Synchronous, so that every worker's stream may read them."""
-        return tuple(factor.to(self.device) for factor in self._host.factors(tensor))
+        return tuple(self._on_device(whole) for whole in self._host.factors(tensor))
 
     def block(
         self,
         tensor: MergedTensor,
         block: RowBlock,
-        factors: tuple[torch.Tensor, ...],
+        factors: Factors,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `exporter.merge.Merger`. Returns once the block is computed."""
@@ -48,9 +49,10 @@ class CudaMerger:
             merged = self._staged(stored).to(torch.float32)
             if base is not None:
                 base.copy_(merged)
-            for update, factor in zip(tensor.updates, factors, strict=True):
-                left = self._host.left_rows(update, block).to(self.device)
-                add_update(merged, left, factor, update, TILE_ROWS["cuda"])
+            kept = merged.clone() if tensor.needs_base else None
+            for update, whole in zip(tensor.updates, factors, strict=True):
+                rows = self._on_device(update.read_rows(self._reader, block))
+                update.apply(merged, RowInputs(block.first, kept, whole, rows, TILE_ROWS["cuda"]))
         return merged
 
     @contextmanager
@@ -65,6 +67,9 @@ class CudaMerger:
             self._local.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream: torch.cuda.Stream = self._local.stream
         return stream
+
+    def _on_device(self, tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(self.device) for tensor in tensors)
 
     def _staged(self, host: torch.Tensor) -> torch.Tensor:
         """Copy to the device through this thread's pinned buffer. The block before has been synchronized by now."""

@@ -1,8 +1,9 @@
 """Base + adapters → float32 row blocks, on the CPU or on CUDA.
 
-`float32(W) + scale * (B @ A)`, computed in float32 and never rounded here. Rows are computed in tiles of a fixed height
-that start at multiples of it, so the shape of every matrix product, and with it every last bit, depends on the tensor
-and the device alone: not on the size of the blocks that are read, nor on how many threads read them.
+Each adapter's update changes float32 rows of the base in turn, such as `float32(W) + scale * (B @ A)`, and nothing is
+rounded here. Rows are computed in tiles of a fixed height that start at multiples of it, so the shape of every matrix
+product, and with it every last bit, depends on the tensor and the device alone: not on the size of the blocks that are
+read, nor on how many threads read them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from exporter.errors import NonFiniteTensorError
 from exporter.inputs.row_blocks import RowBlock
 from exporter.merge.model import MergedTensor
 
+# What the updates of a tensor read once for all of its rows: by update, float32 tensors.
+Factors = tuple[tuple[torch.Tensor, ...], ...]
+
 
 class Merger(Protocol):
     """Computes merged row blocks on one device. Used from several threads at once."""
@@ -28,7 +32,7 @@ class Merger(Protocol):
         self,
         tensor: MergedTensor,
         block: RowBlock,
-        factors: tuple[torch.Tensor, ...],
+        factors: Factors,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Merged rows: float32, shape (block.count, columns), on `device`.
@@ -40,8 +44,8 @@ class Merger(Protocol):
             base: takes the base's own rows as well: any float dtype and device, shape (block.count, columns).
         """
 
-    def factors(self, tensor: MergedTensor) -> tuple[torch.Tensor, ...]:
-        """The A matrices of the tensor's updates, float32 (rank, in_features), on `device`; read once per tensor."""
+    def factors(self, tensor: MergedTensor) -> Factors:
+        """What the tensor's updates need for every row (`Update.read_whole`), on `device`; read once a tensor."""
 
     def on_device(self) -> AbstractContextManager[None]:
         """Where this thread's blocks are computed, and must be used: a device may give a block's memory to the same
@@ -55,8 +59,8 @@ def merge_noise(tensor: MergedTensor) -> float:
     in the opposite of two ways were 2.6e-7 apart at rank 16, and 5.4e-7 where the change was five times the base; this
     is 1.2e-6 there. What no adapter changes is the base itself everywhere.
     """
-    rank = sum(update.rank for update in tensor.updates)
-    return 2.0**-22 * (1 + math.sqrt(rank)) if rank else 0.0
+    terms = sum(update.noise_terms for update in tensor.updates)
+    return 2.0**-22 * (1 + math.sqrt(terms)) if tensor.updates else 0.0
 
 
 def check_finite(tensor: MergedTensor, block: torch.Tensor) -> float:

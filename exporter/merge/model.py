@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 from exporter.adapters.adapter import Adapter
+from exporter.adapters.base import Update
 from exporter.adapters.binding import bind
-from exporter.adapters.lora import LowRankUpdate
 from exporter.adapters.values import check_copies, check_values, equal_values
-from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedModelError
+from exporter.errors import MissingTensorError, QuantizedBaseError, UnsupportedAdapterError, UnsupportedModelError
 from exporter.families import find_family
 from exporter.families.roles import EMBEDDING, HEAD, model_order
 from exporter.inputs.checkpoint import FLOAT_DTYPES, Checkpoint, StoredTensor
@@ -28,17 +28,22 @@ class MergedTensor:
     Attributes:
         name: its name, which is the base's.
         source: the base tensor that it starts from.
-        updates: the low-rank updates to add, in order; empty if the base's values are kept.
+        updates: what the adapters do to it, in order; empty if the base's values are kept.
     """
 
     name: str
     source: StoredTensor
-    updates: tuple[LowRankUpdate, ...] = ()
+    updates: tuple[Update, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its dimensions, outermost first."""
         return self.source.shape
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether an update uses the base's own rows beside those that it changes."""
+        return any(update.needs_base for update in self.updates)
 
     @property
     def elements(self) -> int:
@@ -94,15 +99,16 @@ def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> Me
 
     Raises:
         QuantizedBaseError: the base is quantized.
-        AdapterError and its kinds: see `exporter.adapters.lora`.
+        AdapterError and its kinds: see `exporter.adapters`.
     """
     check_not_quantized(base)
-    updates: dict[str, tuple[LowRankUpdate, ...]] = {}
+    updates: dict[str, tuple[Update, ...]] = {}
     for adapter in adapters:
         for target, update in bind(adapter, base).items():
             updates[target] = (*updates.get(target, ()), update)
         check_values(adapter)
         check_copies(adapter, base)
+    _check_stacks(updates)
     _check_tensors(base)
     untied = _stores_another_head(base) or _diverges(base, updates)
     tensors = [MergedTensor(tensor.name, tensor, updates.get(tensor.name, ())) for tensor in base.tensors.values()]
@@ -114,6 +120,19 @@ def plan_merge(base: Checkpoint, adapters: tuple[Adapter, ...], name: str) -> Me
     tensors.sort(key=lambda tensor: model_order(tensor.name))
     tokenizer = TokenizerFiles.choose(base.folder, tuple(adapter.folder for adapter in adapters))
     return MergedModel(base, adapters, tuple(tensors), config, untied, tokenizer, name)
+
+
+def _check_stacks(updates: Mapping[str, tuple[Update, ...]]) -> None:
+    """Updates that say so must be alone on their tensor."""
+    for target, found in updates.items():
+        alone = next((update for update in found if not update.stacks), None)
+        if alone is not None and len(found) > 1:
+            raise UnsupportedAdapterError(
+                alone.tensors[0].name,
+                found=f"{len(found)} adapters that change {target}",
+                expected="no other adapter on that tensor: what they make together is not defined",
+                remedy="Give one of the adapters, or merge them with peft and export the merged model as --base.",
+            )
 
 
 def _check_tensors(base: Checkpoint) -> None:
@@ -138,7 +157,7 @@ def _stores_another_head(base: Checkpoint) -> bool:
     return head.shape == embedding.shape and not equal_values(head, embedding)
 
 
-def _diverges(base: Checkpoint, updates: Mapping[str, tuple[LowRankUpdate, ...]]) -> bool:
+def _diverges(base: Checkpoint, updates: Mapping[str, tuple[Update, ...]]) -> bool:
     """Whether head and embedding of a tied model end up different: an update of one of them is not one of the other."""
     return bool(base.config.get("tie_word_embeddings")) and (HEAD in updates or EMBEDDING in updates)
 

@@ -39,7 +39,7 @@ _MOMENT_RATE = 100e9
 
 def merge_memory(model: MergedModel, threads: int, block_bytes: int) -> int:
     """Estimated peak memory of merging and writing. It does not depend on the size of the model or of its tensors."""
-    factors = max((4 * u.rank * max(u.shape) for tensor in model.tensors for u in tensor.updates), default=0)
+    factors = max((update.whole_bytes for tensor in model.tensors for update in tensor.updates), default=0)
     return _RESIDENT_BYTES + (threads + 1) * _BLOCK_FACTOR * block_bytes + 2 * factors
 
 
@@ -143,11 +143,9 @@ class PlannedWalk:
         hidden = int(self.model.config.get("hidden_size") or 0)
         inner = max(int(self.model.config.get("intermediate_size") or 0), 4 * hidden)
         evaluation, calibration = self.tokens.evaluation, self.tokens.calibration
-        adapters = sum(
-            self._item * update.rank * (update.a.shape[1] + update.b.shape[0])
-            for adapter in self.model.adapters
-            for update in adapter.updates.values()
-        )
+        updates = [update for adapter in self.model.adapters for update in adapter.updates.values()]
+        adapters = self._item * sum(update.elements for update in updates)
+        adapters += self._item * max((update.passing_elements for update in updates), default=0)
         longest = max(evaluation.n_ctx if evaluation else 0, calibration.window if calibration else 0, *self.prompts, 0)
         passing = self._item * max(BATCH_TOKENS[kind], longest) * (4 * hidden + 3 * inner)
         solved = [artifact.calibrated for artifact in self.artifacts if artifact.needs == "hessians"]

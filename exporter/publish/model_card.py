@@ -113,7 +113,7 @@ def _metadata(manifest: Mapping[str, Any], base: BaseCard) -> dict[str, Any]:
     quants = [artifact["quant"] for artifact in manifest["artifacts"]]
     # A format's own tags, and what people search for: `Q4_K_M`.
     own = [tag for quant in quants for tag in backend.tags(quant)] if backend else []
-    tags = list(dict.fromkeys([format_, *(["lora"] if adapters else []), *own, *quants]))
+    tags = list(dict.fromkeys([format_, *(["lora"] if _are_lora(adapters) else []), *own, *quants]))
     values = {
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,
@@ -156,9 +156,15 @@ def _what(manifest: Mapping[str, Any], base: BaseCard) -> str:
     if adapters:
         plural = "s" if len(adapters) > 1 else ""
         merged = (
-            f" with the LoRA adapter{plural} {' and '.join(_code(each['name']) for each in adapters)} merged into it"
+            f" with the {'LoRA ' if _are_lora(adapters) else ''}adapter{plural} "
+            f"{' and '.join(_code(each['name']) for each in adapters)} merged into it"
         )
     return f"{name}{link}{merged}, as {manifest['recipe']['format']} {kinds}."
+
+
+def _are_lora(adapters: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are adapters, all of them LoRA or rsLoRA; `adapters` are inputs of a manifest."""
+    return bool(adapters) and all("lora" in each["adapter"]["method"] for each in adapters)
 
 
 def _files(manifest: Mapping[str, Any]) -> str:
@@ -197,8 +203,10 @@ def _made(manifest: Mapping[str, Any]) -> str:
         )
         for each in manifest["inputs"][1:]:
             kind = each["adapter"]
-            ranks = ", ".join(map(str, kind["ranks"]))
-            lines.append(f"Adapter {_code(each['name'])}: {kind['method']}, rank {ranks} on {kind['targets']} tensors.")
+            method = kind["method"]
+            if "ranks" in kind:
+                method += f", rank {', '.join(map(str, kind['ranks']))}"
+            lines.append(f"Adapter {_code(each['name'])}: {method} on {kind['targets']} tensors.")
     if (calibration := manifest["calibration"]) is not None:
         lines.append(f"Calibrated on {calibration['tokens']} tokens of {_code(calibration['source'])}.")
     package = "llama-cpp-python" if "llamacpp" in manifest["artifacts"][0]["runtimes"] else "torch"

@@ -18,7 +18,7 @@ import torch
 from exporter.backends.output_plan import TensorPlan
 from exporter.backends.pieces import Piece
 from exporter.inputs.row_blocks import RowBlock, row_blocks
-from exporter.merge.merger import Merger, check_finite
+from exporter.merge.merger import Factors, Merger, check_finite
 from exporter.merge.model import MergedModel, MergedTensor
 from exporter.tour.riders import Rider
 
@@ -190,7 +190,7 @@ def _merge_block(
     merger: Merger,
     tensor: MergedTensor,
     block: RowBlock,
-    factors: tuple[torch.Tensor, ...],
+    factors: Factors,
     takers: list[Taker],
     target: Target | None,
 ) -> None:

@@ -113,7 +113,6 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], None], type[RefusalError], st
     "another method": (added("base_model.model.model.layers.0.mlp.gate_proj.hada_w1_a", 4), AdapterTargetError, "hada"),
     "a bias": (added("base_model.model.model.layers.0.mlp.gate_proj.bias", 128), AdapterTargetError, "gate_proj.bias"),
     "a bias of B": (added(GATE.format("B").replace("weight", "bias"), 128), AdapterTargetError, "lora_B.bias"),
-    "DoRA": (added(GATE.format("magnitude_vector"), 128), UnsupportedAdapterError, "lora_magnitude_vector"),
     "a saved module": (
         added("base_model.model.model.norm.modules_to_save.weight", 64),
         UnsupportedAdapterError,
@@ -211,7 +210,6 @@ def test_dtype_that_no_adapter_has(base: Path, adapter: Path, out: Path, dtype: 
 # --- the configuration -----------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[str, Any, type[RefusalError]]] = {
-    "DoRA": ("use_dora", True, UnsupportedAdapterError),
     "wholly trained modules": ("modules_to_save", ["lm_head"], UnsupportedAdapterError),
     "trained tokens": ("trainable_token_indices", [3, 4], UnsupportedAdapterError),
     "parameters": ("target_parameters", ["mlp.experts.gate_up_proj"], UnsupportedAdapterError),
@@ -300,7 +298,6 @@ def test_every_setting_of_peft_is_handled_neutral_or_refused(adapter: Path) -> N
 
 
 UNSUPPORTED_CONFIGS: list[dict[str, Any]] = [
-    {"use_dora": True},
     {"modules_to_save": ["norm"]},
     {"lora_bias": True},
     {"trainable_token_indices": [1, 2]},

@@ -17,6 +17,7 @@ from exporter.backends.pieces import Arrangement, stack, whole
 from exporter.inputs.row_blocks import RowBlock
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.cpu import CpuMerger
+from exporter.merge.merger import Factors
 from exporter.merge.model import MergedModel, MergedTensor
 from exporter.tour.riders import Rider
 from exporter.tour.stream import Progress, Stream, Target
@@ -34,7 +35,7 @@ class Leaving(CpuMerger):
         self,
         tensor: MergedTensor,
         block: RowBlock,
-        factors: tuple[torch.Tensor, ...],
+        factors: Factors,
         base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self._own.inside

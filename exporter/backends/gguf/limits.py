@@ -16,7 +16,7 @@ def _limits(
 
 # By file type: change of perplexity, same top token and divergence below 1 B; then change and divergence from 1 B on,
 # which are 2.5 times the larger published figure, rounded up to two digits, and no less than 0.5 % of change.
-# docs/quality.md has the measurements and the published figures.
+# docs/measurements has the measurements and the published figures.
 LIMITS: Mapping[str, TypeLimits] = {
     "F32": _limits(0.002, 0.98, 0.001),
     "F16": _limits(0.003, 0.97, 0.001),

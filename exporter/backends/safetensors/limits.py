@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from exporter.backends.type_limits import TypeLimits
 
-# Change of perplexity, same top token and divergence, whatever the size of the model; docs/quality.md has the
+# Change of perplexity, same top token and divergence, whatever the size of the model; docs/measurements has the
 # measurements.
 LIMITS: Mapping[str, TypeLimits] = {
     "fp32": TypeLimits(0.001, 0.99, 0.0005),

@@ -14,6 +14,7 @@ from exporter.inputs.row_blocks import DEFAULT_BLOCK_BYTES, RowBlock, Workspace,
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.libraries.torch_threads import torch_threads_kept
 from exporter.merge.device import make_merger
+from exporter.merge.merger import Factors
 from exporter.merge.model import MergedModel, MergedTensor
 from exporter.plan.reference_pack import RUN, runs_of
 
@@ -75,7 +76,7 @@ def sketch_data(model: MergedModel, threads: int) -> Iterator[memoryview]:
     ):
         merger, workspace = make_merger("cpu", reader), Workspace()
 
-        def part(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> _Part:
+        def part(tensor: MergedTensor, block: RowBlock, factors: Factors) -> _Part:
             shape = (block.count, tensor.source.columns)
             base = workspace.take("base", torch.float32, shape) if tensor.updates else None
             merged = merger.block(tensor, block, factors, base=base).numpy()

@@ -22,10 +22,9 @@ from exporter.verify.weights.sums import Sums, block_sums, total
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
 
     from exporter.inputs.row_blocks import RowBlock
-    from exporter.merge.merger import Merger
+    from exporter.merge.merger import Factors, Merger
 
 
 # Tensors that the verdict and the summary name.
@@ -264,7 +263,7 @@ def by_source(reader: WeightReader) -> dict[str, list[StoredWeight]]:
 
 def _checker(
     merger: Merger, reader: WeightReader, stored: Mapping[str, Sequence[StoredWeight]], checksums: Mapping[str, str]
-) -> Callable[[MergedTensor, RowBlock, tuple[torch.Tensor, ...]], list[Part]]:
+) -> Callable[[MergedTensor, RowBlock, Factors], list[Part]]:
     """Takes the sums of row blocks, and has the reader look for impossible groups. Used by several threads."""
     import torch
 
@@ -273,7 +272,7 @@ def _checker(
 
     workspace = Workspace()
 
-    def check(tensor: MergedTensor, block: RowBlock, factors: tuple[torch.Tensor, ...]) -> list[Part]:
+    def check(tensor: MergedTensor, block: RowBlock, factors: Factors) -> list[Part]:
         shape = (block.count, tensor.source.columns)
         base = workspace.take("base", torch.float32, shape) if tensor.updates else None
         merged = merger.block(tensor, block, factors, base=base)
