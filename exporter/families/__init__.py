@@ -8,8 +8,9 @@ from typing import Any
 from exporter.families.base import Family
 from exporter.families.qwen2 import QWEN2
 from exporter.families.qwen3 import QWEN3
+from exporter.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (QWEN2, QWEN3, QWEN3_MOE)
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
