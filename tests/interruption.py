@@ -69,7 +69,6 @@ def journaled(staging: Path) -> int:
 def _main(arguments: list[str], log: str, merged: str, pause: float) -> None:
     from exporter.artifact import durable
     from exporter.cli.app import app
-    from exporter.pipeline import export as pipeline
     from exporter.pipeline import publish
     from exporter.tour import stream
 
@@ -96,6 +95,5 @@ def _main(arguments: list[str], log: str, merged: str, pause: float) -> None:
 
     # Every tensor is brought to the disk by itself, as the large ones of a real model are.
     patch.multiple(stream, SYNC_BYTES=1, _merge_block=slow_offer).start()
-    patch.multiple(pipeline, write_durably=slow_write).start()
     patch.multiple(publish, write_durably=slow_write, copy_durably=slow_copy).start()
     app(arguments)

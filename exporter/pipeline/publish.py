@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.artifact.durable import copy_durably, write_durably
+from exporter.artifact.durable import copy_durably, json_document, write_durably
+from exporter.artifact.file_records import MANIFEST_NAME
 from exporter.artifact.hashing import hash_all
 from exporter.artifact.staging import Staging
+from exporter.pipeline.job import Job
+from exporter.pipeline.result import ExportResult, FolderResult, Verified
 from exporter.plan.export_plan import ExportPlan, FolderPlan
-from exporter.publish.manifest import input_files
+from exporter.publish.manifest import build_manifest, input_files
+from exporter.publish.model_card import CARD_NAME, BaseCard, model_card
+from exporter.publish.report.html import REPORT_NAME, report_html
 
 if TYPE_CHECKING:
-    from exporter.backends.base import WriteResult
+    from exporter.pipeline.tour import Toured
     from exporter.reference.predictions import Reference
 
 
@@ -56,18 +61,41 @@ def staging_key(plan: ExportPlan, folder: FolderPlan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def finish_files(
-    plan: ExportPlan, folder: FolderPlan, staging: Staging, written: Mapping[str, WriteResult]
-) -> dict[str, tuple[int, str]]:
+def finish_files(plan: ExportPlan, job: Job) -> None:
     """Add the small files, then hash what has not been yet, as it is on the disk."""
     names: list[str] = []
     known: dict[str, str] = {}
-    for artifact in folder.artifacts:
+    folder = job.staging.files
+    for artifact in job.plan.artifacts:
         for name, content in artifact.documents.items():
-            write_durably(staging.files / name, content)
+            write_durably(folder / name, content)
         for name, path in artifact.copies.items():
-            copy_durably(path, staging.files / name)
-        known |= written[artifact.label].digests
-        names += artifact.names(written[artifact.label].made.names)
-    rest = hash_all(staging.files, [name for name in dict.fromkeys(names) if name not in known], plan.threads)
-    return rest | {name: ((staging.files / name).stat().st_size, digest) for name, digest in known.items()}
+            copy_durably(path, folder / name)
+        known |= job.written[artifact.label].digests
+        names += artifact.names(job.written[artifact.label].made.names)
+    rest = hash_all(folder, [name for name in dict.fromkeys(names) if name not in known], plan.threads)
+    job.files = rest | {name: ((folder / name).stat().st_size, digest) for name, digest in known.items()}
+
+
+def publish(plan: ExportPlan, jobs: Sequence[Job], toured: Toured, verified: Verified) -> ExportResult:
+    """Describe every output folder, and rename it to its place: the one asked for, or `OUT.rejected`.
+
+    Args:
+        plan: the run's plan.
+        jobs: its output folders, finished and judged.
+        toured: hashes of the inputs, and where the tour was computed.
+        verified: the windows that were drawn, and the reference pack if one is kept.
+    """
+    results, base_card, kind = [], BaseCard.of(plan), toured.device.partition(":")[0]
+    for job in jobs:
+        manifest = build_manifest(
+            plan, job.plan, toured.inputs, job.files, job.written, job.verdicts, kind, verified.drawn
+        )
+        write_durably(job.staging.files / CARD_NAME, model_card(manifest, base_card))
+        write_durably(job.staging.files / MANIFEST_NAME, json_document(manifest))
+        write_durably(job.staging.files / REPORT_NAME, report_html(manifest))
+        path = job.staging.publish() if job.passed else job.staging.reject()
+        results.append(FolderResult(path, job.passed, manifest, job.verdicts))
+    # It is of the trained model, so it is kept whatever became of the outputs.
+    kept = verified.pack.publish() if verified.pack else None
+    return ExportResult(plan, tuple(results), kept)

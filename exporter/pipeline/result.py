@@ -7,8 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.artifact.staging import Staging
 from exporter.plan.export_plan import ExportPlan
+from exporter.tokens.windows import Windows
 from exporter.verify.gate import Verification
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verification brings back, beside the verdicts.
+
+    Attributes:
+        drawn: the windows that were drawn because a verdict was undecided; None if none were.
+        pack: the staged reference pack; None if none is kept.
+    """
+
+    drawn: Windows | None = None
+    pack: Staging | None = None
 
 
 @dataclass(frozen=True)

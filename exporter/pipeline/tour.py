@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from exporter.backends.output_plan import OutputPlan
 from exporter.errors import BackendError
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.device import make_merger, resolve_device
+from exporter.pipeline.job import Job
 from exporter.plan.export_plan import ExportPlan
 from exporter.plan.reporter import Reporter
 from exporter.plan.resources import check_device_memory
+from exporter.publish.manifest import input_files
 from exporter.reference.predictions import Reference, evaluation_group, finish_reference, prompt_groups
 from exporter.tour.riders import Passengers, Rider, Settings, Solver
 from exporter.tour.stream import Progress, Stream
@@ -33,26 +36,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Toured:
-    """What the tour brings back.
+    """What the tour brings back, beside the files.
 
     Attributes:
-        written: for each folder, by artifact label.
         reference: the trained model's scores, or None without verification.
         device: where it was computed.
+        inputs: SHA-256 of every input file, by path.
     """
 
-    written: list[dict[str, WriteResult]]
     reference: Reference | None
     device: str
+    inputs: Mapping[Path, str]
 
 
-def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher, reporter: Reporter) -> Toured:
+def run_tour(plan: ExportPlan, jobs: Sequence[Job], hasher: InputHasher, reporter: Reporter) -> Toured:
     """Merge and write every tensor, and walk if anything needs activations.
 
     Args:
         plan: the run's plan.
-        stagings: one for each of its folders.
-        hasher: told about each file of the base as the tour gets to it.
+        jobs: its output folders; each is given the result of its artifacts.
+        hasher: told about each file of the base as the tour gets to it; at the end it gives the hashes of all inputs.
         reporter: told about bytes, layers and windows.
 
     Raises:
@@ -63,11 +66,7 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
     check_device_memory(device, plan.walk.device_memory)
     with ExitStack() as stack:
         boarded = [
-            _Boarded.board(
-                number, artifact, folder.backend.open(artifact, staging.files, resume=staging.resumed), staging
-            )
-            for number, (folder, staging) in enumerate(zip(plan.folders, stagings, strict=True))
-            for artifact in folder.artifacts
+            _Boarded.board(number, job, artifact) for number, job in enumerate(jobs) for artifact in job.plan.artifacts
         ]
         for one in boarded:
             stack.callback(one.writer.close)
@@ -77,7 +76,7 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
             [one.observer for one in boarded if one.observer],
             [one.solver for one in boarded if one.solver],
         )
-        reporter.touring(plan, device, resumed=any(staging.resumed for staging in stagings))
+        reporter.touring(plan, device, resumed=any(job.staging.resumed for job in jobs))
         stream = Stream(
             plan.model,
             [*passengers.riders, *passengers.observers],
@@ -90,26 +89,25 @@ def run_tour(plan: ExportPlan, stagings: Sequence[Staging], hasher: InputHasher,
         reference: Reference | None = None
         findings: Mapping[str, Sequence[Finding]] = {}
         if plan.walks:
-            walk = _walk(plan, stream, passengers, stagings, device, reporter)
+            walk = _walk(plan, stream, passengers, [job.staging for job in jobs], device, reporter)
             walked = walk.run()
             findings = walked.findings
         else:
             stream.offer(plan.model.tensors)
             stream.finish()
-        written: list[dict[str, WriteResult]] = [{} for _ in stagings]
-        for one in boarded:
-            written[one.folder][one.plan.label] = one.finish(plan, findings)
+        for job in jobs:
+            job.written = {one.plan.label: one.finish(plan, findings) for one in boarded if one.job is job}
         reporter.toured()
         if plan.walks and plan.tokens.evaluation is not None:
             reference = finish_reference(walk, walked, plan.tokens.evaluation, device)
-        return Toured(written, reference, device)
+        return Toured(reference, device, hasher.finish(path for _, path in input_files(plan)))
 
 
 @dataclass(frozen=True)
 class _Boarded:
     """One artifact's writer, and the seats that it has."""
 
-    folder: int
+    job: Job
     plan: OutputPlan
     writer: Writer
     rider: Rider | None
@@ -117,8 +115,16 @@ class _Boarded:
     solver: Solver | None
 
     @classmethod
-    def board(cls, folder: int, plan: OutputPlan, writer: Writer, staging: Staging) -> _Boarded:
-        """Tensors without statistics ride; the others are observed or solved for."""
+    def board(cls, number: int, job: Job, plan: OutputPlan) -> _Boarded:
+        """Tensors without statistics ride; the others are observed or solved for.
+
+        Args:
+            number: of the folder in the recipe, which tells apart solvers of one label.
+            job: the folder.
+            plan: one of its artifacts.
+        """
+        staging = job.staging
+        writer = job.plan.backend.open(plan, staging.files, resume=staging.resumed)
         free = [tensor for tensor in plan.tensors if not plan.calibrated.intersection(tensor.sources)]
         rider = Rider.of(plan.label, free, writer, staging) if free else None
         observer = solver = None
@@ -130,8 +136,8 @@ class _Boarded:
         elif plan.needs == "hessians":
             if not overrides(writer, "solve"):
                 raise _defect(plan, "solve")
-            solver = Solver(f"{folder} {plan.label}", plan.calibrated, writer, sequential=plan.sequential)
-        return cls(folder, plan, writer, rider, observer, solver)
+            solver = Solver(f"{number} {plan.label}", plan.calibrated, writer, sequential=plan.sequential)
+        return cls(job, plan, writer, rider, observer, solver)
 
     def finish(self, plan: ExportPlan, findings: Mapping[str, Sequence[Finding]]) -> WriteResult:
         """Let the writer make what it makes at the end.

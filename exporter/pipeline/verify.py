@@ -2,115 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from exporter.plan.export_plan import ExportPlan, FolderPlan
+from exporter.pipeline.job import Job
+from exporter.pipeline.publish import stage_pack
+from exporter.pipeline.result import Verified
+from exporter.plan.export_plan import ExportPlan
 from exporter.plan.gate_limits import gate_for
 from exporter.plan.reporter import Reporter
 from exporter.reference.further_tokens import DrawnTokens
 from exporter.runtimes.registry import load_runtime
-from exporter.tokens.windows import Windows
 from exporter.verify.answers.run import Served, WalkedModel, answers_of
 from exporter.verify.candidates import Candidate, judge_candidates, read_all_weights
-from exporter.verify.gate import Verification, with_answers
+from exporter.verify.gate import with_answers
 
 if TYPE_CHECKING:
+    from exporter.pipeline.tour import Toured
     from exporter.reference.predictions import Reference
 
 
-def answer_artifacts(
-    plan: ExportPlan,
-    staged: Sequence[tuple[FolderPlan, Path]],
-    verdicts: Sequence[Mapping[str, Verification]],
-    device: str,
-    reporter: Reporter,
-) -> list[dict[str, Verification]]:
-    """The verdicts on a run's artifacts with their answers, and with the faults in those among what is broken.
+def verify(plan: ExportPlan, jobs: Sequence[Job], toured: Toured, reporter: Reporter, stack: ExitStack) -> Verified:
+    """Judge every artifact of a run by its weights, scores and answers; the verdicts go to the jobs.
 
     Args:
         plan: the run's plan.
-        staged: every output folder with the place where its files are now.
-        verdicts: for each of them, the verification of each artifact by label.
-        device: where transformers and the reference compute.
-        reporter: told about every artifact and layer.
+        jobs: its output folders, with their files.
+        toured: the trained model's scores, and where they were computed.
+        reporter: told about every window, verdict, artifact and layer.
+        stack: closes the reference pack's staging folder.
 
     Raises:
         RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
     """
-    served = [
-        Served(
-            artifact.label,
-            files if artifact.entry == "." else files / artifact.entry,
-            load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
-        )
-        if found[artifact.label].comparison
-        else None
-        for (folder, files), found in zip(staged, verdicts, strict=True)
-        for artifact in folder.artifacts
-    ]
-    trained = WalkedModel(plan.model, device, plan.threads, plan.recipe.compute_dtype)
-    answers = iter(answers_of(trained, served, reporter))
-    return [
-        {artifact.label: with_answers(found[artifact.label], next(answers)) for artifact in folder.artifacts}
-        for (folder, _), found in zip(staged, verdicts, strict=True)
-    ]
+    if toured.reference is None:
+        return Verified()
+    more = _further_tokens(plan, jobs, toured.reference, toured.device, reporter)
+    _judge(plan, jobs, toured.reference, more, reporter, toured.device)
+    verified = Verified(more.drawn, stage_pack(plan, more.reference(), toured.device, toured.inputs, stack))
+    # With it go the states of what was drawn.
+    del more
+    if plan.recipe.evaluation.answers:
+        _answer(plan, jobs, toured.device, reporter)
+    return verified
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What became of verification in a run.
-
-    Attributes:
-        verdicts: for each output folder, the verification of each artifact by label.
-        drawn: the windows that were drawn because a verdict was undecided; None if none were.
-        reference: the trained model on the first windows, and on those that were drawn if a pack is kept.
-    """
-
-    verdicts: list[dict[str, Verification]]
-    drawn: Windows | None
-    reference: Reference
-
-
-def verify_artifacts(
-    plan: ExportPlan,
-    staged: Sequence[tuple[FolderPlan, Path]],
-    checksums: Sequence[Mapping[str, Mapping[str, str]]],
-    reference: Reference,
-    device: str,
-    reporter: Reporter,
-    scratch: Path | None = None,
-) -> Verified:
-    """Score every artifact of a run and judge it.
-
-    Args:
-        plan: the run's plan.
-        staged: every output folder with the place where its files are now.
-        checksums: for each of them, by artifact label, what `Candidate` has.
-        reference: the trained model.
-        device: where transformers computes.
-        reporter: told about every window and verdict.
-        scratch: as of `DrawnTokens`.
-
-    Raises:
-        RuntimeScoreError: a runtime cannot be had or run, for what is no artifact's fault.
-    """
-    candidates = [
-        Candidate(
-            artifact.label,
-            artifact.quant,
-            files if artifact.entry == "." else files / artifact.entry,
-            load_runtime(folder.runtimes[artifact.label], device, plan.execution.endpoint),
-            gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate, plan.model.parameters),
-            folder.backend,
-            checksums=known[artifact.label],
-        )
-        for (folder, files), known in zip(staged, checksums, strict=True)
-        for artifact in folder.artifacts
-    ]
-    more = DrawnTokens(
+def _further_tokens(
+    plan: ExportPlan, jobs: Sequence[Job], reference: Reference, device: str, reporter: Reporter
+) -> DrawnTokens:
+    return DrawnTokens(
         plan.model,
         plan.recipe.calibration,
         plan.recipe.evaluation,
@@ -121,9 +62,47 @@ def verify_artifacts(
         threads=plan.threads,
         compute_dtype=plan.recipe.compute_dtype,
         keep=plan.pack is not None,
-        scratch=scratch,
+        scratch=jobs[0].staging.scratch,
     )
+
+
+def _judge(
+    plan: ExportPlan, jobs: Sequence[Job], reference: Reference, more: DrawnTokens, reporter: Reporter, device: str
+) -> None:
+    """Score every artifact and read its weights back; its verdict goes to its job."""
+    candidates = [
+        Candidate(
+            artifact.label,
+            artifact.quant,
+            job.entry(artifact),
+            load_runtime(job.plan.runtimes[artifact.label], device, plan.execution.endpoint),
+            gate_for(artifact.label, artifact.quant, plan.recipe.evaluation.gate, plan.model.parameters),
+            job.plan.backend,
+            checksums=job.written[artifact.label].checksums,
+        )
+        for job in jobs
+        for artifact in job.plan.artifacts
+    ]
     weights = read_all_weights(candidates, plan.model, reporter, plan.threads)
     found = iter(judge_candidates(candidates, weights, reference, more, reporter))
-    verdicts = [{artifact.label: next(found) for artifact in folder.artifacts} for folder, _ in staged]
-    return Verified(verdicts, more.drawn, more.reference())
+    for job in jobs:
+        job.verdicts = {artifact.label: next(found) for artifact in job.plan.artifacts}
+
+
+def _answer(plan: ExportPlan, jobs: Sequence[Job], device: str, reporter: Reporter) -> None:
+    """Ask every artifact that could be scored; its answers, and the faults in those, go to its verdict."""
+    served = [
+        Served(
+            artifact.label,
+            job.entry(artifact),
+            load_runtime(job.plan.runtimes[artifact.label], device, plan.execution.endpoint),
+        )
+        if job.verdicts[artifact.label].comparison
+        else None
+        for job in jobs
+        for artifact in job.plan.artifacts
+    ]
+    trained = WalkedModel(plan.model, device, plan.threads, plan.recipe.compute_dtype)
+    answers = iter(answers_of(trained, served, reporter))
+    for job in jobs:
+        job.verdicts = {label: with_answers(verdict, next(answers)) for label, verdict in job.verdicts.items()}

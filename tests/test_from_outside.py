@@ -1,0 +1,83 @@
+"""A format, a runtime and an adapter method of other packages, in one export: none of the three is known here."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.adapters.test_registry import IA3
+from tests.adapters.test_registry import install as install_method
+from tests.backends.test_registry import install
+from tests.commands import run
+from tests.runtimes.test_from_outside import ECHO
+
+# A format of a dozen lines: folders of safetensors that the runtime from outside serves, with a card of its own.
+FOLDER = """
+from dataclasses import replace
+from exporter.backends.safetensors.backend import SafetensorsBackend
+from exporter.backends.type_limits import TypeLimits
+
+class Folder(SafetensorsBackend):
+    name, summary, quants = "folder", "a model folder for echo-serve", ("fp32",)
+    limits = {"fp32": TypeLimits(0.001, 0.99, 0.0005)}
+
+    def plan(self, model, quant, options, *, verified=False):
+        return replace(super().plan(model, quant, options), format="folder", runtimes=("echo",))
+
+    def tags(self, quant):
+        return ("echo-serve",)
+"""
+
+
+def ia3_adapter(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter that peft made, of a method that is not built in; returns the tensors of peft's own merge."""
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    merged: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
+    return merged
+
+
+def test_all_three_export_together(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    # Without biases, which (IA)^3 scales too and this short method does not.
+    base = make_base("qwen3", tied=False)
+    expected = ia3_adapter(base, tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("".join(f"Line {number} of a text to score.\n" for number in range(400)))
+    sites = [
+        install(tmp_path / "format", "folder", FOLDER, "folder_backend:Folder", "theirs"),
+        install(tmp_path / "runtime", "echo", ECHO, "echo_runtime:Echo", "others", kind="runtime"),
+        install_method(tmp_path / "method", "ia3", IA3, "ia3_method:Ia3", "third"),
+    ]
+    result = run(
+        "export", "--base", base, "--adapter", tmp_path / "adapter", "--format", "folder", "--out", tmp_path / "out",
+        "--quant", "fp32", "--name", "tuned", "--calibration", tmp_path / "text.txt", "--eval-tokens", "512",
+        "--eval-window", "128", "--no-answers", "--json", env={"PYTHONPATH": ":".join(map(str, sites))},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads(result.stdout)
+    artifact = manifest["artifacts"][0]
+    assert (artifact["format"], artifact["runtimes"][0]) == ("folder", "echo")
+    assert artifact["verification"]["runtime"] == "echo 1.0"
+    assert artifact["verification"]["verdict"] == "passed"
+    assert artifact["verification"]["gate"]["max_divergence"] == 0.0005
+    assert manifest["inputs"][1]["adapter"]["method"] == "ia3"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "echo-serve --name tuned" in card
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
