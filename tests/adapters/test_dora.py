@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.peft_merge import assert_same_merge, merge_with_peft
 
 Make = Callable[..., Path]
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GATE = "base_model.model.model.layers.0.mlp.gate_proj"
 MAGNITUDE = f"{GATE}.lora_magnitude_vector"
@@ -104,7 +106,9 @@ def test_export_equals_the_merge_of_peft(make_base: Make, tmp_path: Path, family
     inputs = ("--base", base, "--adapter", adapter, "--format", "safetensors", "--quant", "fp32")
     result = run("export", *inputs, "--out", out, "--no-verify", "--json")
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["inputs"][1]["adapter"] == {
+    manifest = json.loads(result.stdout)
+    jsonschema.validate(manifest, json.loads((ROOT / "docs" / "export.schema.json").read_text(encoding="utf-8")))
+    assert manifest["inputs"][1]["adapter"] == {
         "method": "dora", "ranks": [4], "scales": [2.0], "targets": 14, "modules": sorted(ALL),
     }  # fmt: skip
     ours = load_file(out / "model.safetensors")

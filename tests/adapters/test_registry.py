@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from tests.merged import merged_model
 
 Make = Callable[..., Path]
 Install = Callable[..., None]
+ROOT = Path(__file__).resolve().parents[2]
 
 # The whole of a second method: (IA)^3 of peft, which scales outputs of a layer, or inputs of a feedforward layer
 # (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
@@ -139,6 +141,7 @@ def test_method_from_outside_exports(base: Path, scaled: tuple[Path, dict[str, t
     )
     assert result.returncode == 0, result.stderr
     manifest = json.loads(result.stdout)
+    jsonschema.validate(manifest, json.loads((ROOT / "docs" / "export.schema.json").read_text(encoding="utf-8")))
     assert manifest["inputs"][1]["adapter"] == {
         "method": "ia3", "targets": 3, "modules": ["down_proj", "k_proj", "up_proj"],
     }  # fmt: skip
