@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +13,7 @@ from tests.adapters.test_registry import IA3
 from tests.adapters.test_registry import install as install_method
 from tests.backends.test_registry import install
 from tests.commands import run
+from tests.ia3 import make_ia3
 from tests.runtimes.test_from_outside import ECHO
 
 # A format of a dozen lines: folders of safetensors that the runtime from outside serves, with a card of its own.
@@ -35,29 +34,10 @@ class Folder(SafetensorsBackend):
 """
 
 
-def ia3_adapter(base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """An adapter that peft made, of a method that is not built in; returns the tensors of peft's own merge."""
-    from peft import IA3Config, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    settings = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ia3_l" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    merged: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
-    return merged
-
-
 def test_all_three_export_together(make_base: Callable[..., Path], tmp_path: Path) -> None:
     # Without biases, which (IA)^3 scales too and this short method does not.
     base = make_base("qwen3", tied=False)
-    expected = ia3_adapter(base, tmp_path / "adapter")
+    expected = make_ia3(base, tmp_path / "adapter")
     (tmp_path / "text.txt").write_text("".join(f"Line {number} of a text to score.\n" for number in range(400)))
     sites = [
         install(tmp_path / "format", "folder", FOLDER, "folder_backend:Folder", "theirs"),

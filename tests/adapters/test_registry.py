@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -28,6 +26,7 @@ from exporter.merge.model import MergedTensor
 from tests.commands import run
 from tests.exports import export_to, refused
 from tests.folders import copy, edit_json, edit_tensors
+from tests.ia3 import make_ia3
 from tests.merged import merged_model
 
 Make = Callable[..., Path]
@@ -98,23 +97,8 @@ def base(make_base: Make) -> Path:
 @pytest.fixture(scope="module")
 def scaled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """An adapter that peft made, and the tensors of its own merge in float32."""
-    from peft import IA3Config, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("ia3") / "adapter"
-    settings = IA3Config(
-        target_modules=["k_proj", "up_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ia3_l" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder, model.merge_and_unload().state_dict()
+    return folder, make_ia3(base, folder)
 
 
 def assert_equal(out: Path, expected: dict[str, torch.Tensor]) -> None:

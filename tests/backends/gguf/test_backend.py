@@ -248,7 +248,7 @@ def test_a_head_that_a_tied_checkpoint_stores_again_is_left_out(make_base: Calla
     [
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
         {"model_type": "qwen2", "architectures": ["Qwen2ForSequenceClassification"]},
-        {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]},
+        {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]},
         {"model_type": None, "architectures": None},
     ],
     ids=str,
