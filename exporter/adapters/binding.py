@@ -10,6 +10,7 @@ from typing import Any
 from exporter.adapters.adapter import Adapter
 from exporter.adapters.base import CONFIG_NAME, Update, malformed
 from exporter.errors import AdapterError, AdapterShapeError, AdapterTargetError, ArchitectureMismatchError
+from exporter.families.roles import EMBEDDING, HEAD, weight_of
 from exporter.inputs.checkpoint import Checkpoint
 
 
@@ -26,9 +27,9 @@ def bind(adapter: Adapter, base: Checkpoint) -> dict[str, Update]:
     """
     _check_architecture(adapter, base)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    if base.config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
-        shapes.setdefault("lm_head.weight", shapes["model.embed_tokens.weight"])
-    targets = {f"{module}.weight": update for module, update in adapter.updates.items()}
+    if base.config.get("tie_word_embeddings") and EMBEDDING in shapes:
+        shapes.setdefault(HEAD, shapes[EMBEDDING])
+    targets = {weight_of(module): update for module, update in adapter.updates.items()}
     missing = [name for name in targets if name not in shapes]
     if missing:
         raise _no_target(adapter, missing, len(targets), shapes)

@@ -7,6 +7,7 @@ import math
 from exporter.adapters.adapter import Adapter
 from exporter.adapters.base import unsupported
 from exporter.errors import NonFiniteTensorError, ZeroDeltaError
+from exporter.families.roles import EMBEDDING, HEAD, weight_of
 from exporter.inputs.checkpoint import Checkpoint, StoredTensor
 from exporter.inputs.floats import as_float32
 from exporter.inputs.tensor_reader import TensorReader
@@ -53,10 +54,10 @@ def check_copies(adapter: Adapter, base: Checkpoint) -> None:
     Raises:
         UnsupportedAdapterError: a copy differs from the base in shape or in any value.
     """
-    embedding = base.tensors.get("model.embed_tokens.weight")
+    embedding = base.tensors.get(EMBEDDING)
     for module, copy in adapter.copies.items():
-        original = base.tensors.get(f"{module}.weight")
-        if original is None and module == "lm_head" and base.config.get("tie_word_embeddings"):
+        original = base.tensors.get(weight_of(module))
+        if original is None and weight_of(module) == HEAD and base.config.get("tie_word_embeddings"):
             original = embedding
         if original is None or original.shape != copy.shape or not equal_values(copy, original):
             found = "no such base tensor" if original is None else f"{list(copy.shape)} with values of its own"

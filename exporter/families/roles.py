@@ -142,6 +142,12 @@ def _of_weight_or_bias(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias")
 
 
+def leaf_of(name: str) -> str | None:
+    """The last part of the name of a weight's or bias's module, such as `q_proj`; None for any other tensor."""
+    module = _of_weight_or_bias(name)
+    return None if module == name else module.rpartition(".")[2]
+
+
 def weight_of(module: str) -> str:
     """The name of a module's weight."""
     return f"{module}.weight"

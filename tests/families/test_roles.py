@@ -15,6 +15,7 @@ from exporter.families.roles import (
     is_projection,
     is_recomputed,
     layer_of,
+    leaf_of,
     model_order,
     parse,
     shared_inputs,
@@ -75,6 +76,12 @@ def test_experts_and_last_matrices() -> None:
     assert is_recomputed(f"{LAYER}self_attn.rotary_emb.inv_freq")
     assert layer_of(f"{LAYER}mlp.gate.weight") == LAYER
     assert layer_of("lm_head.weight") == ""
+
+
+def test_leaves() -> None:
+    assert leaf_of(f"{LAYER}self_attn.q_proj.bias") == "q_proj"
+    assert leaf_of("lm_head.weight") == "lm_head"
+    assert leaf_of(f"{LAYER}linear_attn.A_log") is None
 
 
 def test_model_order() -> None:

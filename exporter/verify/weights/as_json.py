@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Callable
 from typing import Any
 
 from exporter.backends.weight_reader import StoredWeight
+from exporter.families.roles import leaf_of, parse
 from exporter.verify.weights.check import NAMED, WeightsResult
 from exporter.verify.weights.limits import LimitCheck, is_judged
 from exporter.verify.weights.sums import Sums, total
@@ -16,7 +17,7 @@ def weights_json(result: WeightsResult | None) -> dict[str, Any] | None:
     """The summary of an artifact; None if its weights were not looked at."""
     if result is None:
         return None
-    parts = {"layers": r"\.layers\.(\d+)\.", "kinds": r"([^.]+)\.(?:weight|bias)$"}
+    parts = {"layers": lambda name: parse(name).layer, "kinds": leaf_of}
     # The limit is of the judged ones: the figure is held against it where these are all that changed.
     limit = result.judged.survival_limit if result.judged.elements == result.updated.elements else None
     by_limit = sorted(result.tensors, key=lambda pair: -pair[1].relative_error / pair[0].tolerance.error)
@@ -73,15 +74,15 @@ def _figures(sums: Sums) -> dict[str, Any]:
     return {"relative_error": _number(sums.relative_error), "survival": _number(sums.survival)}
 
 
-def _grouped(result: WeightsResult, pattern: str) -> dict[str, dict[str, Any]]:
-    """Figures by what the pattern finds in a name; tensors in which it finds nothing are left out.
+def _grouped(result: WeightsResult, group_of: Callable[[str], int | str | None]) -> dict[str, dict[str, Any]]:
+    """Figures by the group of a tensor's name; tensors of no group are left out.
 
     The error of the delta is, as that of the whole, of the weights that the adapter changes.
     """
     groups: dict[str, list[Sums]] = {}
     for weight, sums in result.tensors:
-        if match := re.search(pattern, weight.source):
-            groups.setdefault(match[1], []).append(sums)
+        if (group := group_of(weight.source)) is not None:
+            groups.setdefault(str(group), []).append(sums)
     return {
         key: _figures(total(parts)) | {"delta_error": _number(total(part for part in parts if part.delta).delta_error)}
         for key, parts in groups.items()
