@@ -1,4 +1,7 @@
-"""The staging folder by itself: locks, keys, journals, and what a kill at each of its steps leaves behind."""
+"""The staging folder by itself: locks, keys, journals, and what a kill at each of its steps leaves behind.
+
+Journal, key and lock are ours alone: no other program reads them, so their only witness is the run that goes on.
+"""
 
 from __future__ import annotations
 

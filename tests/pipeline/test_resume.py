@@ -1,4 +1,8 @@
-"""Runs of several outputs that were stopped on the way, in this process, and went on."""
+"""Runs of several outputs that were stopped on the way, in this process, and went on.
+
+Journals and progress are ours alone, so a run that was not stopped is the witness of one that was. In tests/backends
+other programs read the files that a run leaves.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -31,6 +32,14 @@ def test_the_header_that_the_others_are_made_from_is_sound(tmp_path: Path) -> No
     file.write_bytes(header(value=struct.pack("<I", 64), kind=4))
     (tensor,) = read_header(file).tensors.values()
     assert (tensor.shape, tensor.type, tensor.row_bytes, tensor.start % 64) == ((4, 32), "F32", 128, 0)
+
+
+def test_gguf_s_own_reader_reads_that_header_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(header(value=struct.pack("<I", 64), kind=4).ljust(1024, b"\0"))
+    (ours,), (theirs,) = read_header(file).tensors.values(), gguf.GGUFReader(file).tensors
+    assert (ours.name, ours.type, ours.start) == (theirs.name, theirs.tensor_type.name, theirs.data_offset)
+    assert ours.shape == tuple(theirs.shape.tolist()[::-1])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from exporter.merge.model import MergedModel
 from exporter.plan.reporter import Reporter
 from tests.exports import export_to, merge_with_us, recipe, refused
 from tests.folders import edit_tensors, hashes, model_tensors
+from tests.gptq import unpack_script
 from tests.merged import merged_model
 from tests.tour.walk.test_walk import make_experts
 
@@ -271,6 +273,26 @@ def test_values_are_near_the_merged_ones(
     assert figures["matrices"] == len(found)
     assert figures["rounded"] == []
     assert set(figures["losses"]) == {f"{name}.weight" for name in found}
+
+
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [
+        ("gptq-int4-g128", {}),
+        ("gptq-int3-g64", FORCED | {"desc_act": "true"}),
+        ("gptq-int4-g128", FORCED | {"checkpoint_format": "gptq_v2", "sym": "false"}),
+    ],
+)
+def test_the_independent_unpacking_reads_the_same_values(
+    base: Path, tmp_path: Path, quant: str, options: dict[str, Any]
+) -> None:
+    """By numpy and the description of the format, without the code that packed: to the bit."""
+    export_to(tmp_path / "out", base, format="gptq", quant=quant, options=options, **SMALL)
+    theirs = dict(unpack_script().unpacked_tensors(tmp_path / "out"))
+    ours = dequantized(tmp_path / "out")
+    assert len(ours) == 14
+    for name, values in ours.items():
+        assert np.array_equal(values.numpy(), theirs[f"{name}.weight"]), name
 
 
 def test_configuration(base: Path, tmp_path: Path) -> None:

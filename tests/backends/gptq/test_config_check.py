@@ -1,4 +1,8 @@
-"""What a GPTQ folder says of its packed matrices, held against the tensors that it stores."""
+"""What a GPTQ folder says of its packed matrices, held against the tensors that it stores.
+
+Our reader judges our folders here. GPTQModel's folders are a witness (slow), and the independent unpacking reads ours
+in test_backend.py.
+"""
 
 from __future__ import annotations
 

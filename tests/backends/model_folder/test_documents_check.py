@@ -1,4 +1,8 @@
-"""The small files of a model folder, held against what they were made from."""
+"""The small files of a model folder, held against what they were made from.
+
+Our check judges our folders here. tests/backends/safetensors/test_backend.py loads such a configuration with
+transformers, and compares the other files with the base's, byte for byte.
+"""
 
 from __future__ import annotations
 

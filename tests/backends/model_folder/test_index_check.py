@@ -1,4 +1,8 @@
-"""The index of a model folder, held against its shards, and tensors that are no part of the model."""
+"""The index of a model folder, held against its shards, and tensors that are no part of the model.
+
+Our reader judges our folders here. transformers and safetensors load such shards, by their index, in
+tests/backends/safetensors/test_backend.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from exporter.errors import ReferencePackError, UnsupportedModelError
 from exporter.plan.reference_pack import model_documents
@@ -30,7 +32,7 @@ from exporter.verify.published.verify import verify_with_pack
 from tests.commands import invoke
 from tests.exports import export_to, pack_to
 from tests.folders import copy, edit_json, hashes, rehash
-from tests.merged import merged_model
+from tests.merged import load_peft, merged_model
 
 # A short text, so that tokenizing it takes no time: this file.
 TEXT = Calibration(text=Path(__file__))
@@ -220,6 +222,19 @@ def test_its_first_tokens_are_those_of_the_walk(inputs: tuple[Path, Path], pack:
         assert found.likeliest.tolist() == whole[key].likeliest[:1].tolist()
         np.testing.assert_allclose(found.shortfall, whole[key].shortfall[:1], atol=1e-4)
         np.testing.assert_allclose(found.margin, whole[key].margin[:1], atol=1e-4)
+
+
+def test_its_states_are_those_of_peft_unmerged(inputs: tuple[Path, Path], pack: Path) -> None:
+    """Read by safetensors' own loader: states of the last token of each prompt, whose logits are peft's."""
+    stored = load_file(pack / "prompts.safetensors")
+    head = load_file(pack / "head.safetensors")["head"].float()
+    lengths = json.loads((pack / "reference.json").read_text(encoding="utf-8"))["prompts"]
+    prompts = torch.split(stored["prompt_ids"].long(), list(lengths.values()))
+    model = load_peft(*inputs)
+    for ids, state in zip(prompts, stored["prompt_states"], strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, -1]
+        assert (head @ state - logits).abs().max() < 1e-4
 
 
 def test_a_packed_model_is_the_merged_one_without_weights(inputs: tuple[Path, Path], pack: Path) -> None:

@@ -1,4 +1,8 @@
-"""Sketches of weights: what they estimate, by the definition and on artifacts that a reference pack judges."""
+"""Sketches of weights: what they estimate, by the definition and on artifacts that a reference pack judges.
+
+The sketches' format is ours alone, so no other program reads it. The witnesses are safetensors' loader, peft's merge
+and the definition in float64.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from exporter.backends.weight_reader import StoredWeight, Tolerance
 from exporter.errors import ReferencePackError
@@ -25,6 +30,7 @@ from exporter.verify.weights.sketch_limits import estimate_checks, estimated_sum
 from exporter.verify.weights.sums import Sums
 from tests.exports import export_to, pack_to
 from tests.folders import copy, edit_tensors, rehash
+from tests.peft_merge import merge_with_peft
 
 Make = Callable[..., Path]
 # What a type of 4 bits leaves at most.
@@ -125,6 +131,27 @@ def pack(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     scored = {"tokens": 128, "n_ctx": 64, "answers": False}
     text = Calibration(text=Path(__file__)).model_dump()
     return pack_to(tmp_path_factory.mktemp("pack") / "pack", *inputs, calibration=text, evaluation=scored)
+
+
+def test_a_pack_s_sketches_are_those_of_peft_s_merge(inputs: tuple[Path, Path], pack: Path) -> None:
+    """Read by safetensors' own loader, and summed by the definition in float64."""
+    base, merged = load_file(inputs[0] / "model.safetensors"), merge_with_peft(inputs[0], inputs[1:])
+    stored, updated = load_file(pack / "sketches.safetensors"), 0
+
+    def by_definition(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+        rows = values.double().numpy().reshape(-1, values.shape[-1])
+        signed = rows * signs(rows.shape[1])
+        return np.add.reduceat(signed, range(0, rows.shape[1], RUN), axis=1)
+
+    for name, before in base.items():
+        found = stored.pop(f"merged {name}").numpy()
+        np.testing.assert_allclose(found, by_definition(merged[name]), rtol=1e-4, atol=1e-4)
+        if (delta := stored.pop(f"delta {name}", None)) is not None:
+            updated += 1
+            change = merged[name].double() - before.double()
+            np.testing.assert_allclose(delta.numpy(), by_definition(change), rtol=1e-3, atol=1e-5)
+    assert updated > 0
+    assert stored.keys() == {"base_values"}
 
 
 def bare(out: Path, quant: str, *inputs: Path) -> Path:

@@ -1,4 +1,8 @@
-"""The walk, a layer at a time, against the whole model's own forward."""
+"""The walk, a layer at a time, against the whole model's own forward.
+
+The files of progress, states and moments are ours alone and never published. Their witness is a walk that was not
+stopped, and its states are held against transformers' here.
+"""
 
 from __future__ import annotations
 

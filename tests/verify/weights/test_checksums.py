@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -19,8 +23,9 @@ from exporter.plan.reporter import Reporter
 from exporter.verify.published.files_only import FilesResult, verify_files
 from exporter.verify.published.verify import verify_with_pack
 from tests.exports import export_to, pack_to
-from tests.folders import copy, edit_json, edit_tensors, rehash
-from tests.merged import merged_model
+from tests.folders import copy, edit_json, edit_tensors, model_tensors, raw_bytes, rehash
+from tests.gptq import unpack_script
+from tests.merged import gguf_names, merged_model
 
 TYPES = {"gguf": "Q4_K_M", "safetensors": "bf16", "gptq": "gptq-int4-g32"}
 MODULE = "model.layers.1.self_attn.q_proj"
@@ -102,6 +107,31 @@ def test_every_tensor_has_one_and_is_stored_as_it_was_encoded(published: Publish
     (found,) = published.found(folder).as_json().values()
     assert found["broken"] == []
     assert found["weights"]["checksums"] == {"compared": len(model.tensors), "different": []}
+
+
+def by_zlib(rows: npt.NDArray[np.uint8]) -> str:
+    """By the definition: the CRC-32 of those of the rows."""
+    return f"{zlib.crc32(b''.join(zlib.crc32(row.tobytes()).to_bytes(4, 'little') for row in rows)):08x}"
+
+
+@pytest.mark.parametrize("format_", TYPES)
+def test_they_are_zlib_s_of_what_other_readers_find(published: Published, format_: str) -> None:
+    """gguf's reader, safetensors' own loader and, of packed matrices, the independent unpacking in numpy."""
+    folder, model = published.folders[format_], merged_model(published.base, published.adapter)
+    (artifact,) = json.loads((folder / "export.json").read_text())["artifacts"]
+    if format_ == "gguf":
+        stored = {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(folder / artifact["entry"]).tensors}
+        found = {source: stored[name] for source, name in gguf_names(model).items()}
+    else:
+        found = {name: raw_bytes(tensor) for name, tensor in model_tensors(folder).items()}
+    if format_ == "gptq":
+        packed = {name.replace(".qweight", ".weight") for name in found if name.endswith(".qweight")}
+        unpacked = dict(unpack_script().unpacked_tensors(folder))
+        found = {name: unpacked[name].tobytes() if name in packed else found[name] for name in unpacked}
+    rows = {tensor.name: tensor.source.rows for tensor in model.tensors}
+    assert artifact["checksums"] == {
+        name: by_zlib(np.frombuffer(data, np.uint8).reshape(rows[name], -1)) for name, data in found.items()
+    }
 
 
 @pytest.mark.parametrize(

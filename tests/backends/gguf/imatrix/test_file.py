@@ -86,6 +86,19 @@ def test_gguf_s_own_reader_reads_it_sorted_by_name(tmp_path: Path) -> None:
     assert shapes["blk.0.attn_q.weight.counts"] == [1]
 
 
+def test_gguf_s_own_reader_finds_the_same_values_and_keys(tmp_path: Path) -> None:
+    entries = _entries()
+    (tmp_path / "i.gguf").write_bytes(imatrix_bytes(entries, ("a", "b"), 5, 512))
+    reader = gguf.GGUFReader(tmp_path / "i.gguf")
+    stored = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
+    for name, entry in entries.items():
+        assert stored[f"{name}.in_sum2"].tobytes() == entry.in_sum2.tobytes()
+        assert stored[f"{name}.counts"].tobytes() == entry.counts.tobytes()
+    assert {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")} == {
+        "general.type": "imatrix", "imatrix.datasets": ["a", "b"], "imatrix.chunk_count": 5, "imatrix.chunk_size": 512,
+    }  # fmt: skip
+
+
 def test_the_bytes_depend_on_no_order() -> None:
     entries = _entries()
     again = dict(reversed(entries.items()))

@@ -14,7 +14,7 @@ from exporter.backends.gguf.metadata.model_keys_check import header_faults
 from exporter.families import find_family
 from exporter.merge.model import MergedModel
 from tests.folders import DELETED, copy, edit_json
-from tests.merged import merged_model, plan_gguf, write_header
+from tests.merged import merged_model, metadata_of, plan_gguf, write_header
 
 
 def stated(model: MergedModel, folder: Path) -> dict[str, Any]:
@@ -26,6 +26,16 @@ def faults(metadata: dict[str, Any], model: MergedModel) -> list[str]:
     family = find_family(model.config)
     assert family is not None
     return list(header_faults(metadata, model, family))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_gguf_s_own_reader_reads_the_same_values(make_base: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    model = merged_model(make_base(family))
+    ours = stated(model, tmp_path)
+    theirs = metadata_of(tmp_path / "x.gguf")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert list(ours[key]) == value if isinstance(value, list) else ours[key] == value, key
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}

@@ -1,4 +1,7 @@
-"""The Modelfile beside a GGUF file, held against the one that the model calls for."""
+"""The Modelfile beside a GGUF file, held against the one that the model calls for.
+
+Our check judges our Modelfiles here. Ollama itself is not run: test_modelfile.py reads them by the rules of its parser.
+"""
 
 from __future__ import annotations
 
