@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,6 +35,7 @@ class Folder(SafetensorsBackend):
 """
 
 
+@pytest.mark.slow
 def test_all_three_export_together(make_base: Callable[..., Path], tmp_path: Path) -> None:
     # Without biases, which (IA)^3 scales too and this short method does not.
     base = make_base("qwen3", tied=False)
