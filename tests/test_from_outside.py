@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.adapters.test_registry import IA3
-from tests.adapters.test_registry import install as install_method
 from tests.backends.test_registry import install
 from tests.commands import run
 from tests.ia3 import make_ia3
@@ -44,7 +43,7 @@ def test_all_three_export_together(make_base: Callable[..., Path], tmp_path: Pat
     sites = [
         install(tmp_path / "format", "folder", FOLDER, "folder_backend:Folder", "theirs"),
         install(tmp_path / "runtime", "echo", ECHO, "echo_runtime:Echo", "others", kind="runtime"),
-        install_method(tmp_path / "method", "ia3", IA3, "ia3_method:Ia3", "third"),
+        install(tmp_path / "method", "ia3", IA3, "ia3_adapter:Ia3", "third", kind="adapter"),
     ]
     result = run(
         "export", "--base", base, "--adapter", tmp_path / "adapter", "--format", "folder", "--out", tmp_path / "out",

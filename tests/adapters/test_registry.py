@@ -23,6 +23,7 @@ from exporter.inputs.row_blocks import RowBlock
 from exporter.inputs.tensor_reader import TensorReader
 from exporter.merge.cpu import CpuMerger
 from exporter.merge.model import MergedTensor
+from tests.backends.test_registry import install
 from tests.commands import run
 from tests.exports import export_to, refused
 from tests.folders import copy, edit_json, edit_tensors
@@ -65,23 +66,13 @@ class Ia3(AdapterMethod):
 """
 
 
-def install(folder: Path, name: str, source: str, value: str, distribution: str = "one") -> Path:
-    """Lay out a distribution as pip leaves it: a module, and metadata with an entry point."""
-    module, metadata = folder / f"{name}_method.py", folder / f"{distribution}-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    module.write_text(source)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[exporter.adapters]\n{name} = {value}\n")
-    return folder
-
-
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Install a distribution in this process; gone after the test."""
 
     def add(name: str, source: str, value: str, distribution: str = "one") -> None:
-        monkeypatch.syspath_prepend(install(tmp_path / distribution, name, source, value, distribution))
-        monkeypatch.delitem(sys.modules, f"{name}_method", raising=False)
+        monkeypatch.syspath_prepend(install(tmp_path / distribution, name, source, value, distribution, kind="adapter"))
+        monkeypatch.delitem(sys.modules, f"{name}_adapter", raising=False)
         registry._entries.cache_clear()
 
     yield add
@@ -118,7 +109,7 @@ def test_lora_enters_by_the_same_door() -> None:
 
 def test_method_from_outside_exports(base: Path, scaled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     (adapter, expected), out = scaled, tmp_path / "out"
-    env = {"PYTHONPATH": str(install(tmp_path / "site", "ia3", IA3, "ia3_method:Ia3"))}
+    env = {"PYTHONPATH": str(install(tmp_path / "site", "ia3", IA3, "ia3_adapter:Ia3", kind="adapter"))}
     inputs = ("--base", base, "--adapter", adapter)
     result = run(
         "export", *inputs, "--format", "safetensors", "--quant", "fp32", "--out", out, "--no-verify", "--json", env=env
@@ -137,7 +128,7 @@ def test_method_from_outside_exports(base: Path, scaled: tuple[Path, dict[str, t
 def test_method_from_outside_is_given_the_number_of_the_first_row(
     installed: Install, base: Path, scaled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    installed("ia3", IA3, "ia3_method:Ia3")
+    installed("ia3", IA3, "ia3_adapter:Ia3")
     adapter, expected = scaled
     export_to(tmp_path / "out", base, adapter, quant="fp32", block_bytes=4096, threads=3)
     assert_equal(tmp_path / "out", expected)
@@ -150,7 +141,7 @@ def test_method_from_outside_is_verified_against_the_layers_of_peft(
     from pydoc_data.topics import topics
 
     (tmp_path / "text.txt").write_text(topics["assignment"] + topics["class"])
-    env = {"PYTHONPATH": str(install(tmp_path / "site", "ia3", IA3, "ia3_method:Ia3"))}
+    env = {"PYTHONPATH": str(install(tmp_path / "site", "ia3", IA3, "ia3_adapter:Ia3", kind="adapter"))}
     inputs = ("--base", base, "--adapter", scaled[0], "--calibration", tmp_path / "text.txt")
     tokens = ("--eval-tokens", "512", "--eval-window", "128")
     output = ("--format", "gguf", "--quant", "F16", "--out", tmp_path / "out", "--json")
@@ -173,7 +164,7 @@ def test_adapter_that_no_method_recognizes(
 def test_update_of_a_size_that_it_leaves_open(
     installed: Install, base: Path, scaled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    installed("ia3", IA3, "ia3_method:Ia3")
+    installed("ia3", IA3, "ia3_adapter:Ia3")
     adapter = copy(scaled[0], tmp_path / "adapter")
     name = "base_model.model.model.layers.0.mlp.up_proj.ia3_l"
     edit_tensors(adapter / "adapter_model.safetensors", lambda tensors: tensors.update({name: torch.ones(7, 1)}))
@@ -185,10 +176,10 @@ def test_update_of_a_size_that_it_leaves_open(
 
 BROKEN = {
     "module that is missing": ("", "no_such_module:Method"),
-    "package that is missing": ("import no_such_package\n", "broken_method:Method"),
-    "class that is missing": ("", "broken_method:Method"),
-    "class that does not start": ("class Method:\n    def __init__(self): 1 / 0\n", "broken_method:Method"),
-    "class that is no method": ("class Method: pass\n", "broken_method:Method"),
+    "package that is missing": ("import no_such_package\n", "broken_adapter:Method"),
+    "class that is missing": ("", "broken_adapter:Method"),
+    "class that does not start": ("class Method:\n    def __init__(self): 1 / 0\n", "broken_adapter:Method"),
+    "class that is no method": ("class Method: pass\n", "broken_adapter:Method"),
 }
 
 
@@ -207,8 +198,8 @@ def test_method_that_does_not_load(
 
 
 def test_two_methods_of_one_name(installed: Install) -> None:
-    installed("ia3", IA3, "ia3_method:Ia3")
-    installed("ia3", IA3, "ia3_method:Other", distribution="other")
+    installed("ia3", IA3, "ia3_adapter:Ia3")
+    installed("ia3", IA3, "ia3_adapter:Other", distribution="other")
     with pytest.raises(AdapterError, match="ia3"):
         registry.method_names()
 
@@ -216,8 +207,8 @@ def test_two_methods_of_one_name(installed: Install) -> None:
 def test_two_methods_that_recognize_an_adapter(
     installed: Install, scaled: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
-    installed("ia3", IA3, "ia3_method:Ia3")
-    installed("copied", IA3, "ia3_method:Ia3", distribution="other")
+    installed("ia3", IA3, "ia3_adapter:Ia3")
+    installed("copied", IA3, "ia3_adapter:Ia3", distribution="other")
     with pytest.raises(AdapterError, match="one method that recognizes it"):
         Adapter.open(scaled[0])
 
@@ -234,7 +225,7 @@ class Switched(LoraMethod):
 def test_switch_tells_methods_of_one_type_apart(
     installed: Install, base: Path, make_adapter: Make, tmp_path: Path, value: bool | None, method: str
 ) -> None:
-    installed("switched", SWITCHED, "switched_method:Switched")
+    installed("switched", SWITCHED, "switched_adapter:Switched")
     adapter = copy(make_adapter(base), tmp_path / "adapter")
     edit_json(adapter / "adapter_config.json", use_switched=value)
     assert Adapter.open(adapter).method.name == method
@@ -293,7 +284,7 @@ class Method(LoraMethod):
 def test_update_that_must_be_alone_on_its_tensor(
     installed: Install, base: Path, make_adapter: Make, tmp_path: Path, first: bool
 ) -> None:
-    installed("alone", ALONE, "alone_method:Method")
+    installed("alone", ALONE, "alone_adapter:Method")
     alone = copy(make_adapter(base, target_modules=["q_proj"]), tmp_path / "alone")
     edit_json(alone / "adapter_config.json", use_alone=True)
     beside, on_it = make_adapter(base, target_modules=["k_proj"]), make_adapter(base, seed=2)
